@@ -1,0 +1,1 @@
+"""What a person types and reads. The only package that imports all the others."""

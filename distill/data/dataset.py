@@ -1,0 +1,82 @@
+"""The data as the rest of edgestill sees it: arrays in memory or mapped from disk, with everything that is needed to repeat it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+Task = Literal["multiclass", "multilabel"]
+SplitName = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """The shape of one sample, without the batch dimension.
+
+    `kind` "image": uint8, (channels, height, width), values 0 to 255, RGB or grey; `mean` and `std` per channel of the
+    training split scaled to 0..1. The normalisation is the first layer of every student, so it is in every graph.
+    `kind` "tokens": int64, (length,), padded with `pad_id`.
+    """
+
+    kind: Literal["image", "tokens"]
+    shape: tuple[int, ...]
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    vocabulary: int = 0
+    pad_id: int = 0
+
+    @property
+    def name(self) -> str:
+        """The name of the graph's input: "image" or "tokens"."""
+        return self.kind
+
+    @property
+    def dtype(self) -> str:
+        """NumPy name of the input's type: "uint8" or "int64"."""
+        return "uint8" if self.kind == "image" else "int64"
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split.
+
+    inputs: (N, *shape), see InputSpec. labels: int64 (N,) for multiclass, uint8 (N, C) of 0/1 for multilabel.
+    mask: bool (N, C), True where a multilabel label is known; None when all are. texts: the raw texts of token data.
+    """
+
+    inputs: np.ndarray[Any, Any]
+    labels: np.ndarray[Any, Any]
+    mask: np.ndarray[Any, Any] | None = None
+    texts: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return int(self.inputs.shape[0])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Three splits that share classes and input shape.
+
+    key: hash of content and preprocessing. preprocessing: resize rule, size, colour order and so on, as they go into
+    manifests. tokenizer: the `tokenizers` JSON file of token data.
+    """
+
+    name: str
+    task: Task
+    classes: tuple[str, ...]
+    input: InputSpec
+    train: Split
+    validation: Split
+    test: Split
+    key: str
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    licence: str = ""
+    citation: str = ""
+    tokenizer: Path | None = None
+
+    def split(self, name: SplitName) -> Split:
+        """The split of that name."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}[name]
