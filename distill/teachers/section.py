@@ -1,0 +1,123 @@
+"""The `[teacher]` table of a recipe. Light: pydantic only, so that `--help` and recipe checks stay fast."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from profiles.section import Section
+
+TeacherKind = Literal["train", "array", "transformers", "onnx", "torch", "none"]
+Pooling = Literal["mean", "cls", "max", "last"]
+
+
+class ImageInput(Section):
+    """How uint8 images become the float input of a network that somebody else trained.
+
+    `normalization`: "dataset" (mean and standard deviation of the training split), "imagenet", or "none" (0 to 1).
+    `mean` and `std`, per channel for values scaled to 0..1, take precedence and are given together.
+    `input_size`: pixels; images are resized to a square of that side (bilinear, antialias), None: as they are.
+    `input_channels`: 3 repeats grey images three times, None: as they are.
+    """
+
+    normalization: Literal["dataset", "imagenet", "none"] = "dataset"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    input_size: int | None = Field(default=None, ge=8, le=4096)
+    input_channels: Literal[1, 3] | None = None
+
+    @model_validator(mode="after")
+    def _mean_with_std(self) -> Self:
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std belong together: give both, or neither")
+        if self.mean is not None and self.std is not None:
+            if len(self.mean) != len(self.std) or not self.mean:
+                raise ValueError(f"mean has {len(self.mean)} values, std has {len(self.std)}: one of each per channel")
+            if min(self.std) <= 0:
+                raise ValueError("std must be positive")
+        return self
+
+
+class TeacherSection(ImageInput):
+    """Who teaches. Paths are relative to the recipe's folder.
+
+    kind "train": a wide network of the student's family, trained on the labels first (`arch`, `epochs`,
+      `learning_rate`; None: the family's default arch, and the values of `[train]`).
+    kind "array": outputs computed elsewhere. `embeddings` and/or `logits` name the training split's file (.npy, .npz,
+      .safetensors), one row per training sample in the data set's order; `validation_*` and `test_*` are optional. An
+      .npz or .safetensors file with arrays called "train", "validation" and "test" holds all splits at once.
+    kind "transformers": `model` is a local folder or a hub name, `pooling` makes one embedding of the tokens,
+      `max_length` cuts texts (tokens), `classification` also takes the logits of its classifier.
+    kind "onnx": `file`; `output` names the logits, `embedding_output` the embedding (at least one of them).
+    kind "torch": `factory` ("package.module:name") called with `kwargs`; `weights` (.safetensors or a .pth state dict);
+      `embedding_layer` names the module whose output is the embedding, or `head` the final Linear whose input it is
+      (None: the last Linear).
+    kind "none": no teacher; only the `supervised` objective works.
+    `cache_dtype`: how outputs are stored; the reconstruction error of float16 is reported.
+    `batch_size`: samples per teacher forward pass while the cache is built.
+    """
+
+    kind: TeacherKind = "train"
+    strategy: Literal["frozen"] = "frozen"
+    arch: str | None = None
+    epochs: int | None = Field(default=None, ge=1)
+    learning_rate: float | None = Field(default=None, gt=0)
+    embeddings: str | None = None
+    logits: str | None = None
+    validation_embeddings: str | None = None
+    validation_logits: str | None = None
+    test_embeddings: str | None = None
+    test_logits: str | None = None
+    model: str | None = None
+    pooling: Pooling = "mean"
+    max_length: int | None = Field(default=None, ge=2)
+    classification: bool = False
+    file: str | None = None
+    output: str | None = None
+    embedding_output: str | None = None
+    factory: str | None = None
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    weights: str | None = None
+    embedding_layer: str | None = None
+    head: str | None = None
+    cache_dtype: Literal["float16", "float32"] = "float16"
+    batch_size: int = Field(default=256, ge=1)
+
+    @model_validator(mode="after")
+    def _keys_fit_the_kind(self) -> Self:
+        fitting = COMMON_KEYS | KEYS_OF_KIND[self.kind]
+        for name, field in type(self).model_fields.items():
+            # a stored recipe spells every default out, so only a value that differs from it counts as given
+            if name not in fitting and getattr(self, name) != field.get_default(call_default_factory=True):
+                raise ValueError(
+                    f'"{name}" does not belong to a teacher of kind "{self.kind}"; '
+                    f"its keys: {', '.join(sorted(KEYS_OF_KIND[self.kind])) or 'none'}"
+                )
+        missing = [
+            names for names in _REQUIRED.get(self.kind, ()) if all(getattr(self, name) is None for name in names)
+        ]
+        if missing:
+            raise ValueError(f'a teacher of kind "{self.kind}" needs "{" or ".join(missing[0])}"')
+        if self.embedding_layer and self.head:
+            raise ValueError('name "embedding_layer" or "head", not both')
+        return self
+
+
+_IMAGE_KEYS = frozenset(ImageInput.model_fields)
+COMMON_KEYS = frozenset({"kind", "strategy", "cache_dtype", "batch_size"})
+KEYS_OF_KIND: dict[TeacherKind, frozenset[str]] = {
+    "train": frozenset({"arch", "epochs", "learning_rate"}),
+    "array": frozenset({"embeddings", "logits"})
+    | {f"{split}_{what}" for split in ("validation", "test") for what in ("embeddings", "logits")},
+    "transformers": frozenset({"model", "pooling", "max_length", "classification"}),
+    "onnx": frozenset({"file", "output", "embedding_output"}) | _IMAGE_KEYS,
+    "torch": frozenset({"factory", "kwargs", "weights", "embedding_layer", "head"}) | _IMAGE_KEYS,
+    "none": frozenset(),
+}
+_REQUIRED: dict[TeacherKind, tuple[tuple[str, ...], ...]] = {
+    "array": (("embeddings", "logits"),),
+    "transformers": (("model",),),
+    "onnx": (("file",), ("output", "embedding_output")),
+    "torch": (("factory",),),
+}
