@@ -1,0 +1,409 @@
+"""The report as one versioned document, `report.json`: the only source of terminal table, page, CSV and Markdown.
+
+Units: metrics and their differences are fractions (0..1), times milliseconds unless the name says seconds, sizes MiB.
+The JSON Schema beside this file is made from these models:
+`python -m cli.report.schema > cli/report/report.schema.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final, Literal, Protocol, Self
+
+from pydantic import Field, JsonValue, ValidationError, model_validator
+
+from cli.report.verdict import Judged, RowVerdict, Verdict, exit_status, overall_verdict
+from profiles.errors import InputError
+from profiles.section import Section
+
+SCHEMA_VERSION: Final = 1
+SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
+
+Scope = Literal["end_to_end", "compute"]
+LimitName = Literal["latency_ms", "memory_mib", "file_size_mib", "metric_floor", "max_metric_drop"]
+"""A limit goes by its key in the recipe, so that a reader knows what to change."""
+MetricPlace = Literal["artifact in its runtime", "ONNX Runtime here, not the device", "PyTorch"]
+
+
+class MetricLike(Protocol):
+    """What `MetricValue.of` reads; `profiles.metrics.Metric` is one."""
+
+    @property
+    def value(self) -> float: ...
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
+    @property
+    def n(self) -> int: ...
+    @property
+    def confidence(self) -> float: ...
+    @property
+    def method(self) -> str: ...
+
+
+class MetricValue(Section):
+    """A metric with its interval, and where the model ran that it belongs to."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    """Samples that it was computed on."""
+    confidence: float = 0.95
+    method: str = ""
+    """Of the interval: Wilson, bootstrap."""
+    on: MetricPlace = "artifact in its runtime"
+
+    @classmethod
+    def of(cls, metric: MetricLike, on: MetricPlace = "artifact in its runtime") -> MetricValue:
+        """The report's copy of a computed metric."""
+        return cls(
+            value=metric.value,
+            low=metric.low,
+            high=metric.high,
+            n=metric.n,
+            confidence=metric.confidence,
+            method=metric.method,
+            on=on,
+        )
+
+    @property
+    def half_width(self) -> float:
+        """Half of the interval: what stands after the ± sign."""
+        return (self.high - self.low) / 2
+
+
+class Difference(Section):
+    """A paired difference of two metrics on the same samples, as a fraction."""
+
+    value: float
+    low: float
+    high: float
+    confidence: float = 0.95
+
+
+class LatencyValue(Section):
+    """A latency in milliseconds: the point estimate of one percentile and the bounds that decide a limit."""
+
+    percentile: float
+    """50, 90, 95, 99 or 99.9."""
+    point: float | None
+    """None when there were too few samples for this percentile."""
+    upper_bound: float | None = None
+    lower_bound: float | None = None
+    confidence: float = 0.99
+    scope: Scope = "end_to_end"
+    batch: int = 1
+    samples: int = 0
+    stable: bool = True
+    """False when the warm-up gave up before successive windows agreed."""
+    p50: float | None = None
+    mean: float | None = None
+    max: float | None = None
+    outliers: int | None = None
+
+
+class Roofline(Section):
+    """The least time that the device's own peak figures allow: a bound, never an estimate."""
+
+    bound_ms: float
+    limiting: Literal["compute", "memory"]
+
+
+class LimitVerdict(Section):
+    """One limit of a target: what was asked, what was found and the interval that decided."""
+
+    name: LimitName
+    limit: float
+    """In the unit of the recipe key: ms, MiB, or a fraction for metrics."""
+    value: float | None = None
+    """None when it was not measured."""
+    low: float | None = None
+    high: float | None = None
+    """low and high: the interval that decided; None where the value is exact (a file's size)."""
+    verdict: Verdict
+    reason: str = ""
+    """Why it is inconclusive or not measured, one sentence."""
+
+
+class Engine(Section):
+    """What was compiled from the ONNX file, and what could only be parsed."""
+
+    file: str | None = None
+    built_by: str | None = None
+    """Builder and version: "TensorRT-RTX 1.7.1"."""
+    parsed_by: str | None = None
+    """Parser and version that accepted the graph, when nothing was built."""
+    not_built_because: str | None = None
+
+
+class CandidateRow(Section):
+    """One precision that was tried for a target."""
+
+    precision: str
+    compute_precision: str = ""
+    """What the runtime really computes in, when it differs from the file's precision."""
+    size_mib: float | None = None
+    metric: MetricValue | None = None
+    """On the validation split: candidates are chosen there, the test split is used once."""
+    latency: LatencyValue | None = None
+    chosen: bool = False
+    rejected_because: str | None = None
+
+
+class TargetRow(Section):
+    """One target: its device, its artefact, what was measured and what follows."""
+
+    name: str
+    device: str
+    """The device's name in the catalogue: "jetson-orin-nano"."""
+    device_title: str
+    """As people say it: "Jetson Orin Nano 8GB"."""
+    host: str | None = None
+    """Name of the machine that it was measured on."""
+    stack: str
+    """As people say it: "JetPack 6.2.1, TensorRT 10.3.0"."""
+    power_mode: str | None = None
+    conditions: tuple[str, ...] = ()
+    """What else to know of the measurement, a few words each: "4 threads", "61 to 74 °C", "clocks not locked"."""
+    arch: str
+    precision: str
+    compute_precision: str = ""
+    """What the runtime really computes in, when it differs from the file's precision."""
+    model_file: str | None = None
+    bundle: str | None = None
+    """Path of the bundle, relative to the run folder."""
+    size_mib: float | None = None
+    metric: MetricValue | None = None
+    """On the test split."""
+    latency: LatencyValue | None = None
+    """None: not measured on the device."""
+    roofline: Roofline | None = None
+    load_ms: float | None = None
+    first_inference_ms: float | None = None
+    peak_memory_mib: float | None = None
+    peak_memory_how: str = ""
+    limits: tuple[LimitVerdict, ...] = ()
+    verdict: RowVerdict
+    """`overall_verdict(limits, measured=latency is not None, error=error)`."""
+    error: str | None = None
+    """Why edgestill could not make or measure this target's artefact."""
+    engine: Engine | None = None
+    candidates: tuple[CandidateRow, ...] = ()
+    why: tuple[str, ...] = ()
+    """Reasons of the choice and the verdict, one line each."""
+    fixes: tuple[str, ...] = ()
+    """What the user could change, one recipe line or command each."""
+    environment: dict[str, JsonValue] = Field(default_factory=dict)
+    """Everything that was recorded with the measurement."""
+
+    @model_validator(mode="after")
+    def _verdict_follows_from_limits(self) -> Self:
+        expected = overall_verdict(self.limits, measured=self.latency is not None, error=self.error)
+        if self.verdict != expected:
+            raise ValueError(f'verdict of target {self.name} is "{self.verdict}", but its limits say "{expected}"')
+        return self
+
+    def limit(self, name: LimitName) -> LimitVerdict | None:
+        """The limit of that name, None when the target does not set it."""
+        return next((limit for limit in self.limits if limit.name == name), None)
+
+
+class ReferenceRow(Section):
+    """A model to compare with: the teacher, or a student trained without one."""
+
+    role: Literal["teacher", "no teacher"]
+    arch: str
+    precision: str = "fp32"
+    size_mib: float | None = None
+    metric: MetricValue | None = None
+    """None for a teacher that has no class logits."""
+    note: str = ""
+
+
+class Bought(Section):
+    """What distilling bought: the distilled student minus the plain-trained one of the same architecture, paired."""
+
+    arch: str
+    difference: Difference
+    objective: str = ""
+
+
+class Stage(Section):
+    """One stage of the run."""
+
+    name: str
+    seconds: float
+    cached: bool = False
+    """True when an earlier run's result was used; `seconds` then is the time of looking."""
+
+
+class CurvePoint(Section):
+    """One validation of a training run."""
+
+    epoch: float
+    train_loss: float | None = None
+    validation: float | None = None
+    """The task's metric, a fraction."""
+
+
+class TrainingRun(Section):
+    """What training one network cost and how it went."""
+
+    role: Literal["teacher", "student", "no teacher"]
+    arch: str
+    objective: str
+    epochs: float
+    best_epoch: float | None = None
+    seconds: float
+    samples_per_second: float | None = None
+    device: str = ""
+    parameters: int | None = None
+    curve: tuple[CurvePoint, ...] = ()
+
+
+class DataFacts(Section):
+    """Where the data is from."""
+
+    source: str
+    title: str = ""
+    licence: str = ""
+    citation: str = ""
+    splits: dict[str, int] = Field(default_factory=dict)
+    """Samples per split: train, validation, test."""
+    labels: tuple[str, ...] = ()
+    input: str = ""
+    """What one sample is: "uint8 1x28x28"."""
+
+
+class Machine(Section):
+    """The machine that trained and reported."""
+
+    title: str
+    """CPU or GPU model, cores, memory, as people say it."""
+    host: str = ""
+    os: str = ""
+    python: str = ""
+
+
+class Counts(Section):
+    """How many targets have which verdict."""
+
+    passed: int = 0
+    failed: int = 0
+    inconclusive: int = 0
+    not_measured: int = 0
+    errors: int = 0
+
+    @classmethod
+    def of(cls, rows: Iterable[Judged]) -> Counts:
+        """Counts the verdicts of these rows."""
+        verdicts = [row.verdict for row in rows]
+        return cls(
+            passed=verdicts.count("pass"),
+            failed=verdicts.count("fail"),
+            inconclusive=verdicts.count("inconclusive"),
+            not_measured=verdicts.count("not measured"),
+            errors=verdicts.count("error"),
+        )
+
+
+class Report(Section):
+    """A run's result."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: str
+    created: str
+    """ISO 8601 with time zone."""
+    seconds: float
+    """Wall-clock time of the run that wrote this report, cached stages included at the time they took now."""
+    versions: dict[str, str]
+    """edgestill and the libraries that decide the result; `profiles.artifact.tool_versions()`."""
+    machine: Machine
+    recipe: str = ""
+    """Recipe as the user named it; commands in the report use it."""
+    folder: str
+    """Run folder as the user named it."""
+    seed: int = 0
+    task: str
+    metric: str
+    """Name of the primary metric: top1, mAP."""
+    classes: int
+    n_test: int
+    unit: Literal["image", "text", "sample"] = "sample"
+    """What one sample is, for "2,000 test images"."""
+    require_measured: bool = False
+    exit_status: int
+    """`exit_status(targets, require_measured)`."""
+    counts: Counts
+    targets: tuple[TargetRow, ...]
+    references: tuple[ReferenceRow, ...] = ()
+    bought: tuple[Bought, ...] = ()
+    stages: tuple[Stage, ...] = ()
+    training: tuple[TrainingRun, ...] = ()
+    data: DataFacts
+    notes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _summary_follows_from_targets(self) -> Self:
+        names = [row.name for row in self.targets]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two targets have the same name: {names}")
+        if self.counts != Counts.of(self.targets):
+            raise ValueError("counts do not agree with the targets' verdicts")
+        expected = exit_status(self.targets, self.require_measured)
+        if self.exit_status != expected:
+            raise ValueError(f"exit_status is {self.exit_status}, but the targets' verdicts say {expected}")
+        return self
+
+
+def to_json(report: Report) -> str:
+    """The report as `report.json` holds it."""
+    return report.model_dump_json(indent=2) + "\n"
+
+
+def load_report(path: Path) -> Report:
+    """Reads a `report.json`.
+
+    Raises:
+        InputError: no such file, not JSON, of another schema version, or not a report.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise InputError("there is no report here", where=str(path), fix="edgestill run RECIPE makes one") from error
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError("the report is not JSON", where=str(path), evidence=str(error), fix="run it again") from error
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if version != SCHEMA_VERSION:
+        raise InputError(
+            f"the report has schema version {version}, this edgestill reads {SCHEMA_VERSION}",
+            where=str(path),
+            fix="run the recipe again with this version; cached stages are used",
+        )
+    try:
+        return Report.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "report"
+        raise InputError(
+            "the report does not match its schema",
+            where=str(path),
+            evidence=f"{key}: {first['msg']}",
+            fix="run it again",
+        ) from error
+
+
+def schema_text() -> str:
+    """The JSON Schema of a report, as the file beside this module holds it."""
+    return json.dumps(Report.model_json_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(schema_text())
