@@ -1,0 +1,26 @@
+"""The `[measure]` table of a recipe."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from profiles.section import Section
+
+
+class MeasureSection(Section):
+    """How latency is measured on this machine; the defaults suit a student of a few milliseconds."""
+
+    threads: int = Field(default=1, ge=1, le=1024)
+    """Threads that work inside one operator. One is the default because it is repeatable on a machine that is shared,
+    leaves the other cores to the application, and is the fastest for most small students; raise it for a large model.
+    The number is part of the measurement's identity: runs with different numbers are not comparable."""
+    max_seconds: float = Field(default=60.0, gt=0)
+    """Sampling time per candidate, without warm-up. When it ends undecided, the verdict is inconclusive."""
+    max_samples: int = Field(default=20_000, ge=64)
+    """Samples per candidate at which the last look is taken."""
+    confidence: float = Field(default=0.99, gt=0.5, lt=1.0)
+    """Confidence of the bounds and of the verdict, over all looks together."""
+    warmup_seconds: float = Field(default=10.0, gt=0)
+    """Bound on the warm-up of one candidate; a candidate that has not settled by then is called unstable."""
+    idle_gap_ms: float = Field(default=0.0, ge=0)
+    """Duty cycle: pause between two queries. A device that sleeps between frames is slower per frame."""

@@ -1,0 +1,140 @@
+"""What a measurement says: the stored documents, without the machinery that makes them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from profiles.section import Section
+
+Scope = Literal["compute", "end_to_end"]
+Outcome = Literal["pass", "fail", "inconclusive"]
+
+
+class Latency(Section):
+    """The distribution of one clock's samples, all in milliseconds; nothing is clipped.
+
+    A percentile is None when there are fewer samples than it needs (p90 64, p95 130, p99 662, p99.9 6636).
+    """
+
+    scope: Scope
+    """"compute": the runtime's run call on inputs that are in place. "end_to_end": host input to host output, one
+    query in flight."""
+    samples: int
+    mean: float
+    minimum: float
+    maximum: float
+    p50: float | None
+    p90: float | None
+    p95: float | None
+    p99: float | None
+    p99_9: float | None
+    percentile: float
+    """The percentile that was asked for: 50, 90, 95, 99 or 99.9."""
+    value: float | None
+    """The point estimate of that percentile."""
+    upper_bound: float | None
+    """That percentile is at most this, with `bound_confidence`; None when the samples are too few to say."""
+    lower_bound: float | None
+    """That percentile is at least this, with `bound_confidence`."""
+    bound_confidence: float
+    """Confidence of each bound; higher than the asked one when the error probability was split over several looks."""
+    outliers: int
+    """Samples above the third quartile by more than 1.5 interquartile ranges (Tukey); counted, never removed."""
+    lag1: float | None
+    """Lag-1 autocorrelation, -1 to 1; far from 0 means that neighbouring queries are not independent."""
+
+
+class LatencyDifference(Section):
+    """This candidate's median latency minus another's, from interleaved samples, in milliseconds."""
+
+    against: str
+    scope: Scope
+    value: float
+    low: float
+    high: float
+    confidence: float
+    method: str
+    """How the interval was made."""
+
+
+class Memory(Section):
+    """Peak memory of a fresh process that does nothing but load the model and run it."""
+
+    peak_mib: float | None
+    """Highest resident size of the whole process; None when it could not be read."""
+    before_load_mib: float | None
+    """Resident size with interpreter and runtime imported, before the model was loaded."""
+    how: str
+    """What was read, and where; the reason when there is no figure."""
+
+
+class Measurement(Section):
+    """How fast one model file runs, how sure that is, and under which circumstances it was seen."""
+
+    name: str
+    file: str
+    sha256: str
+    file_size_mib: float
+    """The model file and its external data files."""
+    runtime: str
+    runtime_version: str
+    options: dict[str, Any]
+    """Everything that was set in the runtime: providers, threads, optimisation level."""
+    batch: int
+    input_shapes: dict[str, tuple[int, ...]]
+    input_source: str
+    """Such as "real samples (validation split)" or "random"."""
+    compute: Latency
+    end_to_end: Latency
+    scope: Scope
+    """The clock that the limit is about."""
+    limit_ms: float | None
+    verdict: Outcome | None
+    """None when there is no limit."""
+    looks: int
+    """How often the samples were judged."""
+    stopped_by: Literal["decided", "samples", "time"]
+    stable: bool
+    """Whether the warm-up settled."""
+    warnings: tuple[str, ...]
+    """What a reader of the figures must know: did not settle, the machine was busy, clocks were throttled."""
+    warmup_runs: int
+    warmup_seconds: float
+    seconds: float
+    """Wall-clock time of this candidate's sampling."""
+    load_ms: float | None
+    """Model file to ready session, in the fresh process of `memory`."""
+    first_inference_ms: float | None
+    memory: Memory
+    differences: tuple[LatencyDifference, ...]
+    """Against every other candidate that was measured interleaved with this one."""
+    environment: dict[str, Any]
+    """Device, affinity, clocks, governor, temperatures, load; "before" and "after" where they may change."""
+    created: str
+    """UTC, ISO 8601."""
+
+    @property
+    def asked(self) -> Latency:
+        """The latency in the scope that was asked for."""
+        return self.compute if self.scope == "compute" else self.end_to_end
+
+
+class ThroughputPoint(Section):
+    """One batch size of a sweep."""
+
+    batch: int
+    samples_per_second: float
+    p50_ms: float
+    """End to end, per query of `batch` samples."""
+    queries: int
+    stable: bool
+
+
+class Throughput(Section):
+    """Samples per second over batch sizes, end to end, one query in flight."""
+
+    points: tuple[ThroughputPoint, ...]
+    saturation_batch: int
+    """The smallest batch that reaches 95 % of the best throughput."""
+    note: str
+    """Why the sweep ended."""
