@@ -1,0 +1,110 @@
+"""What the export hands on: candidates with their parity, and the plan that holds them. Light: pydantic only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from profiles.device import Precision
+from profiles.metrics import Difference, Metric
+from profiles.section import Section
+
+
+class Rung(Section):
+    """One step of the parity ladder: a graph against the PyTorch model in FP32, on real held-out samples."""
+
+    name: str
+    """What was compared, such as "onnx fp32" or "onnx runtime optimised"."""
+    batches: tuple[int, ...]
+    """Batch sizes that ran; the figures are the worst over them."""
+    samples: int
+    max_abs: float
+    """Largest |a - b| over all logits."""
+    relative: float
+    """`max_abs` over the largest |reference| logit."""
+    agreement: float
+    """Share of samples (of logits, when classes are not exclusive) with the reference's decision, 0 to 1."""
+    difference: Difference | None = None
+    """Task metric of this rung minus the reference's, paired over samples; None when no labels were given."""
+    passed: bool
+    first_divergence: str | None = None
+    """For a failing rung: the first node, in graph order, whose output leaves the tolerance."""
+
+
+class Engine(Section):
+    """A TensorRT engine for one compute capability. A raw plan: `trtexec --loadEngine` reads it."""
+
+    file: Path
+    compute_capability: str
+    builder: str
+    """Such as "TensorRT-RTX 1.7.1.116"; an engine runs on this version only."""
+    batch: tuple[int, int, int]
+    """Smallest, optimal and largest batch; all equal: a static shape."""
+    sha256: str
+    size_bytes: int
+    build_seconds: float
+    realised_precision: str
+
+
+class Candidate(Section):
+    """One file that a target could run, or the reason why it cannot."""
+
+    name: str
+    """Unique in a plan: fp32, fp16, int8 (x86), int8-fp16 and int8-fp32 (INT8 with that remainder, for TensorRT)."""
+    precision: Precision
+    file: Path | None = None
+    """The ONNX graph; None when refused before it was made."""
+    engine: Engine | None = None
+    static_engine: Engine | None = None
+    """The same for batch 1 alone, when the target's batch is larger: a dynamic batch can cost 3x at batch 1."""
+    engine_note: str | None = None
+    """Why there is no engine."""
+    opset: int | None = None
+    ir_version: int | None = None
+    sha256: str | None = None
+    size_bytes: int | None = None
+    parity: tuple[Rung, ...] = ()
+    validation: Metric | None = None
+    """Task metric of this very file on validation data in ONNX Runtime."""
+    compute_precision: str | None = None
+    """What really computes, where it is known, such as "int8: 9 of 9 Conv and MatMul nodes"."""
+    parsed_by: str | None = None
+    """Evidence for TensorRT stacks, such as "parsed by TensorRT-RTX 1.7.1 (not TensorRT 10.3)"."""
+    refused: str | None = None
+    """Reason why the target cannot use it, with the fact; None: usable."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def usable(self) -> bool:
+        return self.refused is None and self.file is not None
+
+
+class Plan(Section):
+    """Every candidate of one student for one target's device and stack."""
+
+    folder: Path
+    device: str
+    stack: str
+    dialect: Literal["qdq-u8s8", "qdq-s8s8", "weak-tensorrt"]
+    opset: int
+    input_name: str
+    input_dtype: str
+    input_shape: tuple[int, ...]
+    """Of one sample, without the batch."""
+    batch: int
+    calibration_sha256: str | None
+    candidates: tuple[Candidate, ...]
+    seconds: float
+    reused: tuple[str, ...] = ()
+    """Candidates whose files and figures were there already."""
+
+    @property
+    def usable(self) -> tuple[Candidate, ...]:
+        return tuple(candidate for candidate in self.candidates if candidate.usable)
+
+    def __getitem__(self, name: str) -> Candidate:
+        """The candidate of that name. Raises KeyError."""
+        for candidate in self.candidates:
+            if candidate.name == name:
+                return candidate
+        raise KeyError(name)

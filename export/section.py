@@ -1,0 +1,42 @@
+"""The `[export]` table of a recipe. Light: pydantic only."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from profiles.section import Section
+
+CalibrationMethod = Literal["minmax", "entropy", "percentile"]
+
+
+class ExportSection(Section):
+    """How a trained student becomes files.
+
+    A rung of the parity ladder fails when its *relative error*, max |a - b| / max |reference| over the logits of all
+    held-out samples, is over the tolerance of its precision, when fewer of its samples than the agreement asks for keep
+    the reference's decision (argmax; sign of every logit when classes are not exclusive), or when it holds NaN or infinity.
+    """
+
+    opset: int | None = Field(default=None, ge=13, le=25)
+    """ONNX operator set; None: 20, or the newest that the target's stack reads when that is older."""
+    calibration_samples: int = Field(default=512, ge=1)
+    """Training samples that the INT8 ranges are measured on; never random data."""
+    calibration_method: CalibrationMethod = "minmax"
+    calibration_percentile: float = Field(default=99.99, gt=50, le=100)
+    """Percent of the activations inside the range; for calibration_method "percentile"."""
+    parity_samples: int = Field(default=512, ge=2)
+    """Held-out samples that every rung of the parity ladder is compared on."""
+    fp32_tolerance: float = Field(default=1e-4, gt=0)
+    """Relative error of an FP32 graph. Reordered sums of a deep network give about 1e-6; a wrong operator far more."""
+    fp32_agreement: float = Field(default=0.995, ge=0, le=1)
+    """Share of decisions that FP32 graphs keep; below 1 because near-ties may fall either way."""
+    fp16_tolerance: float = Field(default=2e-2, gt=0)
+    """Relative error of an FP16 graph (11 bits of mantissa, 5e-4 per rounding, summed over the layers)."""
+    fp16_agreement: float = Field(default=0.98, ge=0, le=1)
+    int8_agreement: float = Field(default=0.8, ge=0, le=1)
+    """Share of decisions that an INT8 graph keeps. Its error is not bounded by a tolerance: what it costs is the metric's
+    difference, which the target's own limits judge. Below this share the graph has collapsed."""
+    engines: bool = True
+    """Build TensorRT-RTX engines for targets that run it."""
