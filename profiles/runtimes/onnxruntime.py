@@ -1,0 +1,311 @@
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from profiles.errors import EdgestillError, InputError
+from profiles.runtimes import Clock, TensorSpec, Timed
+
+Array = np.ndarray[Any, Any]
+
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(double)": "float64",
+    "tensor(float16)": "float16",
+    "tensor(uint8)": "uint8",
+    "tensor(int8)": "int8",
+    "tensor(uint16)": "uint16",
+    "tensor(int16)": "int16",
+    "tensor(uint32)": "uint32",
+    "tensor(int32)": "int32",
+    "tensor(uint64)": "uint64",
+    "tensor(int64)": "int64",
+    "tensor(bool)": "bool",
+}
+_PROVIDER = "CPUExecutionProvider"
+_ERRORS_ONLY = 3
+
+
+class OnnxRuntimeSession:
+    """One model on the CPU provider, every graph optimisation on.
+
+    The input buffers are allocated once per shape and bound, so that the run call finds its inputs in place.
+    """
+
+    def __init__(self, model: Path, threads: int | None) -> None:
+        self._model = model
+        settings = ort.SessionOptions()
+        settings.log_severity_level = _ERRORS_ONLY
+        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        settings.inter_op_num_threads = 1
+        settings.intra_op_num_threads = threads or 0
+        if not model.is_file():
+            raise InputError("no such model file", where=str(model), fix="name an .onnx file that exists")
+        try:
+            self._session: Any = ort.InferenceSession(str(model), settings, providers=[_PROVIDER])
+        except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
+            raise _load_error(error, model) from error
+        self.inputs = _specs(self._session.get_inputs(), model)
+        self.outputs = _specs(self._session.get_outputs(), model)
+        self.options: dict[str, Any] = {
+            "providers": [_PROVIDER],
+            "intra_op_threads": threads,
+            "inter_op_threads": 1,
+            "execution_mode": "sequential",
+            "graph_optimization": "all",
+        }
+        self._binding: Any = None
+        self._buffers: dict[str, Array] = {}
+
+    def query(self, inputs: Mapping[str, Array], clock: Clock) -> Timed:
+        """See `Session.query`; `compute` is the session's run call with bound inputs."""
+        if self._binding is None or any(
+            array.shape != self._buffers[name].shape or array.dtype != self._buffers[name].dtype
+            for name, array in inputs.items()
+        ):
+            self._bind(inputs)
+        session, binding, buffers = self._session, self._binding, self._buffers
+        try:
+            start = clock.now()
+            for name, array in inputs.items():
+                np.copyto(buffers[name], array)
+            ready = clock.now()
+            session.run_with_iobinding(binding)
+            computed = clock.now()
+            outputs = binding.copy_outputs_to_cpu()
+            end = clock.now()
+        except Exception as error:
+            raise _run_error(error, self._model) from error
+        return Timed(
+            computed - ready,
+            end - start,
+            {spec.name: output for spec, output in zip(self.outputs, outputs, strict=True)},
+        )
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """The outputs by name, without clocks.
+
+        Raises:
+            EdgestillError: the runtime failed; names the file and the reason.
+        """
+        check_inputs(inputs, self.inputs, self._model)
+        try:
+            outputs = self._session.run(None, dict(inputs))
+        except Exception as error:
+            raise _run_error(error, self._model) from error
+        return {spec.name: output for spec, output in zip(self.outputs, outputs, strict=True)}
+
+    def close(self) -> None:
+        """Frees the session and its buffers."""
+        self._binding = None
+        self._buffers = {}
+        self._session = None
+
+    def _bind(self, inputs: Mapping[str, Array]) -> None:
+        check_inputs(inputs, self.inputs, self._model)
+        self._binding = self._session.io_binding()
+        self._buffers = {name: np.empty(array.shape, array.dtype) for name, array in inputs.items()}
+        for name, buffer in self._buffers.items():
+            # on the CPU the OrtValue wraps the buffer, so filling the buffer is the copy that a user pays for
+            self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(buffer))
+        for spec in self.outputs:
+            self._binding.bind_output(spec.name)
+
+
+class OnnxRuntime:
+    """See `Runtime`."""
+
+    name = "onnxruntime"
+
+    @property
+    def version(self) -> str:
+        """The installed version."""
+        return str(ort.__version__)
+
+    def load(self, model: Path, *, threads: int | None) -> OnnxRuntimeSession:
+        """See `Runtime.load`."""
+        return OnnxRuntimeSession(model, threads)
+
+
+RUNTIME = OnnxRuntime()
+
+
+def run_model(
+    model: Path, inputs: Mapping[str, Array], *, batch_size: int = 256, threads: int | None = None
+) -> dict[str, Array]:
+    """All rows of `inputs` through the model, for accuracy and parity.
+
+    Args:
+        model: an ONNX file.
+        inputs: by input name, (N, ...) each, in the graph's own types.
+        batch_size: rows per run; a graph with a fixed batch is fed that many, the last rows padded by repetition.
+        threads: threads inside an operator; None: as many as the machine has cores.
+
+    Returns:
+        By output name, (N, ...).
+
+    Raises:
+        InputError: missing or damaged file; names, types or shapes that the graph does not take; no rows.
+        EdgestillError: the runtime cannot load or run the model.
+    """
+    session = OnnxRuntimeSession(model, threads)
+    rows = {array.shape[0] for array in inputs.values()}
+    if len(rows) != 1 or rows == {0}:
+        raise InputError("inputs must have the same number of rows, at least one", evidence=f"{sorted(rows)}")
+    total = rows.pop()
+    fixed = fixed_batch(session.inputs)
+    step = fixed or batch_size
+    collected: dict[str, list[Array]] = {spec.name: [] for spec in session.outputs}
+    for start in range(0, total, step):
+        chosen = np.arange(start, start + step) if fixed else np.arange(start, min(start + step, total))
+        kept = min(step, total - start)
+        outputs = session.run({name: array[np.minimum(chosen, total - 1)] for name, array in inputs.items()})
+        for name, output in outputs.items():
+            collected[name].append(output[:kept])
+    session.close()
+    return {name: np.concatenate(parts) for name, parts in collected.items()}
+
+
+def random_inputs(
+    model: Path, batch: int = 1, shapes: Mapping[str, tuple[int, ...]] | None = None, *, seed: int = 0
+) -> dict[str, Array]:
+    """Inputs for a model that came without samples: one query, label it as input source "random".
+
+    Floats are standard normal; uint8 is 0 to 255; other integers are 0 or 1, which every vocabulary has; the values
+    hardly move the latency of a dense network, yet they do where the graph branches on them.
+
+    Args:
+        model: an ONNX file.
+        batch: the size of a dynamic first dimension.
+        shapes: whole shapes by input name, needed where another dimension is dynamic.
+        seed: of the values.
+
+    Raises:
+        InputError: missing or damaged file, an unknown input name, a dynamic dimension without a shape, or a fixed
+            batch that is not `batch`.
+    """
+    session = OnnxRuntimeSession(model, 1)
+    names = [spec.name for spec in session.inputs]
+    for name in shapes or {}:
+        if name not in names:
+            raise InputError(
+                f'the model has no input "{name}"', where=str(model), evidence="inputs: " + ", ".join(names)
+            )
+    generator = np.random.default_rng(seed)
+    inputs = {}
+    for spec in session.inputs:
+        shape = (shapes or {}).get(spec.name) or _static_shape(spec, batch, model)
+        inputs[spec.name] = _random(shape, spec.dtype, generator)
+    session.close()
+    check_inputs(inputs, session.inputs, model)
+    return inputs
+
+
+def fixed_batch(inputs: tuple[TensorSpec, ...]) -> int | None:
+    """The batch size that the graph was frozen at, or None when its first dimension is dynamic."""
+    sizes = [spec.shape[0] for spec in inputs if spec.shape]
+    fixed = [size for size in sizes if isinstance(size, int)]
+    return fixed[0] if sizes and len(fixed) == len(sizes) else None
+
+
+def check_inputs(inputs: Mapping[str, Array], specs: tuple[TensorSpec, ...], model: Path) -> None:
+    """Names, types and shapes as the graph wants them.
+
+    Raises:
+        InputError: the first difference, with what the graph takes.
+    """
+    wanted = {spec.name: spec for spec in specs}
+    if set(inputs) != set(wanted):
+        raise InputError(
+            "the inputs are not those of the model",
+            where=str(model),
+            evidence=f"given: {', '.join(sorted(inputs))}; the model takes: {', '.join(sorted(wanted))}",
+        )
+    for name, array in inputs.items():
+        spec = wanted[name]
+        if array.dtype != np.dtype(spec.dtype):
+            raise InputError(f'input "{name}" is {array.dtype}, the model takes {spec.dtype}', where=str(model))
+        if len(array.shape) != len(spec.shape) or any(
+            isinstance(want, int) and want != have for have, want in zip(array.shape, spec.shape, strict=True)
+        ):
+            raise InputError(
+                f'input "{name}" has another shape than the model takes',
+                where=str(model),
+                evidence=f"given {array.shape}, the model takes {_shape_text(spec)}",
+            )
+
+
+def _static_shape(spec: TensorSpec, batch: int, model: Path) -> tuple[int, ...]:
+    if not spec.shape:
+        return ()
+    first = spec.shape[0]
+    if isinstance(first, int) and first != batch:
+        raise InputError(
+            f"the model takes batch {first} only, not {batch}",
+            where=str(model),
+            evidence=f'input "{spec.name}" is {_shape_text(spec)}',
+            fix=f"batch = {first}, or export the model with a dynamic batch",
+        )
+    rest = [size for size in spec.shape[1:] if isinstance(size, int)]
+    if len(rest) != len(spec.shape) - 1:
+        example = "x".join(str(size) if isinstance(size, int) else "224" for size in (batch, *spec.shape[1:]))
+        raise InputError(
+            f'input "{spec.name}" has a dynamic dimension beside the batch',
+            where=str(model),
+            evidence=f"its shape is {_shape_text(spec)}",
+            fix=f"say which shape to measure, such as {spec.name}:{example}",
+        )
+    return (batch, *rest)
+
+
+def _random(shape: tuple[int, ...], dtype: str, generator: np.random.Generator) -> Array:
+    if dtype.startswith("float"):
+        return generator.standard_normal(shape).astype(dtype)
+    high = 256 if dtype == "uint8" else 2
+    return generator.integers(0, high, shape).astype(dtype)
+
+
+def _specs(nodes: Any, model: Path) -> tuple[TensorSpec, ...]:
+    specs = []
+    for node in nodes:
+        if node.type not in _DTYPES:
+            raise EdgestillError(
+                f'"{node.name}" is a {node.type}, which NumPy cannot hold', where=str(model), fix="cast it in the graph"
+            )
+        specs.append(TensorSpec(node.name, _DTYPES[node.type], tuple(node.shape)))
+    return tuple(specs)
+
+
+def _shape_text(spec: TensorSpec) -> str:
+    return "(" + ", ".join(str(size) if size is not None else "?" for size in spec.shape) + ")"
+
+
+def _load_error(error: Exception, model: Path) -> EdgestillError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if type(error).__name__ in ("InvalidProtobuf", "NoSuchFile", "NoModel", "InvalidGraph"):
+        return InputError(
+            "not an ONNX model, or a damaged one",
+            where=str(model),
+            evidence=reason,
+            fix="export it again, and copy its external data file beside it if it has one",
+        )
+    return EdgestillError(
+        f"ONNX Runtime {ort.__version__} cannot load the model",
+        where=str(model),
+        evidence=reason,
+        fix="the evidence names the operator, opset or file; export for this runtime, or upgrade it",
+    )
+
+
+def _run_error(error: Exception, model: Path) -> EdgestillError:
+    if isinstance(error, EdgestillError):
+        return error
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return EdgestillError(f"ONNX Runtime {ort.__version__} failed on the model", where=str(model), evidence=reason)
