@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from profiles.errors import EdgestillError, InputError, nearest
 from profiles.section import Section
+from profiles.user_folder import user_devices
 
 Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8", "fp8", "fp4"]
 Dialect = Literal["qdq-u8s8", "qdq-s8s8", "weak-tensorrt"]
@@ -256,8 +257,13 @@ def size_class(device: Device) -> SizeClass:
 
 
 def list_devices() -> list[str]:
-    """Names of the devices that ship with edgestill, sorted, after "this-machine"."""
-    return [THIS_MACHINE, *sorted(path.stem for path in _DEVICES.glob("*.toml"))]
+    """Names of the devices that ship with edgestill or that the user added, sorted, after "this-machine"."""
+    return [THIS_MACHINE, *sorted(_device_files())]
+
+
+def _device_files() -> dict[str, Path]:
+    """Name -> file. A name that ships with edgestill means the same on every machine, so it wins over a user's file."""
+    return {path.stem: path for folder in (user_devices(), _DEVICES) for path in folder.glob("*.toml")}
 
 
 def load_device(name_or_file: str, *, where: str = "--device", base: Path | None = None) -> Device:
@@ -275,8 +281,8 @@ def load_device(name_or_file: str, *, where: str = "--device", base: Path | None
         return detect()
     if name_or_file.endswith(".toml"):
         return _read_device((base or Path()) / Path(name_or_file).expanduser(), where)
-    path = _DEVICES / f"{name_or_file}.toml"
-    if name_or_file not in list_devices():
+    path = _device_files().get(name_or_file)
+    if path is None:
         raise InputError(
             f'unknown device "{name_or_file}"',
             where=where,
