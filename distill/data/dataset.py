@@ -1,4 +1,4 @@
-"""The data as the rest of edgestill sees it: arrays in memory or mapped from disk, with everything that is needed to repeat it."""
+"""The data as the rest of edgestill sees it: arrays in memory or mapped from disk, and what is needed to repeat it."""
 
 from __future__ import annotations
 
