@@ -1,0 +1,118 @@
+"""The convolutional family: residual or inverted-residual blocks, elastic in width, depth and kernel."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from distill.data.dataset import InputSpec
+from distill.networks import Normalize
+from distill.students.arch import ConvArch, stage_count, stem_stride
+
+_EXPANSION = 4
+"""Inverted residual: hidden channels per output channel."""
+
+
+class ConvNet(nn.Module):
+    """uint8 (N, C, H, W) -> embedding (N, D): normalisation, stem, stages, global average pooling.
+
+    Rule for the input size: the stem halves the resolution (two strided convolutions, a quarter, from 96 px on), so no
+    block ever works at full resolution; then stages, each but the first halving it and doubling the channels, are added
+    until the map is at most 4 px on its longer side, at least 2 and at most 4 of them. 28 px: 14, 7, 4. 32 px: 16, 8,
+    4. 224 px: 56, 28, 14, 7.
+
+    BatchNorm, ReLU and ReLU6 only: they fold into the convolutions and quantise without surprises on every runtime.
+    Width, depth and kernel shrink by slicing (first channels, first blocks, centre of the kernel): stage i of a smaller
+    architecture is a part of stage i of a larger one.
+    """
+
+    def __init__(self, arch: ConvArch, spec: InputSpec) -> None:
+        super().__init__()
+        self.normalize = Normalize(spec.mean, spec.std)
+        strided = stem_stride(spec) // 2
+        layers: list[nn.Module] = []
+        channels = spec.shape[0]
+        for _ in range(strided):
+            layers.append(_conv_norm_act(channels, arch.width, 3, stride=2, act=nn.ReLU))
+            channels = arch.width
+        self.stem = nn.Sequential(*layers)
+        block = InvertedResidual if arch.inverted else Residual
+        self.stages = nn.ModuleList()
+        for stage in range(stage_count(spec)):
+            out = arch.width * 2**stage
+            blocks = [
+                block(channels if i == 0 else out, out, arch.kernel, 2 if i == 0 and stage else 1)
+                for i in range(arch.depth)
+            ]
+            self.stages.append(nn.Sequential(*blocks))
+            channels = out
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.embedding_dim = channels
+        _initialise(self)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x: Tensor = self.stem(self.normalize(image))
+        for stage in self.stages:
+            x = stage(x)
+        pooled: Tensor = self.pool(x)
+        return pooled.flatten(1)
+
+
+class Residual(nn.Module):
+    """relu(x + BN(conv(relu(BN(conv(x)))))), with a strided 1x1 projection of x where the shape changes."""
+
+    def __init__(self, channels: int, out: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        self.first = _conv_norm_act(channels, out, kernel, stride=stride, act=nn.ReLU)
+        self.second = _conv_norm_act(out, out, kernel)
+        same = channels == out and stride == 1
+        self.shortcut = nn.Identity() if same else _conv_norm_act(channels, out, 1, stride=stride)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.act(self.second(self.first(x)) + self.shortcut(x))
+        return result
+
+
+class InvertedResidual(nn.Module):
+    """1x1 expansion, depthwise kernel, linear 1x1 projection (MobileNetV2), added to x where the shape stays."""
+
+    def __init__(self, channels: int, out: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        hidden = _EXPANSION * channels
+        self.expand = _conv_norm_act(channels, hidden, 1, act=nn.ReLU6)
+        self.depthwise = _conv_norm_act(hidden, hidden, kernel, stride=stride, groups=hidden, act=nn.ReLU6)
+        self.project = _conv_norm_act(hidden, out, 1)
+        self.residual = channels == out and stride == 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.project(self.depthwise(self.expand(x)))
+        return x + y if self.residual else y
+
+
+def _conv_norm_act(
+    channels: int,
+    out: int,
+    kernel: int,
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    act: type[nn.ReLU] | type[nn.ReLU6] | None = None,
+) -> nn.Sequential:
+    layers: list[nn.Module] = [
+        nn.Conv2d(channels, out, kernel, stride, kernel // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(out),
+    ]
+    if act is not None:
+        layers.append(act(inplace=True))
+    return nn.Sequential(*layers)
+
+
+def _initialise(module: nn.Module) -> None:
+    for child in module.modules():
+        if isinstance(child, nn.Conv2d):
+            nn.init.kaiming_normal_(child.weight, mode="fan_out", nonlinearity="relu")
+    for child in module.modules():
+        if isinstance(child, Residual):
+            norm = child.second[1]
+            assert isinstance(norm, nn.BatchNorm2d)
+            nn.init.zeros_(norm.weight)  # every block starts as its shortcut (Goyal et al. 2017, arXiv 1706.02677)
