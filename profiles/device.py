@@ -41,10 +41,11 @@ _NEEDS_CAPABILITY: dict[str, tuple[int, int]] = {
     "fp4": (10, 0),
 }
 
-# ONNX Runtime release -> newest opset and IR version that it loads (its docs/Versioning.md; 1.31 by running it).
+# ONNX Runtime release -> newest opset and IR version that it loads, found by loading graphs in 1.23.2, 1.25.1, 1.27.0
+# and 1.31.1.
 _ONNXRUNTIME_ONNX: tuple[tuple[tuple[int, int], int, int], ...] = (
     ((1, 23), 23, 11),
-    ((1, 31), 26, 13),
+    ((1, 25), 26, 13),
 )
 
 
@@ -64,12 +65,16 @@ class Peaks(Section):
 
 
 class PowerMode(Peaks):
-    """One power mode, by the name that the device's own tool uses. A peak that is absent is that of the device."""
+    """One power mode, by the name that the device's own tool uses, without its prefix "MODE_".
+
+    A peak that is absent is that of the device: a bound still, if not the closest one.
+    """
 
     name: str
     watts: float | None = Field(None, gt=0)
     stacks: tuple[str, ...] = ()
     """Names of the stacks that have this mode; empty: all."""
+    evidence: dict[str, Evidence] = Field(default_factory=dict)
 
 
 class Stack(Section):
