@@ -147,7 +147,7 @@ _ALIASES = {"ec": "embedding_compression"}
 
 
 def _one(value: Any) -> Any:
-    """Reads `"ec"` as `{"kind": "ec"}` and an alias as the full name; an unknown kind is an error with the nearest one."""
+    """Reads `"ec"` as `{"kind": "ec"}` and an alias as the full name; an unknown kind is an error."""
     if isinstance(value, str):
         value = {"kind": value}
     if not isinstance(value, dict):

@@ -1,0 +1,180 @@
+"""Several objectives as one: what the loop trains against."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from distill.data.dataset import Dataset
+from distill.objectives.base import CachedOutputs, FitData, Objective, Shapes
+from distill.objectives.cosine_difference import CosineDifference
+from distill.objectives.distance_correlation import DistanceCorrelation
+from distill.objectives.embedding_compression import EmbeddingCompression
+from distill.objectives.kd import KD
+from distill.objectives.section import AnyObjective, Need, check_needs, resolve_hard_weight
+from distill.objectives.supervised import Supervised
+from distill.outputs import Batch, StudentOutput, TeacherOutput
+from profiles.errors import InputError
+
+_MODULES: dict[str, type[Objective]] = {
+    "supervised": Supervised,
+    "kd": KD,
+    "embedding_compression": EmbeddingCompression,
+    "distance_correlation": DistanceCorrelation,
+    "cosine_difference": CosineDifference,
+}
+
+
+class Composition(nn.Module):
+    """A mix of objectives, and the weight of the ground truth that the loop adds once.
+
+    At most one objective sets the size of the student's head; it sees the raw head, the others its class logits.
+    Build it with `build_objective`.
+    """
+
+    def __init__(self, sections: tuple[AnyObjective, ...], objectives: list[Objective], hard_weight: float) -> None:
+        super().__init__()
+        self.sections = sections
+        self.hard_weight = hard_weight
+        self.objectives = nn.ModuleList(objectives)
+        kinds = [section.kind for section in sections]
+        # two of a kind are allowed (KD at two temperatures); their terms need different names
+        self._prefixes = [
+            "" if kinds.count(kind) == 1 else f"objective[{position}]/" for position, kind in enumerate(kinds)
+        ]
+        self._leader = _leader(sections, objectives[0].shapes.classes)
+
+    def class_logits(self, head: Tensor) -> Tensor:
+        """Head output (N, H) -> class logits (N, C); part of the exported graph."""
+        return head if self._leader is None else self._at(self._leader).class_logits(head)
+
+    def prepare(self, data: FitData, *, fitted: bool = False) -> None:
+        """Fits every objective on the training split. `fitted`: parameters came from a checkpoint."""
+        for position in range(len(self.objectives)):
+            self._at(position).prepare(data, fitted=fitted)
+
+    def forward(self, student: StudentOutput, teacher: TeacherOutput, batch: Batch) -> dict[str, Tensor]:
+        """All distillation terms by name; the total of the method is their sum plus the ground-truth term."""
+        plain = StudentOutput(student.embedding, self.class_logits(student.head))
+        terms: dict[str, Tensor] = {}
+        for position, prefix in enumerate(self._prefixes):
+            view = student if position == self._leader else plain
+            for name, term in self._at(position)(view, teacher, batch).items():
+                terms[prefix + name] = term
+        return terms
+
+    def logs(self) -> dict[str, float]:
+        """Every objective's figures; call once per epoch."""
+        return {
+            prefix + name: value
+            for position, prefix in enumerate(self._prefixes)
+            for name, value in self._at(position).logs().items()
+        }
+
+    def check_mixup(self) -> None:
+        """Refuses mixup where mixing cached outputs is not sound.
+
+        Raises:
+            InputError: an objective matches embeddings; the embedding of a mixed image is not the mixed embedding.
+        """
+        for section in self.sections:
+            if not section.mixup:
+                raise InputError(
+                    f'mixup cannot be used with objective "{section.kind}"',
+                    where="train.mixup",
+                    evidence="the teacher's embedding of a mixed image is not the mixture of the cached embeddings",
+                    fix="mixup = 0",
+                )
+
+    def _at(self, position: int) -> Objective:
+        return cast(Objective, self.objectives[position])
+
+
+def _leader(sections: tuple[AnyObjective, ...], classes: int) -> int | None:
+    """Position of the objective that changes the head's size, None when none does."""
+    changing = [
+        position
+        for position, section in enumerate(sections)
+        if _MODULES[section.kind].head_size(section, classes) != classes
+    ]
+    if len(changing) > 1:
+        raise InputError(
+            "two objectives want to set the size of the student's head",
+            where=f"objective[{changing[1]}].kind",
+            evidence=" and ".join(sections[position].kind for position in changing),
+            fix="keep one of them",
+        )
+    return changing[0] if changing else None
+
+
+def head_size(sections: tuple[AnyObjective, ...], classes: int) -> int:
+    """Outputs that the student's head needs.
+
+    Raises:
+        InputError: two objectives want to set it.
+    """
+    leader = _leader(sections, classes)
+    return classes if leader is None else _MODULES[sections[leader].kind].head_size(sections[leader], classes)
+
+
+def available(dataset: Dataset, cache: CachedOutputs | None) -> frozenset[Need]:
+    """What the data and the cached teacher can supply."""
+    found: set[Need] = {"labels"} if len(dataset.train.labels) else set()
+    if cache is not None and cache.train_embedding is not None:
+        found.add("embedding")
+    if cache is not None and cache.train_logits is not None:
+        found.add("logits")
+    return frozenset(found)
+
+
+def build_objective(
+    sections: tuple[AnyObjective, ...],
+    dataset: Dataset,
+    cache: CachedOutputs | None,
+    *,
+    student_dim: int,
+    hard_weight: float | None = None,
+    seed: int = 0,
+) -> Composition:
+    """The composed objective with fresh parameters, a pure function of `seed`; global generators stay as they are.
+
+    Args:
+        sections: the recipe's `[[objective]]` tables.
+        dataset: gives task and classes.
+        cache: the teacher's outputs, None without a teacher.
+        student_dim: size of the student's embedding, D_s.
+        hard_weight: `train.hard_weight`; None: the only objective's own.
+        seed: of the parameters.
+
+    Raises:
+        InputError: an objective's needs are not met, hard_weight is missing, or the teacher has other classes.
+    """
+    check_needs(sections, available(dataset, cache))
+    classes = len(dataset.classes)
+    logits = _columns(cache.train_logits if cache is not None else None)
+    for position, section in enumerate(sections):
+        if "logits" in section.needs and logits != classes:
+            raise InputError(
+                f"the teacher has {logits} classes, the data {classes}",
+                where=f"objective[{position}].kind",
+                evidence=f'objective "{section.kind}" compares class by class',
+                fix='a teacher of this task, or objective = "ec", which works with a teacher of another task',
+            )
+    shapes = Shapes(
+        task=dataset.task,
+        classes=classes,
+        student_dim=student_dim,
+        teacher_dim=_columns(cache.train_embedding if cache is not None else None),
+        teacher_logits=logits,
+        hard_weight=resolve_hard_weight(sections, hard_weight),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        objectives = [_MODULES[section.kind](section, shapes) for section in sections]
+    return Composition(sections, objectives, shapes.hard_weight)
+
+
+def _columns(outputs: Any) -> int | None:
+    return None if outputs is None else int(outputs.shape[-1])
