@@ -54,7 +54,13 @@ class LazyGroup(TyperGroup):
         """Replaces the stand-in of the wanted command by the real one; run, help and completion all pass here."""
         if args and args[0] in COMMANDS:
             self.commands[args[0]] = _load(args[0])
+            _hide_flag_types(self.commands[args[0]], ctx)
         return super().resolve_command(ctx, args)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """The help page."""
+        _hide_flag_types(self, ctx)
+        super().format_help(ctx, formatter)
 
     def invoke(self, ctx: Any) -> Any:
         """A Ctrl-C while the command runs becomes our own error, before Typer turns it into a silent exit."""
@@ -69,7 +75,18 @@ def _load(name: str) -> Any:
 
     command = typer.main.get_command(import_module(COMMANDS[name].module).app)
     command.name = name
+    completion = ("install_completion", "show_completion")  # belong to the root alone
+    command.params = [option for option in command.params if option.name not in completion]
     return command
+
+
+def _hide_flag_types(command: Any, ctx: Any) -> None:
+    """Takes the `<bool>` from the help of every flag: to a newcomer it reads as if a value had to follow."""
+    for option in [*command.params, command.get_help_option(ctx)]:
+        if getattr(option, "is_flag", False) and option.metavar is None:
+            option.metavar = ""
+    for inner in getattr(command, "commands", {}).values():
+        _hide_flag_types(inner, ctx)
 
 
 def _show_version(asked: bool) -> None:

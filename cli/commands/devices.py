@@ -1,0 +1,221 @@
+"""`edgestill devices`: what is known about each device, and adding one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli import complete, console
+from cli.commands.shared import UNKNOWN, JsonOption, examples, facts, number, plain_table
+
+if TYPE_CHECKING:
+    from profiles.device import Device
+
+app = typer.Typer(
+    invoke_without_command=True,
+    help="The known devices: processor, memory, what software runs on them, and how to add your own.",
+    epilog=examples(
+        "edgestill devices",
+        "edgestill devices show jetson-orin-nano",
+        "edgestill devices show jetson-orin-nano --toml > my-board.toml",
+        "edgestill devices add my-board.toml",
+    ),
+)
+
+
+@app.callback()
+def devices(context: typer.Context, as_json: JsonOption = False) -> None:
+    if context.invoked_subcommand is None:
+        _print_list(as_json)
+
+
+@app.command("list", epilog=examples("edgestill devices list", "edgestill devices list --json"))
+def list_(as_json: JsonOption = False) -> None:
+    """List the devices that a target can name."""
+    _print_list(as_json)
+
+
+@app.command(epilog=examples("edgestill devices show raspberry-pi-5", "edgestill devices show ./my-board.toml"))
+def show(
+    name: Annotated[str, typer.Argument(help="A device's name, or a .toml file.", autocompletion=complete.devices)],
+    as_toml: Annotated[bool, typer.Option("--toml", help="Print a device file, to start your own from.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Print everything that is known about one device, with its sources, and what is not known."""
+    from profiles.device import load_device
+    from profiles.errors import InputError
+
+    if as_toml and as_json:
+        raise InputError("--toml and --json exclude each other", where="edgestill devices show", fix="name one of them")
+    device = load_device(name, where="NAME")
+    if as_toml:
+        console.emit(_to_toml(device))
+    else:
+        _print_device(device, as_json)
+
+
+@app.command(epilog=examples("edgestill devices detect", "edgestill devices detect --json"))
+def detect(as_json: JsonOption = False) -> None:
+    """Print what was found out about this machine, as a device."""
+    from profiles.device import detect as detect_machine
+
+    _print_device(detect_machine(), as_json)
+
+
+@app.command(epilog=examples("edgestill devices add my-board.toml", "edgestill devices add my-board.toml --force"))
+def add(
+    file: Annotated[
+        Path, typer.Argument(help="A device file. To start from a similar device: edgestill devices show NAME --toml")
+    ],
+    force: Annotated[bool, typer.Option("--force", help="Replace a device of yours of the same name.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a device file and remember it, so that targets can name the device.
+
+    It is copied into your own configuration folder; the file that you have is left as it is.
+    """
+    from profiles.artifact import explain_os_errors, write_text
+    from profiles.device import list_devices, load_device
+    from profiles.errors import InputError
+    from profiles.user_folder import user_devices
+
+    if file.suffix != ".toml":
+        raise InputError(f"{file} is not a .toml file", where="FILE", fix="name it after the device: my-board.toml")
+    device = load_device(str(file), where="FILE")
+    if device.name != Path(device.name).name or device.name.startswith("."):
+        raise InputError(f'"{device.name}" is no name for a file', where=f"{file}, name", fix='name = "my-board"')
+    place = user_devices() / f"{device.name}.toml"
+    if device.name in list_devices() and not place.is_file():
+        raise InputError(
+            f'"{device.name}" is a device that ships with edgestill', where=f"{file}, name", fix="choose another name"
+        )
+    if place.is_file() and not force:
+        raise InputError(
+            f'there is a device "{device.name}" of yours already', where=str(place), fix="add --force to replace it"
+        )
+    with explain_os_errors(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_text(place, file.read_text(encoding="utf-8"))
+    if as_json:
+        console.emit_json({"name": device.name, "file": str(place)})
+    else:
+        console.emit(f'added {device.name} ({place})\nuse it in a recipe: device = "{device.name}"')
+
+
+def _print_list(as_json: bool) -> None:
+    from profiles.device import list_devices, load_device
+
+    found = [load_device(name) for name in list_devices()]
+    if as_json:
+        console.emit_json([_summary(device) for device in found])
+        return
+    table = plain_table("Device", "What it is", "GiB", "Newest software", right=(2,))
+    for device in found:
+        table.add_row(
+            device.name,
+            device.title,
+            "-" if device.memory_gib is None else number(device.memory_gib),
+            device.stacks[0].name + (f" +{len(device.stacks) - 1}" if len(device.stacks) > 1 else ""),
+        )
+    console.emit(table)
+    console.emit("all facts and their sources: edgestill devices show NAME")
+
+
+def _summary(device: Device) -> dict[str, object]:
+    return {
+        "name": device.name,
+        "title": device.title,
+        "kind": device.kind,
+        "compute_capability": device.compute_capability,
+        "memory_gib": device.memory_gib,
+        "fp32_tflops": device.fp32_tflops,
+        "precisions": list(device.precisions),
+        "stacks": [stack.name for stack in device.stacks],
+        "power_modes": [mode.name for mode in device.power_modes],
+    }
+
+
+_PEAKS = (
+    ("fp32_tflops", "FP32 peak", "TFLOPS"),
+    ("fp16_tflops", "FP16 peak", "TFLOPS"),
+    ("int8_tops", "INT8 peak", "TOPS, dense"),
+    ("fp8_tflops", "FP8 peak", "TFLOPS, dense"),
+    ("fp4_tflops", "FP4 peak", "TFLOPS, dense"),
+    ("bandwidth_gb_s", "memory bandwidth", "GB/s"),
+)
+_EVIDENCE = {"D": "documented", "C": "computed", "K": "general knowledge, not checked"}
+
+
+def _print_device(device: Device, as_json: bool) -> None:
+    if as_json:
+        console.emit_json(device)
+        return
+    console.emit(f"{device.name}: {device.title}")
+    console.emit(facts([(name, value) for name, value in _hardware(device) if value]))
+    if device.power_modes:
+        table = plain_table("Power mode", "Watts", "FP32 TFLOPS", "INT8 TOPS", "GB/s", "Software", right=(1, 2, 3, 4))
+        for mode in device.power_modes:
+            table.add_row(
+                mode.name,
+                *("-" if v is None else number(v) for v in (mode.watts, mode.fp32_tflops, mode.int8_tops)),
+                "-" if mode.bandwidth_gb_s is None else number(mode.bandwidth_gb_s),
+                ", ".join(mode.stacks) or "any",
+            )
+        console.emit("")
+        console.emit(table)
+    table = plain_table("Software", "System", "Runtime", "Python", "Opset up to", "INT8 form", right=(4,))
+    for stack in device.stacks:
+        table.add_row(
+            stack.name,
+            stack.os,
+            f"{stack.runtime} {stack.runtime_version}",
+            stack.python or UNKNOWN,
+            str(stack.max_opset),
+            stack.dialect,
+        )
+    console.emit("")
+    console.emit(table)
+    console.emit("")
+    console.emit(facts(_origins(device)))
+
+
+def _to_toml(device: Device) -> str:
+    """The device as the file that `devices add` reads."""
+    import tomlkit
+
+    values = device.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+    values["power_mode"] = values.pop("power_modes", [])
+    values["stack"] = values.pop("stacks")
+    first = {key: values.pop(key) for key in ("name", "title", "kind")}
+    return tomlkit.dumps(first | {key: value for key, value in values.items() if value != []})
+
+
+def _hardware(device: Device) -> list[tuple[str, str]]:
+    """Name and value of every fact; an empty value means that it does not apply."""
+    rows = [
+        ("processor", {"cpu": "CPU", "gpu": "GPU"}[device.kind]),
+        ("compute capability", device.compute_capability or ("" if device.kind == "cpu" else UNKNOWN)),
+        ("cores", str(device.cores) if device.cores else ""),
+        ("instruction sets", ", ".join(device.isa)),
+        ("memory", number(device.memory_gib, "GiB") + (", shared by CPU and GPU" if device.unified_memory else "")),
+        ("precisions", ", ".join(device.precisions)),
+    ]
+    for fact, title, unit in _PEAKS:
+        value = getattr(device, fact)
+        precision = fact.partition("_")[0]
+        if value is None and precision != "bandwidth" and precision not in device.precisions:
+            if device.kind == "gpu" or precision == "fp16":
+                rows.append((title, f"not usable: {device.why_not(precision)}"))  # type: ignore[arg-type]
+            continue
+        evidence = _EVIDENCE.get(device.evidence.get(fact, ""), "")
+        rows.append((title, number(value, unit) + (f" ({evidence})" if value is not None and evidence else "")))
+    return rows
+
+
+def _origins(device: Device) -> list[tuple[str, str]]:
+    rows = [("note" if position == 0 else "", note) for position, note in enumerate(device.notes)]
+    origins = dict.fromkeys([*device.sources, *(stack.source for stack in device.stacks)])
+    rows += [("sources" if position == 0 else "", source) for position, source in enumerate(origins)]
+    return [*rows, ("as of", device.date)]
