@@ -17,6 +17,7 @@ from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from cli.report.verdict import Judged, RowVerdict, Verdict, exit_status, overall_verdict
 from profiles.errors import InputError
+from profiles.measurement import Measurement
 from profiles.section import Section
 
 SCHEMA_VERSION: Final = 1
@@ -105,6 +106,26 @@ class LatencyValue(Section):
     mean: float | None = None
     max: float | None = None
     outliers: int | None = None
+
+    @classmethod
+    def of(cls, measurement: Measurement) -> LatencyValue:
+        """The report's copy of a measurement, in the scope that its target asked for."""
+        asked = measurement.asked
+        return cls(
+            percentile=asked.percentile,
+            point=asked.value,
+            upper_bound=asked.upper_bound,
+            lower_bound=asked.lower_bound,
+            confidence=asked.bound_confidence,
+            scope=asked.scope,
+            batch=measurement.batch,
+            samples=asked.samples,
+            stable=measurement.stable,
+            p50=asked.p50,
+            mean=asked.mean,
+            max=asked.maximum,
+            outliers=asked.outliers,
+        )
 
 
 class Roofline(Section):

@@ -1,0 +1,224 @@
+"""The report as CSV and as Markdown, for spreadsheets and pull requests."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+
+from cli.report.schema import LimitName, MetricValue, Report
+from cli.report.words import (
+    LIMIT_TITLES,
+    NOT_THE_DEVICE,
+    VERDICT_WORDS,
+    counts_line,
+    date,
+    duration,
+    latency_limit,
+    limit_figures,
+    limit_unit,
+    mebibytes,
+    metric_title,
+    milliseconds,
+    on_other_machine,
+    percent,
+    percentile_title,
+    percentiles,
+    plain_number,
+    points,
+    provenance,
+    reasons,
+    scopes,
+    subject_line,
+)
+
+CSV_COLUMNS = (
+    "row",
+    "name",
+    "verdict",
+    "device",
+    "device_title",
+    "host",
+    "stack",
+    "power_mode",
+    "arch",
+    "precision",
+    "compute_precision",
+    "size_mib",
+    "metric",
+    "metric_value",
+    "metric_low",
+    "metric_high",
+    "metric_n",
+    "metric_on",
+    "latency_scope",
+    "latency_batch",
+    "latency_percentile",
+    "latency_ms",
+    "latency_lower_bound_ms",
+    "latency_upper_bound_ms",
+    "latency_bound_confidence",
+    "latency_samples",
+    "latency_stable",
+    "roofline_at_least_ms",
+    "load_ms",
+    "first_inference_ms",
+    "peak_memory_mib",
+    "limit_latency_ms",
+    "limit_memory_mib",
+    "limit_file_size_mib",
+    "limit_metric_floor",
+    "limit_max_metric_drop",
+    "bundle",
+)
+_LIMITS: tuple[LimitName, ...] = ("latency_ms", "memory_mib", "file_size_mib", "metric_floor", "max_metric_drop")
+
+
+def to_csv(report: Report) -> str:
+    """One line per target, then the reference models; fractions, ms and MiB at full precision, unknown values empty."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, CSV_COLUMNS, lineterminator="\n", restval="")
+    writer.writeheader()
+    for row in report.targets:
+        fields: dict[str, object] = {
+            "row": "target",
+            "name": row.name,
+            "verdict": VERDICT_WORDS[row.verdict],
+            "device": row.device,
+            "device_title": row.device_title,
+            "host": row.host,
+            "stack": row.stack,
+            "power_mode": row.power_mode,
+            "arch": row.arch,
+            "precision": row.precision,
+            "compute_precision": row.compute_precision,
+            "size_mib": row.size_mib,
+            "load_ms": row.load_ms,
+            "first_inference_ms": row.first_inference_ms,
+            "peak_memory_mib": row.peak_memory_mib,
+            "roofline_at_least_ms": row.roofline.bound_ms if row.roofline else None,
+            "bundle": row.bundle,
+        }
+        fields |= _metric_fields(report, row.metric)
+        if row.latency is not None:
+            fields |= {
+                "latency_scope": row.latency.scope,
+                "latency_batch": row.latency.batch,
+                "latency_percentile": row.latency.percentile,
+                "latency_ms": row.latency.point,
+                "latency_lower_bound_ms": row.latency.lower_bound,
+                "latency_upper_bound_ms": row.latency.upper_bound,
+                "latency_bound_confidence": row.latency.confidence,
+                "latency_samples": row.latency.samples,
+                "latency_stable": row.latency.stable,
+            }
+        for name in _LIMITS:
+            limit = row.limit(name)
+            fields[f"limit_{name}"] = None if limit is None else limit.limit
+        writer.writerow(fields)
+    for reference in report.references:
+        writer.writerow(
+            {
+                "row": reference.role,
+                "arch": reference.arch,
+                "precision": reference.precision,
+                "size_mib": reference.size_mib,
+            }
+            | _metric_fields(report, reference.metric)
+        )
+    return out.getvalue()
+
+
+def _metric_fields(report: Report, metric: MetricValue | None) -> dict[str, object]:
+    if metric is None:
+        return {}
+    return {
+        "metric": report.metric,
+        "metric_value": metric.value,
+        "metric_low": metric.low,
+        "metric_high": metric.high,
+        "metric_n": metric.n,
+        "metric_on": metric.on,
+    }
+
+
+def _escape(text: str) -> str:
+    """One line of Markdown and HTML that shows as it is written, also inside a table."""
+    text = " ".join(text.split())
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_{}\[\]|~#@])", r"\\\1", text)
+
+
+def to_markdown(report: Report) -> str:
+    """The table, the reasons and, folded away, the limits: what a pull request should show."""
+    shown = percentiles(report)
+    several = len(shown) > 1
+    title = percentile_title(shown[0]) if len(shown) == 1 else "latency"
+    lines = [
+        f"### {_escape(report.name)}: {counts_line(report)}",
+        "",
+        f"{_escape(subject_line(report))}; {_escape(date(report.created))}, {duration(report.seconds)}, "
+        f"exit status {report.exit_status}",
+        "",
+        f"| Target | Student | Precision | MiB | {metric_title(report.metric)} % | {title} ms | bound | limit | Verdict |",
+        "|---|---|---|--:|--:|--:|--:|--:|---|",
+    ]
+    for row in report.targets:
+        limit, latency = latency_limit(row), row.latency
+        point = milliseconds(latency.point, limit) if latency else "-"
+        if several and latency:
+            point = f"{percentile_title(latency.percentile)} {point}"
+        verdict = VERDICT_WORDS[row.verdict]
+        cells = [
+            _escape(row.name),
+            _escape(row.arch),
+            _escape(row.precision),
+            mebibytes(row.size_mib),
+            _metric_words(row.metric) + ("\\*" if on_other_machine(row) else ""),
+            point,
+            milliseconds(latency.upper_bound, limit) if latency else "-",
+            "-" if limit is None else plain_number(limit),
+            f"**{verdict}**" if row.verdict in ("fail", "error") else verdict,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    for reference in report.references:
+        cells = [
+            f"_{reference.role}_",
+            _escape(reference.arch),
+            _escape(reference.precision),
+            mebibytes(reference.size_mib),
+            _metric_words(reference.metric),
+        ]
+        lines.append(f"| {' | '.join(cells)} | | | | |")
+    lines.append("")
+    confidences = {row.latency.confidence for row in report.targets if row.latency is not None}
+    bound = f"; bound: {plain_number(min(confidences) * 100)} % confidence" if confidences else ""
+    timed = scopes(report)
+    if len(timed) == 1:
+        lines.append(f"{next(iter(timed))}, one query in flight{bound}  ")
+    else:
+        lines += [f"{what}: {_escape(', '.join(names))}{bound}  " for what, names in timed.items()]
+    for entry in report.bought:
+        lines.append(f"distilling {_escape(entry.arch)} bought {points(entry.difference)}  ")
+    if any(on_other_machine(row) for row in report.targets):
+        lines.append(f"\\* {NOT_THE_DEVICE}  ")
+    lines.append("")
+    for row in report.targets:
+        lines.append(f"- **{_escape(row.name)}** ({_escape(provenance(row))})")
+        lines += [f"  - {_escape(reason)}" for reason in reasons(row)]
+        lines += [f"  - fix: {_escape(fix)}" for fix in row.fixes]
+    limits = [(row, limit) for row in report.targets for limit in row.limits]
+    if limits:
+        lines += ["", "<details><summary>Every limit</summary>", ""]
+        lines += ["| Target | Limit of | Value | Interval | Limit | | Verdict |", "|---|---|--:|--:|--:|---|---|"]
+        for row, limit in limits:
+            value, interval, asked = limit_figures(limit)
+            found = f"{LIMIT_TITLES[limit.name]} | {value} | {interval} | {asked} | {limit_unit(limit)}"
+            reason = f", {_escape(limit.reason)}" if limit.reason else ""
+            lines.append(f"| {_escape(row.name)} | {found} | {VERDICT_WORDS[limit.verdict]}{reason} |")
+        lines += ["", "</details>"]
+    return "\n".join(lines) + "\n"
+
+
+def _metric_words(metric: MetricValue | None) -> str:
+    return "-" if metric is None else f"{percent(metric.value)} ±{percent(metric.half_width)}"

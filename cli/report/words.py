@@ -1,0 +1,221 @@
+"""How figures and verdicts are written, once for every renderer."""
+
+from __future__ import annotations
+
+import shlex
+from datetime import datetime
+
+from cli.report.schema import Difference, LatencyValue, LimitName, LimitVerdict, Report, TargetRow
+from cli.report.verdict import RowVerdict
+
+VERDICT_WORDS: dict[RowVerdict, str] = {
+    "pass": "PASS",
+    "fail": "FAIL",
+    "inconclusive": "INCONCLUSIVE",
+    "not measured": "NOT MEASURED",
+    "error": "ERROR",
+}
+LIMIT_TITLES: dict[LimitName, str] = {
+    "latency_ms": "latency",
+    "memory_mib": "memory",
+    "file_size_mib": "file size",
+    "metric_floor": "metric floor",
+    "max_metric_drop": "metric drop",
+}
+_METRIC_TITLES = {"top1": "top-1", "top5": "top-5", "macro_f1": "macro F1", "map": "mAP"}
+NOT_THE_DEVICE = "ONNX Runtime here, not the device"
+MAX_DECIMALS = 6
+
+
+def metric_title(name: str) -> str:
+    """The metric as the field writes it: top1 -> top-1."""
+    return _METRIC_TITLES.get(name.lower(), name)
+
+
+def milliseconds(value: float | None, limit: float | None = None) -> str:
+    """A time in ms with three or so significant digits; more where rounding would make it look equal to its limit."""
+    if value is None:
+        return "-"
+    decimals = 3 if value < 0.1 else 2 if value < 100 else 1 if value < 1000 else 0
+    if limit is not None and value != limit:
+        while decimals < MAX_DECIMALS and float(f"{value:.{decimals}f}") == limit:
+            decimals += 1
+    return f"{value:,.{decimals}f}"
+
+
+def mebibytes(value: float | None) -> str:
+    """A size in MiB: two decimals below 0.1, one below 1,000."""
+    if value is None:
+        return "-"
+    decimals = 2 if value < 0.1 else 1 if value < 1000 else 0
+    return f"{value:,.{decimals}f}"
+
+
+def percent(fraction: float | None, decimals: int = 1) -> str:
+    """A fraction as a percentage without its sign."""
+    return "-" if fraction is None else f"{fraction * 100:.{decimals}f}"
+
+
+def plain_number(value: float) -> str:
+    """A number as a recipe would hold it: 4, 0.5, 1500."""
+    return f"{value:.10g}"
+
+
+def percentile_title(value: float) -> str:
+    """99 -> p99, 99.9 -> p99.9."""
+    return f"p{plain_number(value)}"
+
+
+def points(difference: Difference, minus: str = "-") -> str:
+    """A difference of metrics in percentage points with its interval: +1.7 pt [+0.8, +2.6]."""
+    value, low, high = (f"{part * 100:+.1f}" for part in (difference.value, difference.low, difference.high))
+    return f"{value} pt [{low}, {high}]".replace("-", minus)
+
+
+def duration(seconds: float) -> str:
+    """A duration with two units at most: 8.1 s, 13 min, 2 h 05 min."""
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def date(created: str) -> str:
+    """ISO 8601 to "2026-11-21 14:02"; anything else is left alone."""
+    try:
+        return datetime.fromisoformat(created).strftime("%Y-%m-%d %H:%M")
+    except ValueError:
+        return created
+
+
+def counts_line(report: Report) -> str:
+    """ "1 pass, 1 fail, 1 inconclusive, 1 not measured"; verdicts that nobody has are left out."""
+    counts = report.counts
+    parts = (
+        (counts.errors, "error" if counts.errors == 1 else "errors"),
+        (counts.passed, "pass"),
+        (counts.failed, "fail"),
+        (counts.inconclusive, "inconclusive"),
+        (counts.not_measured, "not measured"),
+    )
+    return ", ".join(f"{count} {word}" for count, word in parts if count) or "no targets"
+
+
+def subject_line(report: Report) -> str:
+    """ "12 classes, 2,000 test images, top-1"."""
+    classes = "labels" if report.task == "multilabel" else "classes"
+    return f"{report.classes:,} {classes}, {report.n_test:,} test {report.unit}s, {metric_title(report.metric)}"
+
+
+def scope_words(latency: LatencyValue) -> str:
+    """What was timed: "end to end, batch 1"."""
+    return f"{'end to end' if latency.scope == 'end_to_end' else 'compute only'}, batch {latency.batch}"
+
+
+def scopes(report: Report) -> dict[str, list[str]]:
+    """What was timed, and for which targets: one entry unless targets differ."""
+    found: dict[str, list[str]] = {}
+    for row in report.targets:
+        if row.latency is not None:
+            found.setdefault(scope_words(row.latency), []).append(row.name)
+    return found
+
+
+def percentiles(report: Report) -> list[float]:
+    """The percentiles that the measured targets report, each once."""
+    return sorted({row.latency.percentile for row in report.targets if row.latency is not None})
+
+
+def latency_limit(row: TargetRow) -> float | None:
+    """The target's latency limit in ms."""
+    found = row.limit("latency_ms")
+    return None if found is None else found.limit
+
+
+def on_other_machine(row: TargetRow) -> bool:
+    """True when the row's metric was not computed on the device: such a figure carries a star."""
+    return row.metric is not None and row.metric.on == NOT_THE_DEVICE
+
+
+def limit_figures(limit: LimitVerdict) -> tuple[str, str, str]:
+    """Value, interval and limit of one limit as text in the unit of `limit_unit`; "-" for what does not exist."""
+    as_metric = limit.name in ("metric_floor", "max_metric_drop")
+
+    def write(value: float | None) -> str:
+        if as_metric:
+            return percent(value)
+        return milliseconds(value, limit.limit) if limit.name == "latency_ms" else mebibytes(value)
+
+    asked = plain_number(round(limit.limit * 100, 6) if as_metric else limit.limit)
+    interval = "-" if limit.low is None or limit.high is None else f"{write(limit.low)} to {write(limit.high)}"
+    return write(limit.value), interval, asked
+
+
+def limit_unit(limit: LimitVerdict) -> str:
+    """The unit that `limit_figures` writes in."""
+    if limit.name == "latency_ms":
+        return "ms"
+    return {"metric_floor": "%", "max_metric_drop": "pt"}.get(limit.name, "MiB")
+
+
+def limit_sentence(limit: LimitVerdict) -> str:
+    """One limit in words: "file size 3.1 MiB, limit 2 MiB: FAIL"."""
+    value, interval, asked = limit_figures(limit)
+    unit = limit_unit(limit)
+    found = "not known" if limit.value is None else f"{value} {unit}"
+    decided = "" if interval == "-" else f" [{interval}]"
+    sentence = f"{LIMIT_TITLES[limit.name]} {found}{decided}, limit {asked} {unit}: {VERDICT_WORDS[limit.verdict]}"
+    return f"{sentence}, {limit.reason}" if limit.reason else sentence
+
+
+def reasons(row: TargetRow) -> list[str]:
+    """Why the target has its verdict: the error, the run's own reasons, and every limit but latency that did not pass.
+
+    The latency's figures stand in the table already, and the run explains them.
+    """
+    lines = [] if row.error is None else [row.error]
+    lines += row.why
+    lines += [limit_sentence(limit) for limit in row.limits if limit.verdict != "pass" and limit.name != "latency_ms"]
+    latency = row.limit("latency_ms")
+    if not lines and latency is not None and latency.verdict != "pass":
+        lines.append(limit_sentence(latency))
+    return lines
+
+
+def bound_sentence(row: TargetRow) -> str:
+    """The roofline bound, in words that nobody takes for a measurement; empty when there is none."""
+    if row.roofline is None:
+        return ""
+    limiting = "memory bandwidth" if row.roofline.limiting == "memory" else "arithmetic"
+    value = row.roofline.bound_ms
+    text = f"{value:.2g}" if value < 100 else f"{value:,.0f}"
+    return f"not measured; roofline bound: at least {text} ms ({limiting})"
+
+
+def provenance(row: TargetRow) -> str:
+    """Device, stack, power mode and conditions of a target in one line."""
+    parts = [row.device_title, row.stack, row.power_mode or "", *row.conditions]
+    if row.latency is not None and not row.latency.stable:
+        parts.append("never became stable")
+    if row.latency is None and row.error is None:
+        parts.append(bound_sentence(row) or "not measured")
+        parts.append(engine_words(row))
+    return ", ".join(part for part in parts if part)
+
+
+def engine_words(row: TargetRow) -> str:
+    """What became of the engine: built, parsed only, or why not; empty for runtimes that need none."""
+    engine = row.engine
+    if engine is None:
+        return ""
+    parts = [
+        f"engine built by {engine.built_by}" if engine.built_by else "",
+        f"graph parsed by {engine.parsed_by}" if engine.parsed_by else "",
+        f"no engine: {engine.not_built_because}" if engine.not_built_because else "",
+    ]
+    return "; ".join(part for part in parts if part)
+
+
+def page_command(report: Report) -> str:
+    """The command that writes the HTML page."""
+    return f"edgestill report {shlex.quote(report.folder)} --html report.html"
