@@ -1,0 +1,352 @@
+"""Percentiles with bounds that hold, verdicts, intervals and paired comparisons: pure functions on plain arrays.
+
+Nothing here assumes a distribution of latencies: the bounds are order statistics, so they hold for two modes and for
+heavy tails alike. They assume independent samples; `lag1_autocorrelation` tells how far that is from true, and the
+comparisons of series resample blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from profiles.errors import EdgestillError
+
+Floats = NDArray[np.float64]
+Outcome = Literal["pass", "fail", "inconclusive"]
+
+_CELLS = 4_000_000
+"""Resampled values that are held at once: 32 MB."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A point estimate and its interval, in the unit of the samples."""
+
+    value: float
+    low: float
+    high: float
+    confidence: float
+    method: str
+
+
+@dataclass(frozen=True)
+class PairedDifference(Interval):
+    """The mean of a - b over pairs, such as the seeds of two methods; `wins` of the `n` pairs had a > b."""
+
+    wins: int
+    n: int
+
+
+def percentile(samples: ArrayLike, p: float) -> float:
+    """The p-th percentile (0 < p <= 100) by nearest rank: always a value that was seen, never one between two modes.
+
+    Raises:
+        EdgestillError: no samples, or one that is not finite.
+
+    >>> percentile([5.0, 1.0, 2.0, 4.0, 3.0], 50)
+    3.0
+    """
+    ordered = _sorted(samples)
+    return float(ordered[math.ceil(round(p / 100 * ordered.size, 9)) - 1])
+
+
+def samples_needed(percentile: float, confidence: float = 0.99) -> int:
+    """Fewest samples from which a percentile may be reported: those at which `upper_bound` is the largest of them.
+
+    The smallest n = h + t for t = 1 of MLPerf LoadGen's early stopping, P[Bin(h + t, 1 - p) <= t] <= 1 - c
+    (MLCommons inference policies, "Early Stopping Criterion").
+
+    >>> [samples_needed(p) for p in (90, 95, 99, 99.9)]
+    [64, 130, 662, 6636]
+    """
+    tail = _tail(percentile)
+    error = _error(confidence)
+
+    def too_few(n: int) -> bool:
+        return (1 - tail) ** n + n * tail * (1 - tail) ** (n - 1) > error
+
+    high = 2
+    while too_few(high):
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if too_few(middle) else (low, middle)
+    return high
+
+
+def upper_bound(samples: ArrayLike, percentile: float, confidence: float = 0.99) -> float | None:
+    """A latency that the percentile does not exceed, with at least this confidence; None when the samples are too few.
+
+    The t-th largest sample with the largest t >= 1 such that P[Bin(n, 1 - p) <= t] <= 1 - c: LoadGen's early stopping.
+    It over-covers, since P[Bin(n, 1 - p) <= t - 1] <= 1 - c would do (99.95 % instead of 99 % at p99 with 1,000 samples).
+    """
+    ordered = _sorted(samples)
+    t = _upper_rank(ordered.size, _tail(percentile), _error(confidence))
+    return None if t is None else float(ordered[-t])
+
+
+def lower_bound(samples: ArrayLike, percentile: float, confidence: float = 0.99) -> float | None:
+    """A latency that the percentile reaches, with at least this confidence; None when the samples are too few.
+
+    The s-th largest sample with the smallest s such that P[Bin(n, 1 - p) >= s] <= 1 - c: that many samples above the
+    percentile would be too unlikely, so it lies at or above the s-th.
+    """
+    ordered = _sorted(samples)
+    s = _lower_rank(ordered.size, _tail(percentile), _error(confidence))
+    return None if s is None else float(ordered[-s])
+
+
+def verdict(samples: ArrayLike, limit: float, percentile: float, confidence: float = 0.99) -> Outcome:
+    """ "pass" when the upper bound of the percentile is within `limit`, "fail" when the lower bound is over it.
+
+    Between the two it is "inconclusive". Each answer is wrong with a probability of at most 1 - confidence. Where the
+    same samples are judged several times as they grow, pass `look_confidence`.
+
+    >>> verdict(range(1, 1001), limit=1000, percentile=99)
+    'pass'
+    """
+    ordered = _sorted(samples)
+    tail, error = _tail(percentile), _error(confidence)
+    t = _upper_rank(ordered.size, tail, error)
+    if t is not None and ordered[-t] <= limit:
+        return "pass"
+    s = _lower_rank(ordered.size, tail, error)
+    if s is not None and ordered[-s] > limit:
+        return "fail"
+    return "inconclusive"
+
+
+def look_sizes(percentile: float, confidence: float = 0.99, maximum: int = 20_000) -> tuple[int, ...]:
+    """Numbers of samples at which a verdict is tried: `samples_needed`, doubled until `maximum`, which is the last.
+
+    >>> look_sizes(99)
+    (662, 1324, 2648, 5296, 10592, 20000)
+    """
+    size = samples_needed(percentile, confidence)
+    sizes = []
+    while size < maximum:
+        sizes.append(size)
+        size *= 2
+    return (*sizes, maximum)
+
+
+def look_confidence(confidence: float, looks: int) -> float:
+    """The confidence of each of `looks` verdicts, such that all of them together are wrong with 1 - confidence at most.
+
+    The error probability is split evenly (Bonferroni), since every further look is another chance to be wrong.
+
+    >>> round(look_confidence(0.99, 5), 6)
+    0.998
+    """
+    if looks < 1:
+        raise ValueError("at least one look")
+    return 1 - _error(confidence) / looks
+
+
+def lag1_autocorrelation(samples: ArrayLike) -> float | None:
+    """Correlation of each sample with the next one, -1 to 1; None below three samples or when all are equal.
+
+    Far from 0, neighbouring queries are not independent and the bounds above are too narrow.
+    """
+    values = _array(samples)
+    if values.size < 3:
+        return None
+    centred = values - values.mean()
+    variance = float(centred @ centred)
+    # Equal values leave rounding errors behind, whose correlation would mean nothing.
+    if variance <= values.size * (1e-12 * float(np.abs(values).max())) ** 2:
+        return None
+    return float(centred[:-1] @ centred[1:]) / variance
+
+
+def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Two-sided score interval of a proportion (Wilson, 1927): low and high, as fractions.
+
+    Raises:
+        ValueError: not 0 <= successes <= n, or n is 0.
+
+    >>> tuple(round(bound, 3) for bound in wilson(90, 100))
+    (0.826, 0.945)
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes of {n}")
+    z = NormalDist().inv_cdf(1 - _error(confidence) / 2)
+    share = successes / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    # At the ends the interval touches 0 or 1 exactly; rounding would leave it a hair inside or outside.
+    low = 0.0 if successes == 0 else max(0.0, centre - half)
+    high = 1.0 if successes == n else min(1.0, centre + half)
+    return low, high
+
+
+def bootstrap_interval(
+    values: ArrayLike,
+    statistic: Callable[[Floats], Any] | None = None,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap (Efron, 1979) of a statistic of independent values; the default is the mean.
+
+    Args:
+        values: (N,).
+        statistic: maps (..., N) to (...) along the last axis.
+        confidence: two-sided.
+        resamples: number of bootstrap samples.
+        seed: the same seed gives the same interval.
+    """
+    data = _array(values)
+    function = statistic or _mean
+    random = np.random.default_rng(seed)
+    step = max(1, _CELLS // data.size)
+    parts = [
+        np.asarray(function(data[random.integers(0, data.size, (min(step, resamples - start), data.size))]))
+        for start in range(0, resamples, step)
+    ]
+    return _interval(float(function(data)), np.concatenate(parts), confidence, f"bootstrap, {resamples} resamples")
+
+
+def paired_difference(
+    a: ArrayLike, b: ArrayLike, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> PairedDifference:
+    """The mean of a - b over pairs (one pair per seed, say), its bootstrap interval, and how many pairs a won.
+
+    Args:
+        a: (N,), such as one method's metric on N seeds.
+        b: (N,), the other method's on the same seeds.
+
+    Raises:
+        ValueError: the two are not of one length.
+
+    >>> paired_difference([0.91, 0.93, 0.92], [0.90, 0.91, 0.92]).wins
+    2
+    """
+    first, second = _array(a), _array(b)
+    if first.size != second.size:
+        raise ValueError(f"{first.size} and {second.size} values are not pairs")
+    found = bootstrap_interval(first - second, confidence=confidence, resamples=resamples, seed=seed)
+    wins = int((first > second).sum())
+    return PairedDifference(
+        found.value, found.low, found.high, found.confidence, "paired " + found.method, wins=wins, n=first.size
+    )
+
+
+def block_length(series: ArrayLike) -> int:
+    """Length of bootstrap blocks: (2 r / (1 - r^2))^(2/3) n^(1/3) for lag-1 autocorrelation r, at least n^(1/3).
+
+    The first is the optimum for a first-order autoregression (Carlstein, 1986), the second the rate of Hall, Horowitz
+    and Jing (1995), which also catches dependence that lag 1 does not show. At most a quarter of the series.
+    """
+    values = _array(series)
+    r = min(abs(lag1_autocorrelation(values) or 0.0), 0.99)
+    cube_root = values.size ** (1 / 3)
+    length = max(cube_root, cube_root * (2 * r / (1 - r * r)) ** (2 / 3))
+    return int(max(1, min(math.ceil(length), values.size // 4)))
+
+
+def block_bootstrap_difference(
+    a: ArrayLike,
+    b: ArrayLike,
+    *,
+    p: float = 50,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    block: int | None = None,
+    seed: int = 0,
+) -> Interval:
+    """The p-th percentile of a minus that of b, for two series that were measured interleaved in time.
+
+    Circular block bootstrap (Politis and Romano, 1992): blocks keep the dependence of neighbours, and both series take
+    the same blocks, so that a slow spell which hit both cancels out.
+
+    Args:
+        a: (N,), in the order of measurement.
+        b: (M,), likewise; of the longer one only the first min(N, M) are used.
+        p: percentile, 0 to 100.
+        block: block length; default `block_length` of the more dependent series.
+    """
+    first, second = _array(a), _array(b)
+    n = min(first.size, second.size)
+    first, second = first[:n], second[:n]
+    size = max(block_length(first), block_length(second)) if block is None else min(block, n)
+    random = np.random.default_rng(seed)
+    rank = math.ceil(round(p / 100 * n, 9)) - 1
+    rank = max(rank, 0)
+    steps = np.arange(size)
+    blocks = math.ceil(n / size)
+    differences = []
+    at_once = max(1, _CELLS // n)
+    for start in range(0, resamples, at_once):
+        starts = random.integers(0, n, (min(at_once, resamples - start), blocks, 1))
+        rows = ((starts + steps) % n).reshape(starts.shape[0], -1)[:, :n]
+        at_rank = [np.partition(series[rows], rank, axis=1)[:, rank] for series in (first, second)]
+        differences.append(at_rank[0] - at_rank[1])
+    value = float(np.partition(first, rank)[rank] - np.partition(second, rank)[rank])
+    method = f"circular block bootstrap of the p{p:g}, blocks of {size}, {resamples} resamples"
+    return _interval(value, np.concatenate(differences), confidence, method)
+
+
+def _interval(value: float, resampled: Floats, confidence: float, method: str) -> Interval:
+    half = _error(confidence) / 2
+    low, high = np.quantile(resampled, [half, 1 - half])
+    return Interval(value, float(low), float(high), confidence, method)
+
+
+def _mean(values: Floats) -> Any:
+    return values.mean(axis=-1)
+
+
+def _upper_rank(n: int, tail: float, error: float) -> int | None:
+    from scipy.stats import binom
+
+    # ppf gives the smallest t with cdf >= error; only where the two are equal does that t itself satisfy cdf <= error.
+    t = int(binom.ppf(error, n, tail))
+    if binom.cdf(t, n, tail) > error:
+        t -= 1
+    return t if t >= 1 else None
+
+
+def _lower_rank(n: int, tail: float, error: float) -> int | None:
+    from scipy.stats import binom
+
+    # sf(s - 1) = P[Bin >= s]; isf gives the smallest s - 1 with sf <= error.
+    s = int(binom.isf(error, n, tail)) + 1
+    return s if s <= n else None
+
+
+def _tail(percentile: float) -> float:
+    """The share of queries above the percentile; 1 - 0.999 would miss 0.001 by a rounding error."""
+    if not 0 < percentile < 100:
+        raise ValueError(f"percentile {percentile} is not between 0 and 100")
+    return round(100 - percentile, 9) / 100
+
+
+def _error(confidence: float) -> float:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence {confidence} is not between 0 and 1")
+    return 1 - confidence
+
+
+def _array(samples: ArrayLike) -> Floats:
+    values = np.asarray(samples, dtype=np.float64).reshape(-1)
+    if values.size == 0:
+        raise EdgestillError("there are no samples", fix="measure for longer")
+    if not np.isfinite(values).all():
+        raise EdgestillError(
+            "a sample is not a finite number", evidence=f"{int((~np.isfinite(values)).sum())} of {values.size}"
+        )
+    return values
+
+
+def _sorted(samples: ArrayLike) -> Floats:
+    return np.sort(_array(samples))
