@@ -111,15 +111,16 @@ def _print_list(as_json: bool) -> None:
     if as_json:
         console.emit_json([_summary(device) for device in found])
         return
-    table = plain_table("Device", "What it is", "GiB", "Newest software", right=(2,))
-    for device in found:
-        table.add_row(
+    rows = [
+        (
             device.name,
             device.title,
-            "-" if device.memory_gib is None else number(device.memory_gib),
+            _short(device.memory_gib),
             device.stacks[0].name + (f" +{len(device.stacks) - 1}" if len(device.stacks) > 1 else ""),
         )
-    console.emit(table)
+        for device in found
+    ]
+    console.emit(plain_table(("Device", "What it is", "GiB", "Newest software"), rows, right=(2,)))
     console.emit("all facts and their sources: edgestill devices show NAME")
 
 
@@ -155,19 +156,19 @@ def _print_device(device: Device, as_json: bool) -> None:
     console.emit(f"{device.name}: {device.title}")
     console.emit(facts([(name, value) for name, value in _hardware(device) if value]))
     if device.power_modes:
-        table = plain_table("Power mode", "Watts", "FP32 TFLOPS", "INT8 TOPS", "GB/s", "Software", right=(1, 2, 3, 4))
-        for mode in device.power_modes:
-            table.add_row(
+        modes = [
+            (
                 mode.name,
-                *("-" if v is None else number(v) for v in (mode.watts, mode.fp32_tflops, mode.int8_tops)),
-                "-" if mode.bandwidth_gb_s is None else number(mode.bandwidth_gb_s),
+                *(_short(value) for value in (mode.watts, mode.fp32_tflops, mode.int8_tops, mode.bandwidth_gb_s)),
                 ", ".join(mode.stacks) or "any",
             )
+            for mode in device.power_modes
+        ]
+        headers = ("Power mode", "Watts", "FP32 TFLOPS", "INT8 TOPS", "GB/s", "Software")
         console.emit("")
-        console.emit(table)
-    table = plain_table("Software", "System", "Runtime", "Python", "Opset up to", "INT8 form", right=(4,))
-    for stack in device.stacks:
-        table.add_row(
+        console.emit(plain_table(headers, modes, right=(1, 2, 3, 4)))
+    stacks = [
+        (
             stack.name,
             stack.os,
             f"{stack.runtime} {stack.runtime_version}",
@@ -175,10 +176,18 @@ def _print_device(device: Device, as_json: bool) -> None:
             str(stack.max_opset),
             stack.dialect,
         )
+        for stack in device.stacks
+    ]
     console.emit("")
-    console.emit(table)
+    console.emit(
+        plain_table(("Software", "System", "Runtime", "Python", "Opset up to", "INT8 form"), stacks, right=(4,))
+    )
     console.emit("")
     console.emit(facts(_origins(device)))
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else number(value)
 
 
 def _to_toml(device: Device) -> str:

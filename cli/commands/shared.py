@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -24,15 +25,23 @@ def number(value: float | None, unit: str = "") -> str:
     return UNKNOWN if value is None else f"{value:,.4g}{' ' if unit else ''}{unit}"
 
 
-def plain_table(*headers: str, right: tuple[int, ...] = ()) -> Table:
-    """A table without frame; `right`: positions of columns with figures. The first column, a name, is never broken."""
+def plain_table(headers: Sequence[str], rows: Iterable[Sequence[str]], right: tuple[int, ...] = ()) -> Table:
+    """A table without frame. Cells are printed as they are, without markup; the first column, a name, is never broken.
+
+    Args:
+        headers: one per column.
+        rows: one text per column.
+        right: positions of the columns that hold figures.
+    """
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for position, header in enumerate(headers):
-        table.add_column(
-            header, justify="right" if position in right else "left", overflow="fold", no_wrap=position == 0
-        )
+        justify: Literal["left", "right"] = "right" if position in right else "left"
+        table.add_column(header, justify=justify, overflow="fold", no_wrap=position == 0)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
     return table
 
 

@@ -1,0 +1,139 @@
+"""`edgestill methods`: what a recipe can ask for, told from the sections that the recipe is made of."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli import complete, console
+from cli.commands.shared import JsonOption, examples, facts, plain_table
+
+if TYPE_CHECKING:
+    from distill.objectives.section import Description
+
+app = typer.Typer(
+    epilog=examples("edgestill methods", "edgestill methods kd", "edgestill methods ec", "edgestill methods --json")
+)
+
+
+@app.command()
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(help="Only this method, with its settings.", autocompletion=complete.methods)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The ways to distil: what each one needs, costs and is good for, and where it comes from.
+
+    Methods marked "control" are there to be compared with, not to be shipped.
+    """
+    from distill.objectives.section import describe_objectives
+
+    described = describe_objectives()
+    if name is not None:
+        found = _find(name, described)
+        if as_json:
+            console.emit_json(found)
+        else:
+            _print_one(found)
+        return
+    teachers, students, architectures = _teachers(), _students(), _architectures()
+    if as_json:
+        console.emit_json(
+            {"objectives": described, "teachers": teachers, "students": students, "architectures": architectures}
+        )
+        return
+    rows = [
+        (
+            "\n".join([entry.kind, *(f"  or {alias}" for alias in entry.aliases), *["  (control)"] * entry.control]),
+            _needs(entry),
+            entry.summary,
+        )
+        for entry in described
+    ]
+    console.emit(plain_table(("Objective", "Needs", "What it does"), rows))
+    for title, entries in (("Teacher", teachers), ("Student", students), ("Student arch", architectures)):
+        console.emit("")
+        console.emit(plain_table((title, "What it is"), list(entries.items())))
+    console.emit("\nsettings, costs and source of one objective: edgestill methods NAME")
+
+
+def _find(name: str, described: tuple[Description, ...]) -> Description:
+    from profiles.errors import InputError, nearest
+
+    for entry in described:
+        if name in (entry.kind, *entry.aliases):
+            return entry
+    names = [word for entry in described for word in (entry.kind, *entry.aliases)]
+    raise InputError(f'no method "{name}"', where="NAME", fix=nearest(name, names))
+
+
+def _needs(entry: Description) -> str:
+    """`the teacher's logits and the labels`, in the order of the words."""
+    words = {"logits": "teacher's logits", "embedding": "teacher's embedding", "labels": "labels"}
+    return " and ".join(words[need] for need in entry.needs)
+
+
+def _print_one(entry: Description) -> None:
+    names = ", ".join(f'"{word}"' for word in (entry.kind, *entry.aliases))
+    console.emit(f"{entry.title}{' (control: there to be compared with)' if entry.control else ''}")
+    console.emit(
+        facts(
+            [
+                ("in a recipe", f"objective = {names.replace(', ', ' or ')}"),
+                ("what it does", entry.summary),
+                ("needs", _needs(entry)),
+                ("while training", entry.training_cost),
+                ("on the device", entry.inference_cost),
+                ("ground truth", f"weight {entry.default_hard_weight:g}, unless train.hard_weight says otherwise"),
+                ("mixup", "allowed" if entry.mixup else "not allowed: its teacher outputs cannot be mixed"),
+                ("source", entry.source),
+            ]
+        )
+    )
+    rows = [(parameter.name, _toml(parameter.default), parameter.meaning) for parameter in entry.parameters]
+    console.emit("")
+    console.emit(plain_table(("Setting", "Default", "Meaning"), rows))
+
+
+def _toml(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _teachers() -> dict[str, str]:
+    from distill.teachers.section import TeacherSection
+
+    return _kinds(TeacherSection)
+
+
+def _students() -> dict[str, str]:
+    from distill.students.section import StudentSection
+
+    return _kinds(StudentSection)
+
+
+def _kinds(section: type) -> dict[str, str]:
+    """Kind -> meaning, from the paragraphs `kind "NAME": meaning.` of a section's docstring."""
+    text = inspect.getdoc(section) or ""
+    found = re.findall(r'^kind "([\w-]+)": (.+?)(?=^\S|\Z)', text, flags=re.MULTILINE | re.DOTALL)
+    return {kind: " ".join(meaning.replace("`", "").split()) for kind, meaning in found}
+
+
+def _architectures() -> dict[str, str]:
+    """Architecture word -> meaning, from the table in the docstring of the module that parses them.
+
+    The file is read, not imported, because importing it takes PyTorch's start-up time.
+    """
+    import ast
+    from importlib.resources import files
+
+    source = (files("distill") / "students" / "arch.py").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w-]+)` \| (\w+) \| (.+?) \|$", ast.get_docstring(ast.parse(source)) or "", re.MULTILINE)
+    return {word: f"{meaning} (family {family})" for word, family, meaning in rows}
