@@ -48,11 +48,12 @@ class TeacherSection(ImageInput):
       .safetensors), one row per training sample in the data set's order; `validation_*` and `test_*` are optional. An
       .npz or .safetensors file with arrays called "train", "validation" and "test" holds all splits at once.
     kind "transformers": `model` is a local folder or a hub name, `pooling` makes one embedding of the tokens,
-      `max_length` cuts texts (tokens), `classification` also takes the logits of its classifier.
+      `max_length` cuts texts (tokens), `classification = true` also takes the logits of its classifier.
     kind "onnx": `file`; `output` names the logits, `embedding_output` the embedding (at least one of them).
     kind "torch": `factory` ("package.module:name") called with `kwargs`; `weights` (.safetensors or a .pth state dict);
       `embedding_layer` names the module whose output is the embedding, or `head` the final Linear whose input it is
-      (None: the last Linear).
+      (None: the last Linear). Its output serves as logits when it has one column per class; `classification = false`
+      leaves it out (a teacher of another task that happens to have as many), `true` insists on it.
     kind "none": no teacher; only the `supervised` objective works.
     `cache_dtype`: how outputs are stored; the reconstruction error of float16 is reported.
     `batch_size`: samples per teacher forward pass while the cache is built.
@@ -72,7 +73,7 @@ class TeacherSection(ImageInput):
     model: str | None = None
     pooling: Pooling = "mean"
     max_length: int | None = Field(default=None, ge=2)
-    classification: bool = False
+    classification: bool | None = None
     file: str | None = None
     output: str | None = None
     embedding_output: str | None = None
@@ -112,7 +113,7 @@ KEYS_OF_KIND: dict[TeacherKind, frozenset[str]] = {
     | {f"{split}_{what}" for split in ("validation", "test") for what in ("embeddings", "logits")},
     "transformers": frozenset({"model", "pooling", "max_length", "classification"}),
     "onnx": frozenset({"file", "output", "embedding_output"}) | _IMAGE_KEYS,
-    "torch": frozenset({"factory", "kwargs", "weights", "embedding_layer", "head"}) | _IMAGE_KEYS,
+    "torch": frozenset({"factory", "kwargs", "weights", "embedding_layer", "head", "classification"}) | _IMAGE_KEYS,
     "none": frozenset(),
 }
 _REQUIRED: dict[TeacherKind, tuple[tuple[str, ...], ...]] = {

@@ -1,0 +1,149 @@
+"""A teacher that is only its outputs: embeddings and logits that were computed elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from distill.data.dataset import Dataset, SplitName
+from distill.outputs import TeacherOutput
+from distill.teachers.section import TeacherSection
+from distill.teachers.teacher import Teacher, TeacherBatch
+from profiles.artifact import array_hash
+from profiles.errors import InputError, nearest
+
+Array = np.ndarray[Any, Any]
+_SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+_ROWS_AT_ONCE = 65_536
+
+
+class ArrayTeacher(Teacher):
+    """Stored outputs, one row per sample of a split. It knows the clean samples only.
+
+    Raises:
+        InputError: unreadable file, wrong shape or row count, NaN or infinity (the message names file and first row).
+    """
+
+    sees_views = False
+
+    def __init__(self, section: TeacherSection, dataset: Dataset, base: Path) -> None:
+        super().__init__("array")
+        self._embeddings = _read_splits(section, dataset, base, "embeddings")
+        self._logits = _read_splits(section, dataset, base, "logits")
+        given = [arrays for arrays in (self._embeddings, self._logits) if arrays]
+        self.splits = tuple(split for split in _SPLITS if all(split in arrays for arrays in given))
+        if self._embeddings:
+            self.embedding_dim = self._embeddings["train"].shape[1]
+        if self._logits:
+            self.num_logits = self._logits["train"].shape[1]
+
+    def fingerprint(self) -> str:
+        parts = [
+            f"{what}/{split}/{array_hash(arrays[split])}"
+            for what, arrays in (("embeddings", self._embeddings), ("logits", self._logits))
+            for split in sorted(arrays)
+        ]
+        return "\n".join(parts)
+
+    def outputs(self, batch: TeacherBatch) -> TeacherOutput:
+        def rows(arrays: dict[SplitName, Array]) -> torch.Tensor | None:
+            if batch.split not in arrays:
+                return None
+            return torch.from_numpy(arrays[batch.split][batch.rows].astype(np.float32))
+
+        return TeacherOutput(rows(self._embeddings), rows(self._logits))
+
+
+def _read_splits(
+    section: TeacherSection, dataset: Dataset, base: Path, what: Literal["embeddings", "logits"]
+) -> dict[SplitName, Array]:
+    """The checked arrays (N, D) of each split that has some; empty when the section names no training file."""
+    found: dict[SplitName, tuple[Array, str, Path]] = {}
+    for split in _SPLITS:
+        key = what if split == "train" else f"{split}_{what}"
+        name: str | None = getattr(section, key)
+        if name is None:
+            continue
+        path = base / name
+        where = f"teacher.{key}"
+        arrays = _read_file(path, where)
+        if split == "train":
+            # a file with one array per split serves all of them
+            found |= {other: (arrays[other], where, path) for other in _SPLITS if other in arrays}
+        if split in arrays:
+            found[split] = (arrays[split], where, path)
+        elif len(arrays) == 1:
+            found[split] = (next(iter(arrays.values())), where, path)
+        else:
+            raise InputError(
+                f'{path} holds no array called "{split}"',
+                where=where,
+                evidence="it holds: " + (", ".join(sorted(arrays)) or "nothing"),
+                fix=nearest(split, list(arrays)) if arrays else None,
+            )
+    if found and "train" not in found:
+        key = f"teacher.{what}"
+        raise InputError(f"{what} of the training split are missing", where=key, fix=f"{key} names their file")
+    for split, (array, where, path) in found.items():
+        _check(array, path, where, rows=len(dataset.split(split)), split=split)
+        columns = len(dataset.classes) if what == "logits" else found["train"][0].shape[1]
+        if array.shape[1] != columns:
+            reason = (
+                f"the data set has {columns} classes" if what == "logits" else f"the training split's have {columns}"
+            )
+            raise InputError(f"{path} has {array.shape[1]} columns, {reason}", where=where, evidence=f"{array.shape}")
+    return {split: array for split, (array, _, _) in found.items()}
+
+
+def _read_file(path: Path, where: str) -> dict[str, Array]:
+    """All arrays of a file by name; an .npy file's only array is called "array". Mapped from disk where possible."""
+    if not path.is_file():
+        raise InputError(f"no such file: {path}", where=where)
+    try:
+        if path.suffix == ".npy":
+            return {"array": np.load(path, mmap_mode="r", allow_pickle=False)}
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as archive:
+                return {name: archive[name] for name in archive.files}
+        if path.suffix == ".safetensors":
+            from safetensors.numpy import load_file
+
+            return dict(load_file(path))
+    except Exception as error:  # the three readers raise many types for damaged bytes
+        raise InputError(
+            f"cannot read {path}",
+            where=where,
+            evidence=str(error),
+            fix="the file is truncated or corrupt: write it again",
+        ) from error
+    raise InputError(f"{path} is of an unknown kind", where=where, fix="use .npy, .npz or .safetensors")
+
+
+def _check(array: Array, path: Path, where: str, *, rows: int, split: str) -> None:
+    if array.ndim != 2 or array.shape[1] == 0 or array.dtype.kind not in "fiu":
+        raise InputError(
+            f"{path} is not a table of numbers (rows, dimensions)",
+            where=where,
+            evidence=f"shape {array.shape}, type {array.dtype}",
+            fix="save one row of floats per sample",
+        )
+    if array.shape[0] != rows:
+        raise InputError(
+            f"{path} has {array.shape[0]} rows, the {split} split has {rows} samples",
+            where=where,
+            fix="compute one row per sample of that split, in the data set's order",
+        )
+    for start in range(0, rows, _ROWS_AT_ONCE):
+        bad = ~np.isfinite(np.asarray(array[start : start + _ROWS_AT_ONCE], dtype=np.float32)).all(1)
+        if bad.any():
+            row = start + int(bad.argmax())
+            value = next(v for v in array[row] if not np.isfinite(np.float32(v)))
+            raise InputError(
+                f"{path} holds a value that is not a finite float32",
+                where=where,
+                evidence=f"first bad row: {row} (counted from 0), value {value}",
+                fix="find out why the network that made it failed on that sample, and compute the row again",
+            )
