@@ -86,7 +86,7 @@ def upper_bound(samples: ArrayLike, percentile: float, confidence: float = 0.99)
     """A latency that the percentile does not exceed, with at least this confidence; None when the samples are too few.
 
     The t-th largest sample with the largest t >= 1 such that P[Bin(n, 1 - p) <= t] <= 1 - c: LoadGen's early stopping.
-    It over-covers, since P[Bin(n, 1 - p) <= t - 1] <= 1 - c would do (99.95 % instead of 99 % at p99 with 1,000 samples).
+    It over-covers, since P[Bin(n, 1 - p) <= t - 1] <= 1 - c would do: 99.95 % at p99 with 1,000 samples.
     """
     ordered = _sorted(samples)
     t = _upper_rank(ordered.size, _tail(percentile), _error(confidence))
