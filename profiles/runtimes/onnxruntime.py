@@ -289,7 +289,8 @@ def _shape_text(spec: TensorSpec) -> str:
 
 def _load_error(error: Exception, model: Path) -> EdgestillError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if type(error).__name__ in ("InvalidProtobuf", "NoSuchFile", "NoModel", "InvalidGraph"):
+    damaged = ("InvalidProtobuf", "NoSuchFile", "NoModel", "InvalidGraph")
+    if type(error).__name__ in damaged or "No graph was found" in reason:  # an empty file has no graph
         return InputError(
             "not an ONNX model, or a damaged one",
             where=str(model),

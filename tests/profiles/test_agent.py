@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import ast
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from profiles import agent
+
+SOURCE = Path(agent.__file__)
+linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc and /sys")
+
+
+def test_runs_on_python_3_6() -> None:
+    vermin = shutil.which("vermin", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if vermin is None:
+        pytest.skip("vermin is not installed")
+    done = subprocess.run([vermin, "-t=3.6-", "--no-tips", str(SOURCE)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_imports_the_standard_library_only() -> None:
+    imported = set()
+    for node in ast.walk(ast.parse(SOURCE.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {name.name.partition(".")[0] for name in node.names}
+        if isinstance(node, ast.ImportFrom):
+            imported.add((node.module or "").partition(".")[0])
+    assert imported <= sys.stdlib_module_names
+
+
+@linux_only
+def test_as_a_script_it_prints_one_json_document(tmp_path: Path) -> None:
+    alone = tmp_path / "agent.py"
+    shutil.copy(SOURCE, alone)
+    done = subprocess.run([sys.executable, "-I", "-S", str(alone)], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["cores"] == os.cpu_count()
+    assert found["cpu_model"]
+    assert 0 < found["memory_available_mib"] <= found["memory_mib"]
+    assert not [key for key, value in found.items() if value in (None, [], {}, "")], "absent facts stay absent"
+
+
+def _spin(seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+
+
+@linux_only
+def test_another_process_that_loads_the_cpu_is_seen_and_named() -> None:
+    other = multiprocessing.get_context("fork").Process(target=_spin, args=(5.0,))
+    other.start()
+    before = agent.CpuUse()
+    time.sleep(0.6)
+    use = agent.CpuUse().since(before)
+    assert other.pid is not None
+    name = Path(f"/proc/{other.pid}/comm").read_text().strip()
+    other.kill()
+    other.join()
+    assert use["other_cores"] > 0.2
+    assert name in [entry[0] for entry in use["busiest"]]
+
+
+@linux_only
+def test_own_work_is_not_taken_for_another_process() -> None:
+    before = agent.CpuUse()
+    _spin(0.5)
+    after = agent.CpuUse()
+    use = after.since(before)
+    others = use["other_cores"] * use["seconds"]
+    machine = after.busy - before.busy  # type: ignore[operator]
+    assert machine - others == pytest.approx(after.own - before.own, abs=0.05)
+
+
+def test_temperatures_outside_of_what_silicon_bears_are_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings = {"zone0": "45500\n", "zone1": "-256000\n", "zone2": ""}
+    for name, text in readings.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "temp").write_text(text)
+        (tmp_path / name / "type").write_text(f"{name}-thermal\n")
+    monkeypatch.setattr(agent.glob, "glob", lambda pattern: sorted(map(str, tmp_path.iterdir())))
+    assert agent.temperatures() == {"zone0-thermal": 45.5}
