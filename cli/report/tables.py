@@ -160,12 +160,13 @@ def to_markdown(report: Report) -> str:
         f"{_escape(subject_line(report))}; {_escape(date(report.created))}, {duration(report.seconds)}, "
         f"exit status {report.exit_status}",
         "",
-        f"| Target | Student | Precision | MiB | {metric_title(report.metric)} % | {title} ms | bound | limit | Verdict |",
+        f"| Target | Student | Precision | MiB | {metric_title(report.metric)} % | {title} ms | bound | limit "
+        "| Verdict |",
         "|---|---|---|--:|--:|--:|--:|--:|---|",
     ]
     for row in report.targets:
-        limit, latency = latency_limit(row), row.latency
-        point = milliseconds(latency.point, limit) if latency else "-"
+        asked, latency = latency_limit(row), row.latency
+        point = milliseconds(latency.point, asked) if latency else "-"
         if several and latency:
             point = f"{percentile_title(latency.percentile)} {point}"
         verdict = VERDICT_WORDS[row.verdict]
@@ -176,8 +177,8 @@ def to_markdown(report: Report) -> str:
             mebibytes(row.size_mib),
             _metric_words(row.metric) + ("\\*" if on_other_machine(row) else ""),
             point,
-            milliseconds(latency.upper_bound, limit) if latency else "-",
-            "-" if limit is None else plain_number(limit),
+            milliseconds(latency.upper_bound, asked) if latency else "-",
+            "-" if asked is None else plain_number(asked),
             f"**{verdict}**" if row.verdict in ("fail", "error") else verdict,
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -193,6 +194,8 @@ def to_markdown(report: Report) -> str:
     lines.append("")
     confidences = {row.latency.confidence for row in report.targets if row.latency is not None}
     bound = f"; bound: {plain_number(min(confidences) * 100)} % confidence" if confidences else ""
+    spreads = {row.metric.confidence for row in report.targets if row.metric is not None}
+    bound += f"; ±: {plain_number(min(spreads) * 100)} %" if spreads else ""
     timed = scopes(report)
     if len(timed) == 1:
         lines.append(f"{next(iter(timed))}, one query in flight{bound}  ")
@@ -212,8 +215,8 @@ def to_markdown(report: Report) -> str:
         lines += ["", "<details><summary>Every limit</summary>", ""]
         lines += ["| Target | Limit of | Value | Interval | Limit | | Verdict |", "|---|---|--:|--:|--:|---|---|"]
         for row, limit in limits:
-            value, interval, asked = limit_figures(limit)
-            found = f"{LIMIT_TITLES[limit.name]} | {value} | {interval} | {asked} | {limit_unit(limit)}"
+            value, interval, at = limit_figures(limit)
+            found = f"{LIMIT_TITLES[limit.name]} | {value} | {interval} | {at} | {limit_unit(limit)}"
             reason = f", {_escape(limit.reason)}" if limit.reason else ""
             lines.append(f"| {_escape(row.name)} | {found} | {VERDICT_WORDS[limit.verdict]}{reason} |")
         lines += ["", "</details>"]

@@ -409,8 +409,8 @@ def _grid(heads: Sequence[str], rows: Sequence[tuple[Sequence[str], str]], left:
     widths = [max(cell_len(head), *(cell_len(cells[i]) for cells, _ in cleaned)) for i, head in enumerate(heads)]
     widths[0] = max(4, min(widths[0], style.width - 2 - sum(room + 2 for room in widths[1:])))
     lines = []
-    for number, (cells, note) in enumerate([(list(heads), ""), *cleaned]):
-        cells = [style.cut(cells[0], widths[0]), *cells[1:]]
+    for number, (whole, note) in enumerate([(list(heads), ""), *cleaned]):
+        cells = [style.cut(whole[0], widths[0]), *whole[1:]]
         padded = [
             cell + " " * (widths[i] - cell_len(cell)) if i in left else " " * (widths[i] - cell_len(cell)) + cell
             for i, cell in enumerate(cells)

@@ -1,0 +1,338 @@
+"""The report as one self-contained page: no script, no network, light and dark, readable on a phone and on paper."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+from cli.report.schema import MetricValue, Report, TargetRow
+from cli.report.svg import accuracy_latency, training_curve
+from cli.report.words import (
+    LIMIT_TITLES,
+    NOT_THE_DEVICE,
+    VERDICT_WORDS,
+    date,
+    duration,
+    engine_words,
+    latency_limit,
+    limit_figures,
+    limit_unit,
+    mebibytes,
+    metric_title,
+    milliseconds,
+    on_other_machine,
+    percent,
+    percentile_title,
+    percentiles,
+    plain_number,
+    points,
+    provenance,
+    reasons,
+    scopes,
+    subject_line,
+)
+from profiles.artifact import explain_os_errors, write_text
+
+STYLE_FILE = Path(__file__).with_name("page.css")
+_MARKS = {"pass": "✓", "fail": "✗", "inconclusive": "?", "not measured": "–", "error": "!"}
+
+
+def write_html(report: Report, path: Path) -> None:
+    """Writes the page, whole or not at all.
+
+    Raises:
+        EdgestillError: the place cannot be written.
+    """
+    with explain_os_errors(path):
+        write_text(path, to_html(report))
+
+
+def to_html(report: Report) -> str:
+    """The page as text. Everything that comes from the report is escaped."""
+    sections = [
+        _heading(report),
+        _targets(report),
+        _plot(report),
+        _why(report),
+        _details(report),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta name="generator" content="edgestill {escape(report.versions.get("edgestill", ""))}">'
+        f"<title>{escape(report.name)} · edgestill</title>\n"
+        f"<style>\n{STYLE_FILE.read_text(encoding='utf-8')}</style></head>\n"
+        f"<body>\n{''.join(sections)}</body></html>\n"
+    )
+
+
+def _class(verdict: str) -> str:
+    return verdict.replace(" ", "-")
+
+
+def _verdict(verdict: str, words: str) -> str:
+    return f'<span class="verdict {_class(verdict)}">{_MARKS[verdict]} {escape(words)}</span>'
+
+
+def _heading(report: Report) -> str:
+    counts = report.counts
+    chips = (
+        ("error", counts.errors, "error" if counts.errors == 1 else "errors"),
+        ("fail", counts.failed, "fail"),
+        ("inconclusive", counts.inconclusive, "inconclusive"),
+        ("not measured", counts.not_measured, "not measured"),
+        ("pass", counts.passed, "pass"),
+    )
+    items = "".join(
+        f'<li class="{_class(verdict)}">{_MARKS[verdict]} {count} {word}</li>'
+        for verdict, count, word in chips
+        if count
+    )
+    return (
+        f"<header><h1>{escape(report.name)}</h1>"
+        f'<span class="soft">{escape(date(report.created))} · {duration(report.seconds)}</span></header>\n'
+        f'<p class="soft">{escape(subject_line(report))} · exit status {report.exit_status}</p>\n'
+        f'<ul class="chips">{items}</ul>\n'
+    )
+
+
+def _metric(metric: MetricValue | None) -> str:
+    return "-" if metric is None else f"{percent(metric.value)} ±{percent(metric.half_width)}"
+
+
+def _cell(text: str, label: str = "", look: str = "", title: str = "") -> str:
+    """A cell; its label stands before it where the table becomes a list on narrow screens. `text` is HTML."""
+    attributes = "".join(
+        f' {name}="{escape(value)}"'
+        for name, value in (("class", look), ("data-label", label), ("title", title))
+        if value
+    )
+    return f"<td{attributes}>{text}</td>"
+
+
+def _table(heads: Sequence[tuple[str, str]], rows: Iterable[str], look: str = "stack") -> str:
+    head = "".join(f"<th{f' class={look}' if look else ''}>{escape(text)}</th>" for text, look in heads)
+    body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return f'<div class="scroll"><table class="{look}">{body}</table></div>\n'
+
+
+def _targets(report: Report) -> str:
+    shown = percentiles(report)
+    several = len(shown) > 1
+    latency_title = f"{percentile_title(shown[0]) if len(shown) == 1 else 'latency'} ms"
+    metric_head = f"{metric_title(report.metric)} %"
+    heads = [("Target", ""), ("Student", ""), ("Precision", ""), ("MiB", "number"), (metric_head, "number")]
+    heads += [(latency_title, "number"), ("bound", "number"), ("limit", "number"), ("Verdict", "")]
+    rows = []
+    for row in report.targets:
+        limit, latency = latency_limit(row), row.latency
+        point = milliseconds(latency.point, limit) if latency else "-"
+        if several and latency:
+            point = f"{percentile_title(latency.percentile)} {point}"
+        interval = f"{percent(row.metric.low)} to {percent(row.metric.high)} %, {row.metric.on}" if row.metric else ""
+        samples = f"{latency.samples:,} runs" if latency else ""
+        cells = [
+            _cell(escape(row.name), look="name"),
+            _cell(escape(row.arch)),
+            _cell(escape(row.precision), title=row.compute_precision),
+            _cell(mebibytes(row.size_mib), "MiB", "number"),
+            _cell(_metric(row.metric) + ("*" if on_other_machine(row) else ""), metric_head, "number", interval),
+            _cell(point, latency_title, "number", samples),
+            _cell(milliseconds(latency.upper_bound, limit) if latency else "-", "bound", "number"),
+            _cell("-" if limit is None else plain_number(limit), "limit", "number"),
+            _cell(_verdict(row.verdict, VERDICT_WORDS[row.verdict]), look="judged"),
+        ]
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    for reference in report.references:
+        cells = [
+            _cell(escape(reference.role), title=reference.note),
+            _cell(escape(reference.arch)),
+            _cell(escape(reference.precision)),
+            _cell(mebibytes(reference.size_mib), "MiB", "number"),
+            _cell(_metric(reference.metric), metric_head, "number"),
+            *[_cell("")] * 4,
+        ]
+        rows.append(f'<tr class="reference">{"".join(cells)}</tr>')
+    return _table(heads, rows) + _footnotes(report)
+
+
+def _footnotes(report: Report) -> str:
+    confidences = {row.latency.confidence for row in report.targets if row.latency is not None}
+    spreads = {row.metric.confidence for row in report.targets if row.metric is not None}
+    timed = scopes(report)
+    notes = [f"{what}: {', '.join(names)}" for what, names in timed.items()]
+    if len(timed) == 1:
+        notes = [f"{next(iter(timed))}, one query in flight"]
+    said = [f"bound: {plain_number(min(confidences) * 100)} % confidence"] if confidences else []
+    said += [f"±: {plain_number(min(spreads) * 100)} %"] if spreads else []
+    notes += ["; ".join(said)] if said else []
+    notes += [f"distilling {entry.arch} bought {points(entry.difference, '−')}" for entry in report.bought]
+    if any(on_other_machine(row) for row in report.targets):
+        notes.append(f"* {NOT_THE_DEVICE}")
+    notes += report.notes
+    return f'<div class="notes">{"".join(f"<p>{escape(note)}</p>" for note in notes)}</div>\n'
+
+
+def _plot(report: Report) -> str:
+    picture = accuracy_latency(report)
+    title = escape(metric_title(report.metric))
+    if not picture:
+        return (
+            f'<h2>{title} over latency</h2><p class="soft">Fewer than two measured targets: nothing to compare.</p>\n'
+        )
+    caption = (
+        "Left and up is better. Bars: intervals. Line: Pareto front; another target beats what is under or right of it."
+    )
+    shapes = "Circle: PASS, cross: FAIL, diamond: INCONCLUSIVE. Targets that were not measured are not drawn."
+    return f'<h2>{title} over latency</h2><div class="scroll">{picture}</div><div class="notes"><p>{caption} {shapes}</p></div>\n'
+
+
+def _why(report: Report) -> str:
+    cards = []
+    for row in report.targets:
+        lines = [f"<li>{escape(reason)}</li>" for reason in reasons(row)]
+        lines += [f'<li class="fix"><code>{escape(fix)}</code></li>' for fix in row.fixes]
+        host = f"{row.host} · " if row.host else ""
+        items = f"<ul>{''.join(lines)}</ul>" if lines else ""
+        cards.append(
+            f'<section class="card is-{_class(row.verdict)}"><header><h3>{escape(row.name)}</h3>'
+            f"{_verdict(row.verdict, VERDICT_WORDS[row.verdict])}</header>"
+            f'<p class="soft">{escape(host + provenance(row))}</p>'
+            f"{items}</section>"
+        )
+    return f'<h2>Why</h2><div class="cards">{"".join(cards)}</div>\n'
+
+
+def _details(report: Report) -> str:
+    parts = ["<h2>Everything else</h2>"]
+    limits = _limits(report)
+    if limits:
+        parts.append(f"<details open><summary>Every limit</summary>{limits}</details>")
+    candidates = _candidates(report)
+    if candidates:
+        title = f"Every candidate, {escape(metric_title(report.metric))} on the validation split"
+        parts.append(f"<details open><summary>{title}</summary>{candidates}</details>")
+    parts.append(f"<details><summary>Measurements</summary>{_measurements(report)}</details>")
+    if report.training or report.stages:
+        parts.append(f"<details open><summary>Training and stages</summary>{_cost(report)}</details>")
+    parts.append(f"<details><summary>Data, versions, machine</summary>{_facts(report)}</details>\n")
+    return "".join(parts)
+
+
+def _limits(report: Report) -> str:
+    rows = []
+    for row in report.targets:
+        for limit in row.limits:
+            value, interval, asked = limit_figures(limit)
+            unit = f" {limit_unit(limit)}"
+            reason = f'<span class="reason">{escape(limit.reason)}</span>' if limit.reason else ""
+            cells = [
+                _cell(escape(row.name), look="name"),
+                _cell(LIMIT_TITLES[limit.name]),
+                _cell(value + (unit if value != "-" else ""), "value", "number"),
+                _cell(interval, "interval", "number"),
+                _cell(asked + unit, "limit", "number"),
+                _cell(_verdict(limit.verdict, VERDICT_WORDS[limit.verdict]) + reason, look="judged"),
+            ]
+            rows.append(f"<tr>{''.join(cells)}</tr>")
+    heads = [("Target", ""), ("Limit of", ""), ("value", "number"), ("interval", "number"), ("limit", "number")]
+    return _table([*heads, ("Verdict", "")], rows) if rows else ""
+
+
+def _candidates(report: Report) -> str:
+    rows = []
+    metric_head = f"{metric_title(report.metric)} %"
+    for row in report.targets:
+        for candidate in row.candidates:
+            latency = candidate.latency
+            fate = "chosen" if candidate.chosen else candidate.rejected_because or ""
+            cells = [
+                _cell(escape(row.name), look="name"),
+                _cell(escape(candidate.precision), title=candidate.compute_precision),
+                _cell(mebibytes(candidate.size_mib), "MiB", "number"),
+                _cell(_metric(candidate.metric), metric_head, "number"),
+                _cell(milliseconds(latency.point if latency else None), "ms", "number"),
+                _cell(milliseconds(latency.upper_bound if latency else None), "bound", "number"),
+                _cell(f"<strong>{escape(fate)}</strong>" if candidate.chosen else escape(fate)),
+            ]
+            rows.append(f"<tr>{''.join(cells)}</tr>")
+    heads = [("Target", ""), ("Precision", ""), ("MiB", "number"), (metric_head, "number"), ("ms", "number")]
+    return _table([*heads, ("bound", "number"), ("", "")], rows) if rows else ""
+
+
+def _measurements(report: Report) -> str:
+    return "".join(_measurement(row) for row in report.targets)
+
+
+def _measurement(row: TargetRow) -> str:
+    latency = row.latency
+    facts: list[tuple[str, str]] = []
+    if latency is not None:
+        facts += [
+            ("runs", f"{latency.samples:,}{'' if latency.stable else ', never became stable'}"),
+            ("p50", f"{milliseconds(latency.p50)} ms"),
+            ("mean", f"{milliseconds(latency.mean)} ms"),
+            ("maximum", f"{milliseconds(latency.max)} ms"),
+            ("outliers", "-" if latency.outliers is None else f"{latency.outliers:,}, none removed"),
+        ]
+    facts += [
+        ("load", f"{milliseconds(row.load_ms)} ms" if row.load_ms is not None else ""),
+        ("first inference", f"{milliseconds(row.first_inference_ms)} ms" if row.first_inference_ms is not None else ""),
+        ("peak memory", f"{mebibytes(row.peak_memory_mib)} MiB" if row.peak_memory_mib is not None else ""),
+        ("memory read from", row.peak_memory_how),
+        ("computes in", row.compute_precision),
+        ("engine", engine_words(row)),
+        ("model", row.model_file or ""),
+        ("bundle", row.bundle or ""),
+    ]
+    environment = (
+        f"<pre>{escape(json.dumps(row.environment, indent=2, ensure_ascii=False))}</pre>" if row.environment else ""
+    )
+    return f"<h3>{escape(row.name)}</h3>{_definitions(facts)}{environment}"
+
+
+def _definitions(facts: Sequence[tuple[str, str]]) -> str:
+    return f"<dl>{''.join(f'<dt>{escape(key)}</dt><dd>{escape(value)}</dd>' for key, value in facts if value)}</dl>"
+
+
+def _cost(report: Report) -> str:
+    cards = []
+    for run in report.training:
+        speed = f", {run.samples_per_second:,.0f} {report.unit}s/s" if run.samples_per_second else ""
+        best = "" if run.best_epoch is None else f", epoch {plain_number(run.best_epoch)} chosen"
+        text = f"{run.objective}; {plain_number(run.epochs)} epochs{best}, {duration(run.seconds)}{speed}"
+        cards.append(
+            f'<section class="card"><h3>{escape(run.role)} {escape(run.arch)}</h3>'
+            f'<p class="soft">{escape(text)}</p>{training_curve(run, report.metric)}</section>'
+        )
+    longest = max((stage.seconds for stage in report.stages), default=0.0) or 1.0
+    rows = [
+        f"<tr>{_cell(escape(stage.name))}{_cell(duration(stage.seconds), '', 'number')}"
+        f"{_cell('cached' if stage.cached else '')}"
+        f'<td><span class="bar" style="width:{stage.seconds / longest * 100:.1f}%"></span></td></tr>'
+        for stage in report.stages
+    ]
+    stages = _table([("Stage", ""), ("time", "number"), ("", ""), ("", "")], rows, "stages") if rows else ""
+    return f'<div class="cards">{"".join(cards)}</div>{stages}'
+
+
+def _facts(report: Report) -> str:
+    data, machine = report.data, report.machine
+    facts = [
+        ("data", data.title or data.source),
+        ("source", data.source),
+        ("licence", data.licence),
+        ("citation", data.citation),
+        ("samples", ", ".join(f"{count:,} {name}" for name, count in data.splits.items())),
+        ("input", data.input),
+        ("labels", ", ".join(data.labels)),
+        ("seed", str(report.seed)),
+        ("recipe", report.recipe),
+        ("run folder", report.folder),
+        ("machine", ", ".join(part for part in (machine.title, machine.host, machine.os) if part)),
+        ("Python", machine.python),
+        ("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
+    ]
+    return _definitions(facts)
