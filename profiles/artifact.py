@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
@@ -100,7 +100,10 @@ def read_manifest(folder: Path, kind: str) -> Manifest:
         manifest = Manifest.model_validate(raw)
     except (ValueError, ValidationError) as error:
         raise InputError(
-            "damaged manifest", where=str(path), evidence=str(error).splitlines()[0], fix=f"delete {folder}; it is made anew"
+            "damaged manifest",
+            where=str(path),
+            evidence=str(error).splitlines()[0],
+            fix=f"delete {folder}; it is made anew",
         ) from error
     if manifest.kind != kind:
         raise InputError(f"{folder} holds a {manifest.kind}, not a {kind}", where=str(path))
@@ -169,7 +172,7 @@ def create(folder: Path, kind: str, key: str, info: dict[str, Any] | None = None
             temporary.chmod(0o755)
             _replace_folder(temporary, folder)
     except OSError as error:
-        raise _explained(error, folder) from error
+        _raise_explained(error, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -180,22 +183,22 @@ def explain_os_errors(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _explained(error, place) from error
+        _raise_explained(error, place)
 
 
-def _explained(error: OSError, place: Path) -> Exception:
+def _raise_explained(error: OSError, place: Path) -> NoReturn:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return EdgestillError(
+        raise EdgestillError(
             "the disk is full",
             where=str(place),
             evidence=str(error),
             fix="free some space; the same command goes on where it stopped",
-        )
+        ) from error
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-        return EdgestillError(
+        raise EdgestillError(
             f"cannot write to {place}", where=str(place), evidence=str(error), fix="name another folder with --out"
-        )
-    return error
+        ) from error
+    raise error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -237,7 +240,12 @@ def _replace_folder(new: Path, final: Path) -> None:
     if final.exists():
         aside = Path(tempfile.mkdtemp(prefix=f".{final.name}-old-", dir=final.parent))
         final.rename(aside / final.name)
-        new.rename(final)
-        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            new.rename(final)
+        except OSError:
+            (aside / final.name).rename(final)
+            raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
     else:
         new.rename(final)
