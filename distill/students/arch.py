@@ -129,7 +129,8 @@ def parse_arch(text: str, *, where: str | None = None) -> Arch:
             return ConvArch(width, depth, last, inverted=prefix == "convi")
         # a zero would read as "the other kind", so it is refused here
         if last == 0:
-            _check(text, "heads" if prefix == "text" else "kernel", 0, TextArch.head_counts)
+            name, valid = ("heads", TextArch.head_counts) if prefix == "text" else ("kernel", TextArch.kernels)
+            _check(text, name, 0, valid)
         return TextArch(width, depth, heads=last) if prefix == "text" else TextArch(width, depth, kernel=last)
     except InputError as error:
         raise InputError(error.message, where=where, evidence=error.evidence, fix=error.fix) from None

@@ -15,10 +15,11 @@ _EXPANSION = 4
 class ConvNet(nn.Module):
     """uint8 (N, C, H, W) -> embedding (N, D): normalisation, stem, stages, global average pooling.
 
-    Rule for the input size: the stem halves the resolution (two strided convolutions, a quarter, from 96 px on), so no
-    block ever works at full resolution; then stages, each but the first halving it and doubling the channels, are added
-    until the map is at most 4 px on its longer side, at least 2 and at most 4 of them. 28 px: 14, 7, 4. 32 px: 16, 8,
-    4. 224 px: 56, 28, 14, 7.
+    Rule for the input size: the stem is one convolution and a 2x2 maximum, which halve the resolution together (a
+    quarter from 96 px on, where the convolution is strided as well); small images thus lose no detail before the first
+    convolution, and no block works at full resolution. Then stages, each but the first halving the map and doubling the
+    channels, until the map is at most 4 px on its longer side; at least 2 and at most 4 of them. 28 px: 14, 7, 4.
+    32 px: 16, 8, 4. 224 px: 56, 28, 14, 7.
 
     BatchNorm, ReLU and ReLU6 only: they fold into the convolutions and quantise without surprises on every runtime.
     Width, depth and kernel shrink by slicing (first channels, first blocks, centre of the kernel): stage i of a smaller
@@ -28,13 +29,10 @@ class ConvNet(nn.Module):
     def __init__(self, arch: ConvArch, spec: InputSpec) -> None:
         super().__init__()
         self.normalize = Normalize(spec.mean, spec.std)
-        strided = stem_stride(spec) // 2
-        layers: list[nn.Module] = []
-        channels = spec.shape[0]
-        for _ in range(strided):
-            layers.append(_conv_norm_act(channels, arch.width, 3, stride=2, act=nn.ReLU))
-            channels = arch.width
-        self.stem = nn.Sequential(*layers)
+        channels = arch.width
+        self.stem = nn.Sequential(
+            _conv_norm_act(spec.shape[0], channels, 3, stride=stem_stride(spec) // 2, act=nn.ReLU), nn.MaxPool2d(2)
+        )
         block = InvertedResidual if arch.inverted else Residual
         self.stages = nn.ModuleList()
         for stage in range(stage_count(spec)):
@@ -111,8 +109,3 @@ def _initialise(module: nn.Module) -> None:
     for child in module.modules():
         if isinstance(child, nn.Conv2d):
             nn.init.kaiming_normal_(child.weight, mode="fan_out", nonlinearity="relu")
-    for child in module.modules():
-        if isinstance(child, Residual):
-            norm = child.second[1]
-            assert isinstance(norm, nn.BatchNorm2d)
-            nn.init.zeros_(norm.weight)  # every block starts as its shortcut (Goyal et al. 2017, arXiv 1706.02677)

@@ -68,9 +68,9 @@ class TeacherCache:
     """An opened cache; the arrays are mapped from disk, read-only.
 
     `train_*`: (V, N, D) and (V, N, C), view 0 of the clean images. `validation_*`, `test_*`: (N, D) and (N, C), clean.
-    None where the teacher has none. `head_weight` (C, D) and `head_bias` (C,): the teacher's linear head in float32, when
-    known. `dtype`: the stored type, which is float32 where float16 would have overflowed. `reconstruction_error`: of each
-    quantity.
+    None where the teacher has none. `head_weight` (C, D) and `head_bias` (C,): the teacher's linear head in float32,
+    when known. `dtype`: the stored type, which is float32 where float16 would have overflowed. `reconstruction_error`:
+    of each quantity.
     """
 
     folder: Path
