@@ -12,7 +12,7 @@ from torch import Tensor
 from distill.data.dataset import Dataset
 from distill.data.section import AugmentSection
 from distill.data.views import augment, view_of
-from distill.objectives.base import CachedOutputs, FitData
+from distill.objectives.base import CachedTeacher, FitData
 from distill.outputs import TeacherOutput
 from profiles.errors import InputError
 
@@ -32,7 +32,7 @@ class Resident:
     def __init__(
         self,
         dataset: Dataset,
-        cache: CachedOutputs | None,
+        cache: CachedTeacher | None,
         augmentation: AugmentSection,
         seed: int,
         device: torch.device,
@@ -116,7 +116,7 @@ def _budget(device: torch.device) -> float:
 
 
 def _check_cache(
-    cache: CachedOutputs, outputs: np.ndarray[Any, Any] | None, rows: int, augmentation: AugmentSection
+    cache: CachedTeacher, outputs: np.ndarray[Any, Any] | None, rows: int, augmentation: AugmentSection
 ) -> None:
     if outputs is not None and outputs.shape[1] != rows:
         raise InputError(

@@ -25,7 +25,7 @@ from distill.checkpoint import load_checkpoint, save_checkpoint
 from distill.data.dataset import Dataset, Split
 from distill.data.section import AugmentSection
 from distill.distribution import Processes, default_device, start
-from distill.objectives.base import CachedOutputs, at_least_float32
+from distill.objectives.base import CachedTeacher, at_least_float32
 from distill.objectives.compose import Composition
 from distill.objectives.ground_truth import balanced_weights, task_loss
 from distill.outputs import Batch, StudentOutput, TeacherOutput
@@ -34,7 +34,7 @@ from distill.students import Student, load_student, save_student
 from distill.train_section import TrainSection
 from profiles.artifact import content_key, create, current, explain_os_errors, read_manifest, write_text
 from profiles.errors import EdgestillError, InputError, Interrupted
-from profiles.metrics import Metric, evaluate
+from profiles.metrics import Metric, average_precision, evaluate, primary_metric
 from profiles.progress import Progress, Silent, Task
 from profiles.section import Section
 
@@ -68,7 +68,7 @@ def train(
     student: Student,
     objective: Composition,
     dataset: Dataset,
-    cache: CachedOutputs | None,
+    cache: CachedTeacher | None,
     section: TrainSection,
     augmentation: AugmentSection,
     folder: Path,
@@ -182,7 +182,7 @@ class _Run:
         student: Student,
         objective: Composition,
         dataset: Dataset,
-        cache: CachedOutputs | None,
+        cache: CachedTeacher | None,
         section: TrainSection,
         augmentation: AugmentSection,
         folder: Path,
@@ -342,7 +342,8 @@ class _Run:
         """Validates, keeps the best weights and writes the metrics."""
         if self.data.teacher_checksum() != self.checksum:
             raise EdgestillError("the cached teacher outputs changed during training", where=str(self.folder))
-        metric = self._validate()
+        logits = self._validation_logits()
+        value = _metric_value(self.dataset, logits)
         steps = self.steps_per_epoch
         last_step = (self.epoch + 1) * steps - 1
         record: dict[str, float] = {
@@ -350,16 +351,16 @@ class _Run:
             "learning_rate": learning_rate(self.section, last_step, self.section.epochs * steps),
             "loss": sum(self.totals) / steps,
             **{f"loss/{name}": total / steps for name, total in zip(self.names, self.totals, strict=True)},
-            f"validation/{metric.name}": metric.value,
+            f"validation/{primary_metric(self.dataset.task)}": value,
             "samples_per_second": samples_per_second,
             **self.objective.logs(),
         }
         self.history.append(record)
         # of equal epochs the later one: its learning rate was lower
-        if not self.best or metric.value >= self.best["value"]:
+        if not self.best or value >= self.best["value"]:
             self.best = {
-                "value": metric.value,
-                "metric": metric.model_dump(mode="json"),
+                "value": value,
+                "logits": torch.from_numpy(logits),
                 "epoch": self.epoch + 1,
                 "student": _copy(self._kept_student()),
                 "objective": _copy(self.objective),
@@ -375,8 +376,8 @@ class _Run:
     def _kept_student(self) -> nn.Module:
         return self.student if self.average is None else self.average.module
 
-    def _validate(self) -> Metric:
-        """The primary metric on the validation split; every process does its share of the samples."""
+    def _validation_logits(self) -> np.ndarray[Any, Any]:
+        """Class logits (N, C) of the validation split; every process does its share of the samples."""
         split = self.dataset.validation
         kept = self._kept_student()
         if self.processes.world > 1:
@@ -390,8 +391,8 @@ class _Run:
             logits[torch.from_numpy(rows).to(self.device)] = _logits(
                 kept, self.objective, split.inputs, rows, size, self.device
             )
-        values = self.processes.sum(logits).cpu().numpy()
-        return evaluate(self.dataset.task, values, split.labels, split.mask, seed=self.seed)
+        found: np.ndarray[Any, Any] = self.processes.sum(logits).cpu().numpy()
+        return found
 
     # -- keeping ------------------------------------------------------------------------------------------------------
 
@@ -457,9 +458,12 @@ class _Run:
         self.student.to("cpu").to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
         self.objective.to("cpu").eval()
         rates = sorted(record["samples_per_second"] for record in self.history)
+        validation = self.dataset.validation
         result = TrainResult(
             arch=self.student.arch,
-            metric=Metric.model_validate(self.best["metric"]),
+            metric=evaluate(
+                self.dataset.task, self.best["logits"].numpy(), validation.labels, validation.mask, seed=self.seed
+            ),
             best_epoch=self.best["epoch"],
             epochs=self.section.epochs,
             seconds=self.seconds,
@@ -602,6 +606,19 @@ def _bf16(section: TrainSection, device: torch.device) -> bool:
     return section.precision == "bf16"
 
 
+def _metric_value(dataset: Dataset, logits: np.ndarray[Any, Any]) -> float:
+    """The primary metric on the validation split without its interval, whose bootstrap can cost more than an epoch."""
+    split = dataset.validation
+    if dataset.task == "multiclass":
+        return evaluate(dataset.task, logits, split.labels).value
+    known = np.ones_like(split.labels, dtype=bool) if split.mask is None else split.mask
+    judged = ((split.labels > 0) & known).any(0) & ((split.labels == 0) & known).any(0)
+    if not judged.any() or not np.isfinite(logits).all():
+        return evaluate(dataset.task, logits, split.labels, split.mask).value  # explains what is wrong
+    mask = None if split.mask is None else split.mask[:, judged]
+    return float(average_precision(logits[:, judged], split.labels[:, judged], mask).mean())
+
+
 def _copy(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
@@ -647,7 +664,7 @@ def _key(
     student: Student,
     objective: Composition,
     dataset: Dataset,
-    cache: CachedOutputs | None,
+    cache: CachedTeacher | None,
     section: TrainSection,
     augmentation: AugmentSection,
     seed: int,

@@ -14,7 +14,7 @@ from distill.objectives.section import ObjectiveBase
 from distill.outputs import Batch, StudentOutput, TeacherOutput
 
 
-class CachedOutputs(Protocol):
+class CachedTeacher(Protocol):
     """What training reads of a teacher cache; arrays are (views, N, D) and (views, N, C) of the training split."""
 
     @property

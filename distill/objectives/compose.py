@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.data.dataset import Dataset
-from distill.objectives.base import CachedOutputs, FitData, Objective, Shapes
+from distill.objectives.base import CachedTeacher, FitData, Objective, Shapes
 from distill.objectives.cosine_difference import CosineDifference
 from distill.objectives.distance_correlation import DistanceCorrelation
 from distill.objectives.embedding_compression import EmbeddingCompression
@@ -119,7 +119,7 @@ def head_size(sections: tuple[AnyObjective, ...], classes: int) -> int:
     return classes if leader is None else _MODULES[sections[leader].kind].head_size(sections[leader], classes)
 
 
-def available(dataset: Dataset, cache: CachedOutputs | None) -> frozenset[Need]:
+def available(dataset: Dataset, cache: CachedTeacher | None) -> frozenset[Need]:
     """What the data and the cached teacher can supply."""
     found: set[Need] = {"labels"} if len(dataset.train.labels) else set()
     if cache is not None and cache.train_embedding is not None:
@@ -132,7 +132,7 @@ def available(dataset: Dataset, cache: CachedOutputs | None) -> frozenset[Need]:
 def build_objective(
     sections: tuple[AnyObjective, ...],
     dataset: Dataset,
-    cache: CachedOutputs | None,
+    cache: CachedTeacher | None,
     *,
     student_dim: int,
     hard_weight: float | None = None,
