@@ -1,0 +1,648 @@
+"""The measuring loop: warm-up, interleaved candidates, two clocks, looks at growing samples, the machine's state."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from profiles import agent, statistics
+from profiles.artifact import explain_os_errors, file_hash, write_text
+from profiles.device import TargetSection
+from profiles.errors import EdgestillError, InputError
+from profiles.measure_section import MeasureSection
+from profiles.measurement import (
+    Latency,
+    LatencyDifference,
+    Measurement,
+    Memory,
+    Outcome,
+    Scope,
+    Throughput,
+    ThroughputPoint,
+)
+from profiles.progress import Progress, Silent, Task
+from profiles.runtimes import Clock, Runtime, Session, Timed, WallClock, get_runtime
+
+Array = np.ndarray[Any, Any]
+
+WINDOW_NS = 200_000_000
+"""Shortest window of the warm-up, in nanoseconds."""
+WINDOWS = 3
+AGREEMENT = 1.10
+"""The windows agree when the largest figure is at most this times the smallest."""
+LEAST_RUNS = 10
+FIRST_LOOK = 64
+"""A look at fewer samples than this says little, whichever percentile is asked."""
+LEAST_SECONDS = 0.5
+"""No look earlier than this: 662 queries of 0.05 ms take a thirtieth of a second, and a machine has slower moods."""
+RESETTLE = 2
+"""Queries after a switch to another candidate, run for its caches and not counted: a rule, not a choice by latency."""
+_BLOCK_SECONDS = 0.25
+_BLOCK_QUERIES = 64
+_KEPT_INPUTS = 64
+_BUSY_CORES = 0.2
+_PROBE_TIMEOUT = 300.0
+_SWEEP_SECONDS = 1.0
+_SATURATED = 0.95
+
+Query = Callable[[int], Timed]
+"""Runs the i-th query."""
+
+
+class Samples(NamedTuple):
+    """Every latency of one candidate in the order of measurement: int64 nanoseconds (N,) on each clock."""
+
+    compute_ns: Array
+    end_to_end_ns: Array
+
+
+class Measured(NamedTuple):
+    """A measurement and the samples behind it."""
+
+    measurement: Measurement
+    samples: Samples
+
+
+class WarmUp(NamedTuple):
+    """How a candidate settled. `typical_ns`: median end-to-end latency of the last window."""
+
+    stable: bool
+    runs: int
+    seconds: float
+    typical_ns: float
+
+
+@dataclass
+class Sampled:
+    """What sampling one candidate gave."""
+
+    compute_ns: list[int] = field(default_factory=list)
+    end_to_end_ns: list[int] = field(default_factory=list)
+    spent_ns: int = 0
+    looks: int = 0
+    verdict: Outcome | None = None
+    stopped_by: Literal["decided", "samples", "time"] | None = None
+
+    def in_scope(self, scope: Scope) -> list[int]:
+        """The samples of one clock."""
+        return self.compute_ns if scope == "compute" else self.end_to_end_ns
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When to look at the samples, and how sure each look must be."""
+
+    looks: tuple[int, ...]
+    look_confidence: float
+    limit_ms: float | None
+    percentile: float
+    scope: Scope
+    max_seconds: float
+
+
+def plan_looks(target: TargetSection, section: MeasureSection) -> Plan:
+    """Doubling looks until the verdict is decided; without a limit one look, at twice the needed samples or later.
+
+    With several looks, the error probability 1 - confidence is split evenly over them.
+    """
+    least = FIRST_LOOK
+    if target.latency_ms is None:
+        least = max(least, 2 * statistics.samples_needed(target.percentile, section.confidence))
+    sizes = statistics.look_sizes(target.percentile, section.confidence, section.max_samples)
+    looks = tuple(size for size in sizes if size >= least) or sizes[-1:]
+    judged = len(looks) if target.latency_ms is not None else 1
+    return Plan(
+        looks=looks,
+        look_confidence=statistics.look_confidence(section.confidence, judged),
+        limit_ms=target.latency_ms,
+        percentile=target.percentile,
+        scope=target.latency_scope,
+        max_seconds=section.max_seconds,
+    )
+
+
+def warm_up(query: Query, clock: Clock, *, percentile: float, scope: Scope, max_seconds: float) -> WarmUp:
+    """Runs until three successive windows of at least 200 ms agree within 10 %, and at least 10 times.
+
+    They must agree in throughput and in `percentile` of the clock in question; in p50 where one of the windows holds
+    fewer samples than that percentile needs. After `max_seconds` it gives up: not stable.
+    """
+    needed = statistics.samples_needed(percentile)
+    began = clock.now()
+    windows: list[list[Timed]] = []
+    runs = 0
+    while True:
+        window: list[Timed] = []
+        start = clock.now()
+        while not window or clock.now() - start < WINDOW_NS:
+            window.append(query(runs)._replace(outputs={}))
+            runs += 1
+        windows = [*windows, window][-WINDOWS:]
+        stable = runs >= LEAST_RUNS and len(windows) == WINDOWS and _agree(windows, needed, percentile, scope)
+        seconds = (clock.now() - began) / 1e9
+        if stable or (seconds >= max_seconds and runs >= LEAST_RUNS):
+            typical = statistics.percentile([timed.end_to_end_ns for timed in window], 50)
+            return WarmUp(stable, runs, seconds, typical)
+
+
+def _agree(windows: list[list[Timed]], needed: int, percentile: float, scope: Scope) -> bool:
+    p = percentile if min(len(window) for window in windows) >= needed else 50.0
+    # queries per busy second, so that a duty cycle's pauses do not hide a change of speed
+    rates = [len(window) / sum(timed.end_to_end_ns for timed in window) for window in windows]
+    latencies = [
+        statistics.percentile([timed.compute_ns if scope == "compute" else timed.end_to_end_ns for timed in window], p)
+        for window in windows
+    ]
+    return max(rates) <= AGREEMENT * min(rates) and max(latencies) <= AGREEMENT * min(latencies)
+
+
+def sample(
+    queries: Mapping[str, Query], typical_ns: Mapping[str, float], plan: Plan, clock: Clock, task: Task
+) -> dict[str, Sampled]:
+    """Samples all candidates interleaved (A B B A ...), each until its verdict is decided or its samples or time end.
+
+    A block is up to 64 queries of one candidate, or about a quarter of a second. Garbage collection waits meanwhile: a
+    pause of this process is no property of the model.
+    """
+    results = {name: Sampled() for name in queries}
+    looks = {name: _late_enough(plan.looks, typical_ns[name]) for name in queries}
+    issued = dict.fromkeys(queries, 0)
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        forward, previous = True, None
+        while active := [name for name, result in results.items() if result.stopped_by is None]:
+            for name in active if forward else reversed(active):
+                result = results[name]
+                if previous not in (None, name):
+                    for _ in range(RESETTLE):
+                        queries[name](issued[name])
+                        issued[name] += 1
+                previous = name
+                block = int(min(_BLOCK_QUERIES, max(1.0, _BLOCK_SECONDS * 1e9 / max(typical_ns[name], 1.0))))
+                block = min(block, looks[name][result.looks] - len(result.compute_ns))
+                start = clock.now()
+                for _ in range(block):
+                    timed = queries[name](issued[name])
+                    issued[name] += 1
+                    result.compute_ns.append(timed.compute_ns)
+                    result.end_to_end_ns.append(timed.end_to_end_ns)
+                result.spent_ns += clock.now() - start
+                _judge(result, plan, looks[name])
+                task.advance(block, note=f"{name}: {len(result.compute_ns)} samples")
+            forward = not forward
+    finally:
+        if collecting:
+            gc.enable()
+    return results
+
+
+def _late_enough(looks: tuple[int, ...], typical_ns: float) -> tuple[int, ...]:
+    """The looks without those that would come in the first half second; the last one stays."""
+    return tuple(size for size in looks[:-1] if size * typical_ns >= LEAST_SECONDS * 1e9) + looks[-1:]
+
+
+def _judge(result: Sampled, plan: Plan, looks: tuple[int, ...]) -> None:
+    """Takes a look when one is due, or the last one when the time is over."""
+    due = len(result.compute_ns) >= looks[result.looks]
+    late = result.spent_ns >= plan.max_seconds * 1e9
+    if not due and not late:
+        return
+    result.looks += 1
+    if plan.limit_ms is not None:
+        milliseconds = np.asarray(result.in_scope(plan.scope), dtype=np.float64) / 1e6
+        result.verdict = statistics.verdict(milliseconds, plan.limit_ms, plan.percentile, plan.look_confidence)
+    if result.verdict in ("pass", "fail"):
+        result.stopped_by = "decided"
+    elif due and (plan.limit_ms is None or result.looks == len(looks)):
+        result.stopped_by = "samples"
+    elif late:
+        result.stopped_by = "time"
+
+
+def describe(samples_ns: Array | Sequence[int], scope: Scope, percentile: float, bound_confidence: float) -> Latency:
+    """The latency figures of one clock's samples (N,) in nanoseconds. A percentile without its samples is None."""
+    milliseconds = np.asarray(samples_ns, dtype=np.float64) / 1e6
+    n = int(milliseconds.size)
+
+    def value(p: float) -> float | None:
+        return statistics.percentile(milliseconds, p) if n >= statistics.samples_needed(p) else None
+
+    first, third = np.quantile(milliseconds, [0.25, 0.75])
+    return Latency(
+        scope=scope,
+        samples=n,
+        mean=float(milliseconds.mean()),
+        minimum=float(milliseconds.min()),
+        maximum=float(milliseconds.max()),
+        p50=value(50),
+        p90=value(90),
+        p95=value(95),
+        p99=value(99),
+        p99_9=value(99.9),
+        percentile=percentile,
+        value=value(percentile),
+        upper_bound=statistics.upper_bound(milliseconds, percentile, bound_confidence),
+        lower_bound=statistics.lower_bound(milliseconds, percentile, bound_confidence),
+        bound_confidence=bound_confidence,
+        outliers=int((milliseconds > third + 1.5 * (third - first)).sum()),
+        lag1=statistics.lag1_autocorrelation(milliseconds),
+    )
+
+
+def measure(
+    candidates: Mapping[str, Path],
+    inputs: Mapping[str, Array],
+    target: TargetSection,
+    section: MeasureSection,
+    *,
+    input_source: str = "real samples",
+    runtime: Runtime | None = None,
+    clock: Clock | None = None,
+    progress: Progress | None = None,
+    fresh_process: bool = True,
+) -> dict[str, Measured]:
+    """Measures model files against each other on this machine.
+
+    Args:
+        candidates: model files by name.
+        inputs: by input name, (N, ...) samples as they come; queries of the target's batch cycle through them.
+        target: percentile, scope, batch and limit.
+        section: threads, time, confidence.
+        input_source: where the inputs are from, as the report says it.
+        runtime: default ONNX Runtime.
+        clock: default the machine's.
+        progress: told how many samples there are.
+        fresh_process: measure load time, first inference and peak memory in a process of its own as well.
+
+    Raises:
+        InputError: no candidates, a missing or damaged file, inputs that the model does not take.
+        EdgestillError: a model that cannot be loaded or run, or whose output is not finite.
+    """
+    if not candidates:
+        raise InputError("there is no model to measure", fix="name at least one model file")
+    runtime = runtime or get_runtime("onnxruntime")
+    clock = clock or WallClock()
+    progress = progress or Silent()
+    batches = query_batches(inputs, target.batch)
+    plan = plan_looks(target, section)
+    sessions: dict[str, Session] = {}
+    try:
+        for name, model in candidates.items():
+            sessions[name] = runtime.load(model, threads=section.threads)
+            _check_outputs(sessions[name], batches, clock, model)
+        started = {
+            name: _probe(runtime.name, model, batches[0], section.threads) if fresh_process else _NOT_PROBED
+            for name, model in candidates.items()
+        }
+        queries = {name: _querying(session, batches, clock, section.idle_gap_ms) for name, session in sessions.items()}
+        before, use_before = agent.read(), agent.CpuUse()
+        warm: dict[str, WarmUp] = {}
+        with progress.task("warming up", len(queries), "models") as task:
+            for name, query in queries.items():
+                warm[name] = warm_up(
+                    query,
+                    clock,
+                    percentile=target.percentile,
+                    scope=target.latency_scope,
+                    max_seconds=section.warmup_seconds,
+                )
+                task.advance(note=name)
+        with progress.task("measuring latency", None, "queries") as task:
+            sampled = sample(queries, {name: entry.typical_ns for name, entry in warm.items()}, plan, clock, task)
+        use, after = agent.CpuUse().since(use_before), agent.read()
+    finally:
+        for session in sessions.values():
+            session.close()
+    differences = _differences(sampled, target.latency_scope)
+    environment = _environment(before, after, use)
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    results = {}
+    for name, model in candidates.items():
+        found = sampled[name]
+        probed = started[name]
+        measurement = Measurement(
+            name=name,
+            file=model.name,
+            sha256=model_hash(model),
+            file_size_mib=sum(path.stat().st_size for path in model_files(model)) / 2**20,
+            runtime=runtime.name,
+            runtime_version=runtime.version,
+            options={**sessions[name].options, "idle_gap_ms": section.idle_gap_ms},
+            batch=target.batch,
+            input_shapes={key: array.shape for key, array in batches[0].items()},
+            input_source=input_source,
+            compute=describe(found.compute_ns, "compute", target.percentile, plan.look_confidence),
+            end_to_end=describe(found.end_to_end_ns, "end_to_end", target.percentile, plan.look_confidence),
+            scope=target.latency_scope,
+            limit_ms=target.latency_ms,
+            verdict=found.verdict,
+            looks=found.looks,
+            stopped_by=found.stopped_by or "samples",
+            stable=warm[name].stable,
+            warnings=_warnings(warm[name], section, environment),
+            warmup_runs=warm[name].runs,
+            warmup_seconds=warm[name].seconds,
+            seconds=found.spent_ns / 1e9,
+            load_ms=probed.load_ms,
+            first_inference_ms=probed.first_inference_ms,
+            memory=probed.memory,
+            differences=differences[name],
+            environment=environment,
+            created=created,
+        )
+        results[name] = Measured(
+            measurement, Samples(np.asarray(found.compute_ns, np.int64), np.asarray(found.end_to_end_ns, np.int64))
+        )
+    return results
+
+
+def sweep(
+    model: Path,
+    inputs: Mapping[str, Array],
+    section: MeasureSection,
+    *,
+    batches: Iterable[int] = (1, 2, 4, 8, 16, 32, 64, 128, 256),
+    runtime: Runtime | None = None,
+    clock: Clock | None = None,
+    progress: Progress | None = None,
+) -> Throughput:
+    """Throughput over batch sizes, about one second each; ends when two doublings in a row gain less than 5 %.
+
+    Args:
+        model: model file with a dynamic batch; with a fixed one, give that batch alone.
+        inputs: by input name, (N, ...).
+
+    Raises:
+        InputError: as `measure`; also when the graph refuses the first batch size.
+        EdgestillError: the first batch size cannot be run.
+    """
+    runtime = runtime or get_runtime("onnxruntime")
+    clock = clock or WallClock()
+    points: list[ThroughputPoint] = []
+    session = runtime.load(model, threads=section.threads)
+    note = "largest batch size of the sweep"
+    with (progress or Silent()).task("batch sweep", None, "batch sizes") as task:
+        for batch in batches:
+            query = _querying(session, query_batches(inputs, batch), clock, 0.0)
+            try:
+                warm = warm_up(
+                    query, clock, percentile=50, scope="end_to_end", max_seconds=min(section.warmup_seconds, 3.0)
+                )
+                latencies: list[int] = []
+                while sum(latencies) < _SWEEP_SECONDS * 1e9 or len(latencies) < LEAST_RUNS:
+                    latencies.append(query(len(latencies)).end_to_end_ns)
+            except EdgestillError as error:
+                if not points:
+                    raise
+                note = f"batch {batch} failed: {error.evidence or error.message}"
+                break
+            points.append(
+                ThroughputPoint(
+                    batch=batch,
+                    samples_per_second=batch * len(latencies) / (sum(latencies) / 1e9),
+                    p50_ms=statistics.percentile(latencies, 50) / 1e6,
+                    queries=len(latencies),
+                    stable=warm.stable,
+                )
+            )
+            task.advance(note=f"batch {batch}: {points[-1].samples_per_second:.0f} samples/s")
+            best_before = max((point.samples_per_second for point in points[:-2]), default=0.0)
+            if len(points) > 2 and max(point.samples_per_second for point in points[-2:]) < 1.05 * best_before:
+                note = "the last two batch sizes gained less than 5 %"
+                break
+    session.close()
+    best = max(point.samples_per_second for point in points)
+    saturation = min(point.batch for point in points if point.samples_per_second >= _SATURATED * best)
+    return Throughput(points=tuple(points), saturation_batch=saturation, note=note)
+
+
+def save_measurement(folder: Path, measurement: Measurement, samples: Samples) -> Path:
+    """Writes NAME.json and, beside it, NAME.npz with every sample of both clocks; returns the JSON file.
+
+    Raises:
+        EdgestillError: the disk is full or the folder cannot be written.
+    """
+    stem = re.sub(r"[^A-Za-z0-9._-]", "_", measurement.name)
+    path = folder / f"{stem}.json"
+    with explain_os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        # the samples first: a JSON file without them would claim what cannot be checked
+        np.savez_compressed(folder / f"{stem}.npz", **samples._asdict())
+        write_text(path, measurement.model_dump_json(indent=2) + "\n")
+    return path
+
+
+def load_measurement(path: Path) -> Measured:
+    """What `save_measurement` wrote, by its JSON file.
+
+    Raises:
+        InputError: a missing or damaged file, or samples that are not those of the measurement.
+    """
+    try:
+        measurement = Measurement.model_validate_json(path.read_text(encoding="utf-8"))
+        with np.load(path.with_suffix(".npz")) as stored:
+            samples = Samples(stored["compute_ns"], stored["end_to_end_ns"])
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise InputError(
+            "missing or damaged measurement",
+            where=str(path),
+            evidence=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            fix="delete it and measure again",
+        ) from error
+    counts = {measurement.compute.samples, measurement.end_to_end.samples, len(samples[0]), len(samples[1])}
+    if len(counts) != 1:
+        raise InputError(
+            "the samples are not those of the measurement",
+            where=str(path),
+            evidence=f"sample counts: {sorted(counts)}",
+            fix="delete it and measure again",
+        )
+    return Measured(measurement, samples)
+
+
+def query_batches(inputs: Mapping[str, Array], batch: int) -> list[dict[str, Array]]:
+    """Up to 64 different queries of `batch` rows, contiguous, so that no query pays for slicing.
+
+    Raises:
+        InputError: no inputs, no rows, or different numbers of rows.
+    """
+    rows = {array.shape[0] if array.ndim else 0 for array in inputs.values()}
+    if len(rows) != 1 or rows == {0}:
+        raise InputError("inputs must have the same number of rows, at least one", evidence=f"{sorted(rows)}")
+    total = rows.pop()
+    count = min(_KEPT_INPUTS, max(1, total // batch))
+    return [
+        {
+            name: np.ascontiguousarray(array[np.arange(i * batch, (i + 1) * batch) % total])
+            for name, array in inputs.items()
+        }
+        for i in range(count)
+    ]
+
+
+def model_files(model: Path) -> list[Path]:
+    """The model file and the external data files that it names."""
+    if model.suffix != ".onnx":
+        return [model]
+    import onnx
+
+    loaded = onnx.load(str(model), load_external_data=False)
+    names = {
+        entry.value for tensor in loaded.graph.initializer for entry in tensor.external_data if entry.key == "location"
+    }
+    return [model, *(model.parent / name for name in sorted(names))]
+
+
+def model_hash(model: Path) -> str:
+    """SHA-256 of the model file; with external data, of the hashes of all its files."""
+    files = model_files(model)
+    if len(files) == 1:
+        return file_hash(model)
+    return hashlib.sha256("".join(file_hash(path) for path in files).encode()).hexdigest()
+
+
+class _Started(NamedTuple):
+    load_ms: float | None
+    first_inference_ms: float | None
+    memory: Memory
+
+
+_NOT_PROBED = _Started(
+    None, None, Memory(peak_mib=None, before_load_mib=None, how="n/a: no fresh process was asked for")
+)
+
+
+def _probe(runtime_name: str, model: Path, inputs: Mapping[str, Array], threads: int) -> _Started:
+    """Load time, first inference and peak memory, from a process that does nothing else."""
+    root = str(Path(__file__).resolve().parent.parent)
+    # -P keeps the working folder, which may hold a `profiles` of the user's, off the path
+    code = (
+        f"import sys; sys.path.append({root!r}); "
+        "from profiles.runtimes.probe import main; sys.exit(main(*sys.argv[1:]))"
+    )
+    with tempfile.TemporaryDirectory(prefix="edgestill-") as folder:
+        stored = Path(folder) / "inputs.npz"
+        arrays: dict[str, Any] = dict(inputs)
+        np.savez(stored, **arrays)
+        command = [sys.executable, "-P", "-c", code, runtime_name, str(model), str(stored), str(threads)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_TIMEOUT, check=False)
+            found = json.loads(done.stdout.strip().splitlines()[-1])
+        except subprocess.TimeoutExpired:
+            found = {"error": f"the fresh process took more than {_PROBE_TIMEOUT:.0f} s"}
+        except (OSError, ValueError, IndexError) as error:
+            found = {"error": f"the fresh process failed: {error}"}
+            if isinstance(error, IndexError):
+                last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+                found = {"error": f"the fresh process failed: {last[0]}"}
+    if "error" in found:
+        return _Started(None, None, Memory(peak_mib=None, before_load_mib=None, how=f"n/a: {found['error']}"))
+    memory = Memory(peak_mib=found["peak_mib"], before_load_mib=found["before_load_mib"], how=found["how"])
+    return _Started(found["load_ms"], found["first_inference_ms"], memory)
+
+
+def _querying(session: Session, batches: list[dict[str, Array]], clock: Clock, idle_gap_ms: float) -> Query:
+    def query(index: int) -> Timed:
+        if idle_gap_ms:
+            clock.sleep(idle_gap_ms / 1e3)
+        return session.query(batches[index % len(batches)], clock)
+
+    return query
+
+
+def _check_outputs(session: Session, batches: list[dict[str, Array]], clock: Clock, model: Path) -> None:
+    for inputs in batches[:LEAST_RUNS]:
+        for name, output in session.query(inputs, clock).outputs.items():
+            if np.issubdtype(output.dtype, np.floating) and not np.isfinite(output).all():
+                bad = output.size - int(np.isfinite(output).sum())
+                raise EdgestillError(
+                    f'the model\'s output "{name}" is not finite',
+                    where=str(model),
+                    evidence=f"{bad} of {output.size} values are NaN or infinite",
+                    fix="a model that overflows in FP16 may run in FP32; check the exported weights",
+                )
+
+
+def _differences(sampled: Mapping[str, Sampled], scope: Scope) -> dict[str, tuple[LatencyDifference, ...]]:
+    """Median differences of every pair, over the samples that were taken while both were measured."""
+    found: dict[str, list[LatencyDifference]] = {name: [] for name in sampled}
+    names = list(sampled)
+    for index, one in enumerate(names):
+        for other in names[index + 1 :]:
+            a, b = (np.asarray(sampled[each].in_scope(scope)) / 1e6 for each in (one, other))
+            # at least one whole A B B A, since what the machine did meanwhile hit both
+            block = max(2 * _BLOCK_QUERIES, statistics.block_length(a), statistics.block_length(b))
+            block = max(1, min(block, len(a) // 4, len(b) // 4))
+            interval = statistics.block_bootstrap_difference(a, b, block=block)
+            for name, against, sign in ((one, other, 1), (other, one, -1)):
+                ends = sorted((sign * interval.low, sign * interval.high))
+                found[name].append(
+                    LatencyDifference(
+                        against=against,
+                        scope=scope,
+                        value=sign * interval.value,
+                        low=ends[0],
+                        high=ends[1],
+                        confidence=interval.confidence,
+                        method=interval.method,
+                    )
+                )
+    return {name: tuple(entries) for name, entries in found.items()}
+
+
+def _environment(before: dict[str, Any], after: dict[str, Any], use: dict[str, Any]) -> dict[str, Any]:
+    """Facts that stayed, once; facts that moved, before and after."""
+    moving = (
+        "load",
+        "clocks_mhz",
+        "temperatures_c",
+        "throttle_events",
+        "memory_available_mib",
+        "governor",
+        "power_mode",
+    )
+    return {
+        **{key: value for key, value in before.items() if key not in moving},
+        "before": {key: before[key] for key in moving if key in before},
+        "after": {key: after[key] for key in moving if key in after},
+        "cpu_use": use,
+        "garbage_collection": "off while sampling",
+    }
+
+
+def _warnings(warm: WarmUp, section: MeasureSection, environment: dict[str, Any]) -> tuple[str, ...]:
+    found = []
+    if not warm.stable:
+        found.append(f"unstable: latency did not settle within {section.warmup_seconds:g} s of warm-up")
+    use = environment["cpu_use"]
+    if use.get("other_cores", 0) >= _BUSY_CORES:
+        names = ", ".join(f"{name} {cores:.1f}" for name, cores in use["busiest"])
+        found.append(
+            f"the machine was busy: other processes used {use['other_cores']:.1f} of {environment['cores']} cores"
+            + (f" ({names})" if names else "")
+        )
+    if use.get("stolen_cores", 0) >= _BUSY_CORES:
+        found.append(f"the hypervisor took {use['stolen_cores']:.1f} cores away")
+    before, after = environment["before"], environment["after"]
+    if after.get("throttle_events", 0) != before.get("throttle_events", 0):
+        found.append(
+            f"the CPU was throttled: {before.get('throttle_events', 0)} events before, {after['throttle_events']} after"
+        )
+    for fact in ("governor", "power_mode"):
+        if before.get(fact) != after.get(fact):
+            found.append(f"the {fact.replace('_', ' ')} changed from {before.get(fact)} to {after.get(fact)}")
+    return tuple(found)

@@ -1,0 +1,75 @@
+"""The fresh process: loads one model, runs it, and says how long that took and how much memory.
+
+Started by `profiles.measure` as a process of its own, so that neither torch nor another model is counted; it imports
+nothing that running a model does not need.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from profiles.errors import EdgestillError
+from profiles.runtimes import WallClock, get_runtime
+
+_QUERIES = 20
+_SECONDS = 2.0
+
+
+def main(runtime_name: str, model: str, inputs_file: str, threads: str) -> int:
+    """Prints one JSON document: load_ms, first_inference_ms, before_load_mib, peak_mib, how; or error. See `Memory`."""
+    with np.load(inputs_file) as stored:
+        inputs = dict(stored)
+    clock = WallClock()
+    try:
+        runtime = get_runtime(runtime_name)
+        before = _resident("VmRSS")
+        start = clock.now()
+        session = runtime.load(Path(model), threads=int(threads))
+        loaded = clock.now()
+        session.query(inputs, clock)
+        first = clock.now()
+        end = time.monotonic() + _SECONDS
+        for _ in range(_QUERIES):
+            session.query(inputs, clock)
+            if time.monotonic() > end:
+                break
+    except EdgestillError as error:
+        print(json.dumps({"error": f"{error.message} ({error.evidence})"}))  # noqa: T201
+        return 1
+    found = {
+        "load_ms": (loaded - start) / 1e6,
+        "first_inference_ms": (first - loaded) / 1e6,
+        "before_load_mib": before,
+        **_peak(),
+    }
+    print(json.dumps(found))  # noqa: T201
+    return 0
+
+
+def _peak() -> dict[str, float | str | None]:
+    peak = _resident("VmHWM")
+    if peak is not None:
+        return {"peak_mib": peak, "how": "VmHWM of a fresh process with Python, NumPy and the runtime"}
+    try:
+        import resource
+    except ImportError:
+        return {"peak_mib": None, "how": "n/a: this system tells neither VmHWM nor ru_maxrss"}
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # getrusage(2): bytes on macOS, KiB elsewhere
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return {"peak_mib": peak, "how": "ru_maxrss of a fresh process with Python, NumPy and the runtime"}
+
+
+def _resident(field: str) -> float | None:
+    """A memory field of this process in MiB (proc(5)), or None where there is no /proc."""
+    try:
+        text = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    match = re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)
+    return int(match.group(1)) / 1024 if match else None
