@@ -54,6 +54,11 @@ class Candidate(Section):
     precision: Precision
     file: Path | None = None
     """The ONNX graph; None when refused before it was made."""
+    scored_file: Path | None = None
+    """What ONNX Runtime scores on this machine in place of `file`, where its own kernels would not compute what the device's
+    runtime does: the same arithmetic in plain operators. None: `file` itself. See `to_score`."""
+    input_dtype: str | None = None
+    """Of this file, when it is not that of the plan."""
     engine: Engine | None = None
     static_engine: Engine | None = None
     """The same for batch 1 alone, when the target's batch is larger: a dynamic batch can cost 3x at batch 1."""
@@ -76,7 +81,13 @@ class Candidate(Section):
 
     @property
     def usable(self) -> bool:
+        """Made, and not refused."""
         return self.refused is None and self.file is not None
+
+    @property
+    def to_score(self) -> Path | None:
+        """The file whose accuracy in ONNX Runtime on this machine stands for this candidate's. Latency: `file`."""
+        return self.scored_file or self.file
 
 
 class Plan(Section):
@@ -100,6 +111,7 @@ class Plan(Section):
 
     @property
     def usable(self) -> tuple[Candidate, ...]:
+        """Candidates that the target can use."""
         return tuple(candidate for candidate in self.candidates if candidate.usable)
 
     def __getitem__(self, name: str) -> Candidate:
