@@ -186,7 +186,8 @@ def _plot(report: Report) -> str:
         "Left and up is better. Bars: intervals. Line: Pareto front; another target beats what is under or right of it."
     )
     shapes = "Circle: PASS, cross: FAIL, diamond: INCONCLUSIVE. Targets that were not measured are not drawn."
-    return f'<h2>{title} over latency</h2><div class="scroll">{picture}</div><div class="notes"><p>{caption} {shapes}</p></div>\n'
+    notes = f'<div class="notes"><p>{caption} {shapes}</p></div>'
+    return f'<h2>{title} over latency</h2><div class="scroll">{picture}</div>{notes}\n'
 
 
 def _why(report: Report) -> str:

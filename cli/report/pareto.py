@@ -82,7 +82,7 @@ def latency_axis(values: Sequence[float], most_ticks: int = 7) -> Axis:
 def linear_axis(values: Sequence[float], most_ticks: int, floor: float = -math.inf, ceiling: float = math.inf) -> Axis:
     """A linear axis around these values with a margin, within floor..ceiling; ticks at 1, 2 or 5 times 10^n."""
     low, high = min(values), max(values)
-    margin = (high - low) * 0.12 or abs(high) * 0.1 or 1.0
+    margin = max((high - low) * 0.12 or abs(high) * 0.1, 1e-6) if (low, high) != (0, 0) else 1.0
     low, high = max(low - margin, floor), min(high + margin, ceiling)
     if high <= low:
         low, high = low - margin, high + margin

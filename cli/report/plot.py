@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from string import ascii_letters
 
 from rich.cells import cell_len
 
 from cli.report.pareto import Axis, common_floor, latency_axis, linear_axis, measured_points, near, pareto_front
 from cli.report.schema import Report
-from cli.report.words import metric_title, percentile_title, percentiles, plain_number, scopes
+from cli.report.words import metric_title, percentile_title, percentiles, plain_number, scopes, wrap
 
 ROWS = 11
 
@@ -45,24 +46,29 @@ class _Canvas:
 
     def put(self, column: int, row: int, text: str, priority: int) -> None:
         """Writes over what has a lower or equal priority."""
-        for offset, character in enumerate(text):
-            if 0 <= column + offset < self.columns and self.taken[row][column + offset] <= priority:
-                self.cells[row][column + offset] = character
-                self.taken[row][column + offset] = priority
+        for character in text:
+            size = cell_len(character)
+            # a wide character stands in its first cell, the second stays empty
+            for offset, part in enumerate([character, ""][:size]):
+                if 0 <= column + offset < self.columns and self.taken[row][column + offset] <= priority:
+                    self.cells[row][column + offset] = part
+                    self.taken[row][column + offset] = priority
+            column += size
 
     def free(self, column: int, row: int, length: int) -> int | None:
-        """How many line characters text of this length would cover there; None when it covers labels or leaves."""
+        """How many line cells text of this length would cover; None when it touches a label or leaves the plot."""
         if not 0 <= row < self.rows or column < 0 or column + length > self.columns:
             return None
-        covered = self.taken[row][column : column + length]
-        return None if _TAKEN_BY_LABEL in covered else sum(covered)
+        if _TAKEN_BY_LABEL in self.taken[row][max(column - 1, 0) : column + length + 1]:
+            return None
+        return sum(self.taken[row][column : column + length])
 
 
 def plot_lines(report: Report, width: int, ascii_only: bool = False) -> list[str]:
     """The plot of all measured targets, no line wider than `width` cells; a sentence when fewer than two were measured.
 
     Left and up is better. The front is drawn as steps: whatever is under or right of them, some other target beats.
-    Names must be printable and one cell per character (`terminal.clean`).
+    Names must be printable (`terminal.Style.clean`).
     """
     marks = ASCII if ascii_only else UNICODE
     title = metric_title(report.metric)
@@ -116,7 +122,9 @@ def plot_lines(report: Report, width: int, ascii_only: bool = False) -> list[str
         edge = marks.tick_left if row in ticks_at else marks.down
         lines.append(f"{ticks_at.get(row, ''):>{gutter - 1}} {edge}{''.join(canvas.cells[row])}".rstrip())
     lines += _x_axis(horizontal, columns, gutter, marks, x_title)
-    lines += [f"{' ' * gutter} {key} = {names}" for key, names in keys]
+    if keys:
+        indent = " " * (gutter + 1)
+        lines += wrap("; ".join(f"{key} = {names}" for key, names in keys), width, indent, indent)
     if len(scopes(report)) > 1 or len(pts) > 1:
         lines.append(f"{' ' * gutter} not all points timed alike: see percentile, scope and batch above")
     return lines
@@ -158,7 +166,7 @@ def _place_labels(canvas: _Canvas, cells: dict[tuple[int, int], list[str]]) -> l
             at = places[min(scored)[1]]
             canvas.put(at[0], at[1], text, _TAKEN_BY_LABEL)
         else:
-            key = chr(ord("a") + len(keys) % 26)
+            key = ascii_letters[len(keys) % len(ascii_letters)]
             canvas.put(column, row, key, _TAKEN_BY_LABEL)
             keys.append((key, text))
     return keys

@@ -10,7 +10,6 @@ import io
 import os
 import shutil
 import sys
-import textwrap
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,6 +47,7 @@ from cli.report.words import (
     reasons,
     scopes,
     subject_line,
+    wrap,
 )
 
 MIN_WIDTH = 76
@@ -202,15 +202,7 @@ def _sides(left: Text, right: Text, width: int) -> list[Text]:
 
 
 def _wrapped(text: str, width: int, first: str = "", indent: str = "", style: str = "") -> list[Text]:
-    lines = textwrap.wrap(
-        text,
-        width=width,
-        initial_indent=first,
-        subsequent_indent=indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-    return [Text(line, style=style) for line in lines] or [Text(first.rstrip())]
+    return [Text(line, style=style) for line in wrap(text, width, first, indent)]
 
 
 def _header(report: Report, style: Style) -> list[Text]:
@@ -396,7 +388,7 @@ def _command(label: str, command: str, style: Style) -> list[Text]:
     command = style.clean(command)
     if 9 + cell_len(command) <= style.width:
         return [head + Text(command)]
-    parts = textwrap.wrap(command, width=style.width - 4, break_long_words=False, break_on_hyphens=False)
+    parts = wrap(command, style.width - 4)
     return [head, *(Text(f"  {part}" + (" \\" if i + 1 < len(parts) else "")) for i, part in enumerate(parts))]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 from datetime import datetime
 
+from rich.cells import cell_len
+
 from cli.report.schema import Difference, LatencyValue, LimitName, LimitVerdict, Report, TargetRow
 from cli.report.verdict import RowVerdict
 
@@ -214,6 +216,20 @@ def engine_words(row: TargetRow) -> str:
         f"no engine: {engine.not_built_because}" if engine.not_built_because else "",
     ]
     return "; ".join(part for part in parts if part)
+
+
+def wrap(text: str, width: int, first: str = "", indent: str = "") -> list[str]:
+    """Breaks at spaces into lines of at most `width` terminal cells (wide characters take two); long words stay."""
+    lines: list[str] = []
+    line, empty = first, True
+    for word in text.split(" "):  # double spaces separate columns and are kept
+        if not empty and cell_len(line) + 1 + cell_len(word) > width:
+            lines.append(line.rstrip())
+            line, empty = indent, True
+        if word or not empty:
+            line += word if empty else f" {word}"
+            empty = False
+    return [*lines, line.rstrip()]
 
 
 def page_command(report: Report) -> str:
