@@ -1,0 +1,85 @@
+"""`edgestill bench`: only the measuring, of a run's exports or of any ONNX file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.commands.options import AllowCode, Set
+from cli.commands.shared import JsonOption, examples
+
+app = typer.Typer()
+
+
+@app.command(
+    epilog=examples(
+        "edgestill bench runs/quickstart", "edgestill bench model.onnx --batch 4 --threads 2 --latency-ms 5"
+    )
+)
+def bench(
+    what: Annotated[
+        str, typer.Argument(metavar="FILE.onnx|BUNDLE|RUN", help="An ONNX file, a bundle, or a run folder.")
+    ],
+    overrides: Set = None,
+    allow_code: AllowCode = False,
+    device: Annotated[str, typer.Option("--device", help="Only this machine can be measured.")] = "this-machine",
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Samples per query.")] = 1,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Threads inside an operator.")] = 1,
+    percentile: Annotated[float, typer.Option("--percentile", help="50, 90, 95, 99 or 99.9.")] = 99.0,
+    latency_ms: Annotated[
+        float | None, typer.Option("--latency-ms", help="A limit; the verdict follows from it.")
+    ] = None,
+    scope: Annotated[
+        str, typer.Option("--scope", help="end_to_end or compute: what the limit is about.")
+    ] = "end_to_end",
+    seconds: Annotated[float, typer.Option("--max-seconds", min=0.1, help="Sampling time per model.")] = 60.0,
+    shape: Annotated[
+        list[str] | None, typer.Option("--shape", metavar="NAME:SHAPE", help="Size of an input's dynamic dimensions.")
+    ] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Also throughput over batch sizes.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure latency on this machine: real inputs where a run or bundle has them, random ones for a bare ONNX file.
+
+    Exit status: 0 within the limit or no limit, 3 over it, 4 inconclusive.
+    """
+    from cli import console
+    from cli.pipeline.bench import BenchOptions, bench_file, describe, worst_status
+
+    options = BenchOptions.checked(
+        device=device,
+        batch=batch,
+        threads=threads,
+        percentile=percentile,
+        latency_ms=latency_ms,
+        scope=scope,
+        seconds=seconds,
+        shapes=tuple(shape or ()),
+        sweep=sweep,
+    )
+    path = Path(what)
+    if (path / "recipe.toml").is_file():
+        from cli.commands.session import open_folder_or_recipe
+
+        session = open_folder_or_recipe(what, None, overrides, allow_code=allow_code)
+        found = session.bench()
+        document = {name: list(entries.values()) for name, entries in found.items()}
+        if as_json:
+            console.emit_json(document)
+        for name, entries in {} if as_json else document.items():
+            console.emit(f"{name}" if entries else f"{name}  not measured: the device is not this machine")
+            for measurement in entries:
+                console.emit(describe(measurement, indent="  "))
+        raise typer.Exit(worst_status([entry for entries in document.values() for entry in entries]))
+    result = bench_file(path, options, console.make_progress())
+    if as_json:
+        console.emit_json(result)
+    else:
+        console.emit(describe(result.measurement))
+        if result.throughput is not None:
+            for point in result.throughput.points:
+                console.emit(f"  batch {point.batch:>4}  {point.samples_per_second:10,.0f} samples/s")
+            console.emit(f"  saturates at batch {result.throughput.saturation_batch}; {result.throughput.note}")
+    raise typer.Exit(worst_status([result.measurement]))

@@ -1,0 +1,26 @@
+"""Options that several commands share, so that they mean and say the same everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli import complete
+
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="A recipe file, or the name of a built-in one.", autocompletion=complete.recipes
+    ),
+]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, such as runs/quickstart; or a recipe.")]
+Out = Annotated[Path | None, typer.Option("--out", help="The run folder.  [default: runs/NAME]", show_default=False)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, e.g. train.epochs=3. Repeatable."),
+]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code", help="Import the Python code that the recipe names by dotted path.")
+]

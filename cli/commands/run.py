@@ -1,0 +1,57 @@
+"""`edgestill run`: the whole way, from data to the report."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cli.commands.options import AllowCode, Out, RecipeArgument, Set
+from cli.commands.shared import JsonOption, examples
+
+app = typer.Typer()
+
+
+@app.command(
+    epilog=examples("edgestill run quickstart", "edgestill run shelf.toml --set train.epochs=5 --out runs/short")
+)
+def run(
+    recipe: RecipeArgument,
+    out: Out = None,
+    overrides: Set = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Show the resolved recipe, what is cached, and the time and disk it would take."
+        ),
+    ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Also show every candidate and why it was not chosen.")
+    ] = False,
+    require_measured: Annotated[
+        bool, typer.Option("--require-measured", help="Exit 4 when a target was not measured on its device.")
+    ] = False,
+    allow_code: AllowCode = False,
+    as_json: JsonOption = False,
+) -> None:
+    """The whole way: data, teacher, students, exports, measurement, report. Resumable: the same command goes on.
+
+    Exit status: 0 nothing failed, 1 edgestill could not do it, 2 wrong input, 3 a limit failed, 4 inconclusive,
+    130 interrupted.
+    """
+    from cli import console
+    from cli.commands.session import open_run, show_report
+
+    session = open_run(recipe, out, overrides, allow_code=allow_code)
+    if dry_run:
+        from cli.pipeline.estimate import estimate, render
+
+        found = estimate(session)
+        if as_json:
+            console.emit_json(found)
+        else:
+            console.emit(render(found, session))
+        return
+    report = session.report(require_measured=require_measured)
+    show_report(report, as_json=as_json, show_all=explain)
+    raise typer.Exit(report.exit_status)

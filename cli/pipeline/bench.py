@@ -1,0 +1,173 @@
+"""Measuring an ONNX file or a bundle by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import numpy as np
+from pydantic import ValidationError
+
+from cli.report.verdict import exit_status
+from profiles import artifact
+from profiles.device import THIS_MACHINE, TargetSection, load_device
+from profiles.errors import InputError
+from profiles.measure import measure, sweep
+from profiles.measure_section import MeasureSection
+from profiles.measurement import Measurement, Outcome, Scope, Throughput
+from profiles.progress import Progress
+from profiles.runtimes.onnxruntime import random_inputs
+from profiles.section import Section
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """How to measure; see `edgestill bench --help`. shapes: NAME:SHAPE texts."""
+
+    target: TargetSection
+    measure: MeasureSection
+    shapes: tuple[str, ...]
+    sweep: bool
+
+    @classmethod
+    def checked(
+        cls,
+        *,
+        device: str,
+        batch: int,
+        threads: int,
+        percentile: float,
+        latency_ms: float | None,
+        scope: str,
+        seconds: float,
+        shapes: tuple[str, ...],
+        sweep: bool,
+    ) -> BenchOptions:
+        """The options of a command line.
+
+        Raises:
+            InputError: a value that does not exist, or a device that is not this machine.
+        """
+        if scope not in get_args(Scope):
+            raise InputError(f'no scope "{scope}"', where="--scope", fix="end_to_end, or compute")
+        if device != THIS_MACHINE:
+            title = load_device(device).title
+            raise InputError(
+                f"this machine is no {title}, so nothing can be measured for it here",
+                where="--device",
+                fix="leave --device out to measure here, or copy a bundle to the device and run its infer.py",
+            )
+        try:
+            target = TargetSection(
+                name="bench",
+                batch=batch,
+                percentile=percentile,
+                latency_ms=latency_ms,
+                latency_scope=cast(Scope, scope),
+            )
+        except ValidationError as error:
+            first = error.errors()[0]
+            option = str(first["loc"][0]).replace("_", "-")
+            raise InputError(first["msg"].removeprefix("Value error, "), where=f"--{option}") from error
+        return cls(target, MeasureSection(threads=threads, max_seconds=seconds), shapes, sweep)
+
+
+class BenchResult(Section):
+    """What `edgestill bench FILE` tells."""
+
+    measurement: Measurement
+    throughput: Throughput | None = None
+
+
+def bench_file(path: Path, options: BenchOptions, progress: Progress) -> BenchResult:
+    """Measures an ONNX file (random inputs) or a bundle (its golden sample).
+
+    Raises:
+        InputError: neither of both, a damaged one, or options that do not fit the model.
+        EdgestillError: the model does not run.
+    """
+    model, inputs, source = _model_and_inputs(path, options)
+    name = path.name
+    found = measure({name: model}, inputs, options.target, options.measure, input_source=source, progress=progress)
+    throughput = None
+    if options.sweep:
+        wide = {key: np.concatenate([array] * (256 // len(array) + 1))[:256] for key, array in inputs.items()}
+        throughput = sweep(model, wide, options.measure, progress=progress)
+    return BenchResult(measurement=found[name].measurement, throughput=throughput)
+
+
+def _model_and_inputs(path: Path, options: BenchOptions) -> tuple[Path, dict[str, np.ndarray[Any, Any]], str]:
+    if not path.exists():
+        raise InputError(
+            f"no such file or folder: {path}", where=str(path), fix="name an .onnx file, a bundle or a run"
+        )
+    if path.is_file():
+        return path, random_inputs(path, options.target.batch, _sizes(options.shapes)), "random"
+    if not (path / artifact.MANIFEST).is_file():
+        raise InputError(
+            f"{path} is neither a bundle nor a run folder",
+            where=str(path),
+            fix="a bundle has a manifest.json, a run a recipe.toml",
+        )
+    manifest = artifact.verify(path, "bundle")
+    with np.load(path / "golden.npz") as golden:
+        inputs = {name: golden[f"input_{name}"] for name in manifest.info["inputs"]}
+    repeats = options.target.batch
+    return (
+        path / manifest.info["model"],
+        {key: np.repeat(array, repeats, 0) for key, array in inputs.items()},
+        "golden sample",
+    )
+
+
+def _sizes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    sizes = {}
+    for text in texts:
+        name, _, shape = text.rpartition(":")
+        sides = shape.split("x")
+        if not name or not all(side.isdigit() and int(side) > 0 for side in sides):
+            raise InputError(
+                f'"{text}" is not NAME:SHAPE', where="--shape", fix="for example --shape image:1x3x224x224"
+            )
+        sizes[name] = tuple(int(side) for side in sides)
+    return sizes
+
+
+def describe(measurement: Measurement, indent: str = "") -> str:
+    """A measurement in a few lines of text."""
+    asked = measurement.asked
+    word = "end to end" if asked.scope == "end_to_end" else "compute"
+
+    def figure(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    lines = [
+        f"{measurement.name}: {word}, batch {measurement.batch}, "
+        f"{measurement.options.get('intra_op_threads')} thread(s), "
+        f"{measurement.runtime} {measurement.runtime_version}, {measurement.input_source}",
+        f"  p50 {figure(asked.p50)}  p90 {figure(asked.p90)}  p99 {figure(asked.p99)}  max {asked.maximum:.3f} ms, "
+        f"{asked.samples:,} runs, {asked.outliers:,} outliers counted",
+        f"  p{asked.percentile:g} {figure(asked.value)} ms, between {figure(asked.lower_bound)} and "
+        f"{figure(asked.upper_bound)} ms with {asked.bound_confidence:.1%} confidence each",
+    ]
+    if measurement.limit_ms is not None:
+        lines.append(f"  limit {measurement.limit_ms:g} ms: {(measurement.verdict or 'inconclusive').upper()}")
+    peak = measurement.memory.peak_mib
+    lines.append(
+        f"  load {figure(measurement.load_ms)} ms, first inference {figure(measurement.first_inference_ms)} ms, "
+        + (f"peak memory {peak:.0f} MiB" if peak is not None else f"peak memory n/a: {measurement.memory.how}")
+    )
+    lines += [f"  note: {warning}" for warning in measurement.warnings]
+    return "\n".join(indent + line for text in lines for line in text.splitlines())
+
+
+@dataclass(frozen=True)
+class _Judged:
+    verdict: Outcome
+
+
+def worst_status(measurements: Sequence[Measurement]) -> int:
+    """Exit status of measurements: 3 when a limit failed, else 4 when one is inconclusive, else 0."""
+    return exit_status([_Judged(found.verdict) for found in measurements if found.verdict is not None])

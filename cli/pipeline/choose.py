@@ -1,0 +1,120 @@
+"""Which of a target's candidates is shipped: the fastest one that keeps the metric. Decided on validation data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from profiles.device import TargetSection
+from profiles.metrics import Metric
+
+KEPT_SHARE = 0.99
+"""Without a floor of its own, a target accepts what keeps 99 % of the FP32 student's metric (MLPerf's rule)."""
+
+
+class Faster(Protocol):
+    """Milliseconds of one candidate minus another's, with the interval."""
+
+    @property
+    def value(self) -> float: ...
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class Option:
+    """One candidate as the choice sees it. `expected_ms`: the roofline bound on the device, None when not known."""
+
+    name: str
+    validation: Metric
+    size_bytes: int
+    expected_ms: float | None = None
+    measured_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`name` is shipped. `rejected` says why each other one is not; `why` says it in the order of the decision."""
+
+    name: str
+    rejected: dict[str, str]
+    why: tuple[str, ...]
+
+
+def choose(
+    options: list[Option], section: TargetSection, fp32: Metric, differences: dict[tuple[str, str], Faster]
+) -> Choice:
+    """The fastest option that keeps the metric; the most accurate one when none does.
+
+    Args:
+        options: at least one.
+        section: the target's limits; `metric_floor` and `max_metric_drop` decide what "keeps" means.
+        fp32: metric of the FP32 candidate on the validation split.
+        differences: (a, b) -> median milliseconds of a minus b, measured interleaved; empty where nothing ran.
+    """
+    rejected: dict[str, str] = {}
+    keeping = []
+    for option in options:
+        problem = _loses_metric(option, section, fp32)
+        if problem is None:
+            keeping.append(option)
+        else:
+            rejected[option.name] = problem
+    if not keeping:
+        best = max(options, key=lambda option: option.validation.value)
+        rejected.pop(best.name)
+        return Choice(best.name, rejected, (f"{best.name}: no precision keeps the metric; it loses least",))
+    if any(option.measured_ms is not None for option in keeping):
+        return _fastest_measured(keeping, rejected, differences)
+    return _fastest_expected(keeping, rejected)
+
+
+def _loses_metric(option: Option, section: TargetSection, fp32: Metric) -> str | None:
+    value, points = option.validation.value, (option.validation.value - fp32.value) * 100
+    if section.metric_floor is not None and value < section.metric_floor:
+        return f"{value:.1%} on validation, floor {section.metric_floor:.1%}"
+    if section.max_metric_drop is not None and fp32.value - value > section.max_metric_drop:
+        return f"{points:+.1f} pt against fp32 on validation, allowed {-section.max_metric_drop * 100:.1f}"
+    stated = section.metric_floor is not None or section.max_metric_drop is not None
+    if not stated and value < KEPT_SHARE * fp32.value:
+        return f"{points:+.1f} pt against fp32 on validation; less than 99 % of its {fp32.name} is kept"
+    return None
+
+
+def _fastest_measured(
+    keeping: list[Option], rejected: dict[str, str], differences: dict[tuple[str, str], Faster]
+) -> Choice:
+    """Starts from the most accurate one; another takes its place only when it is faster beyond the noise."""
+    ranked = sorted(keeping, key=lambda option: (-option.validation.value, option.size_bytes))
+    best = ranked[0]
+    why: list[str] = []
+    for option in ranked[1:]:
+        if option.measured_ms is None or best.measured_ms is None:
+            rejected[option.name] = "could not be measured"
+            continue
+        difference = differences.get((option.name, best.name))
+        share = abs(option.measured_ms / best.measured_ms - 1)
+        points = (option.validation.value - best.validation.value) * 100
+        if difference is not None and difference.high < 0:
+            rejected[best.name] = f"{option.name} is {share:.0%} faster and keeps the metric"
+            why.append(f"{option.name}, not {best.name}: {share:.0%} faster, {points:+.1f} pt on validation")
+            best = option
+        else:
+            slower = difference is not None and difference.low > 0
+            rejected[option.name] = f"{share:.0%} slower than {best.name}" if slower else f"not faster than {best.name}"
+            why.append(f"{best.name}, not {option.name}: {rejected[option.name]}")
+    return Choice(best.name, rejected, tuple(why))
+
+
+def _fastest_expected(keeping: list[Option], rejected: dict[str, str]) -> Choice:
+    """Nothing ran on the device, so its peak figures decide; the smaller file where they do not differ."""
+    best = min(keeping, key=lambda option: (option.expected_ms or 0.0, option.size_bytes))
+    others = [option for option in keeping if option is not best]
+    for option in others:
+        rejected[option.name] = f"{best.name} has the lower roofline bound or the smaller file; neither was measured"
+    if not others:
+        return Choice(best.name, rejected, ())
+    reason = f"{best.name}, not {' or '.join(option.name for option in others)}: by the device's peaks, not measured"
+    return Choice(best.name, rejected, (reason,))

@@ -1,0 +1,122 @@
+"""Every limit of a target becomes PASS, FAIL, INCONCLUSIVE or NOT MEASURED, with the interval that decided it."""
+
+from __future__ import annotations
+
+from cli.report.schema import LimitVerdict
+from cli.report.verdict import Verdict
+from profiles.device import TargetSection
+from profiles.measurement import Measurement
+from profiles.metrics import Difference, Metric
+
+NOT_HERE = "the device is not this machine, and nothing ran on it"
+
+
+def judge(
+    section: TargetSection,
+    *,
+    measurement: Measurement | None,
+    size_mib: float,
+    metric: Metric | None,
+    drop: Difference | None,
+    on_device: bool,
+) -> tuple[LimitVerdict, ...]:
+    """The verdicts of the limits that the target sets, in the recipe's order.
+
+    Args:
+        section: the target's table.
+        measurement: of the chosen artefact on the device; None where it did not run there.
+        size_mib: the model file's size in MiB.
+        metric: the artefact's metric on the test split, a fraction.
+        drop: the artefact's metric minus the FP32 student's on the same samples.
+        on_device: whether `metric` and `drop` come from the target's own runtime; what ONNX Runtime computed here can
+            not pass a limit of another device.
+    """
+    verdicts: list[LimitVerdict] = []
+    if section.latency_ms is not None:
+        verdicts.append(_latency(section.latency_ms, measurement))
+    if section.memory_mib is not None:
+        peak = measurement.memory.peak_mib if measurement is not None else None
+        reason = NOT_HERE if measurement is None else "" if peak is not None else measurement.memory.how
+        verdicts.append(
+            LimitVerdict(
+                name="memory_mib",
+                limit=section.memory_mib,
+                value=peak,
+                verdict="not measured" if peak is None else "pass" if peak <= section.memory_mib else "fail",
+                reason=reason,
+            )
+        )
+    if section.file_size_mib is not None:
+        verdict: Verdict = "pass" if size_mib <= section.file_size_mib else "fail"
+        verdicts.append(
+            LimitVerdict(name="file_size_mib", limit=section.file_size_mib, value=size_mib, verdict=verdict)
+        )
+    if section.metric_floor is not None:
+        verdicts.append(_floor(section.metric_floor, metric, on_device))
+    if section.max_metric_drop is not None:
+        verdicts.append(_drop(section.max_metric_drop, drop, on_device))
+    return tuple(verdicts)
+
+
+def _latency(limit: float, measurement: Measurement | None) -> LimitVerdict:
+    if measurement is None:
+        return LimitVerdict(name="latency_ms", limit=limit, verdict="not measured", reason=NOT_HERE)
+    asked = measurement.asked
+    verdict: Verdict = measurement.verdict or "inconclusive"
+    reason = ""
+    if not measurement.stable:
+        # The bounds suppose that samples come from one distribution. Without a settled warm-up that is not known, so
+        # only what holds for every single sample decides.
+        inside, outside = asked.maximum <= limit, asked.minimum > limit
+        verdict = "pass" if inside else "fail" if outside else "inconclusive"
+        reason = f"never settled; every run was {'within' if inside else 'over'} the limit"
+        if verdict == "inconclusive":
+            reason = "never settled: " + "; ".join(measurement.warnings)
+    elif verdict == "inconclusive":
+        reason = f"the limit lies inside the interval after {asked.samples:,} runs"
+    return LimitVerdict(
+        name="latency_ms",
+        limit=limit,
+        value=asked.value,
+        low=asked.lower_bound,
+        high=asked.upper_bound,
+        verdict=verdict,
+        reason=reason,
+    )
+
+
+def _floor(floor: float, metric: Metric | None, on_device: bool) -> LimitVerdict:
+    if metric is None:
+        return LimitVerdict(name="metric_floor", limit=floor, verdict="not measured", reason="no metric was computed")
+    verdict: Verdict = "pass" if metric.low >= floor else "fail" if metric.high < floor else "inconclusive"
+    reason = (
+        "the floor lies inside the 95 % interval; more test samples would decide" if verdict == "inconclusive" else ""
+    )
+    if not on_device:
+        verdict, reason = "not measured", f"{metric.value:.1%} in ONNX Runtime here, not on the device"
+    return LimitVerdict(
+        name="metric_floor",
+        limit=floor,
+        value=metric.value,
+        low=metric.low,
+        high=metric.high,
+        verdict=verdict,
+        reason=reason,
+    )
+
+
+def _drop(limit: float, drop: Difference | None, on_device: bool) -> LimitVerdict:
+    if drop is None:
+        return LimitVerdict(
+            name="max_metric_drop", limit=limit, verdict="not measured", reason="no metric was computed"
+        )
+    value, low, high = -drop.value, -drop.high, -drop.low
+    verdict: Verdict = "pass" if high <= limit else "fail" if low > limit else "inconclusive"
+    reason = (
+        "the limit lies inside the 95 % interval; more test samples would decide" if verdict == "inconclusive" else ""
+    )
+    if not on_device:
+        verdict, reason = "not measured", f"{value * 100:+.1f} pt in ONNX Runtime here, not on the device"
+    return LimitVerdict(
+        name="max_metric_drop", limit=limit, value=value, low=low, high=high, verdict=verdict, reason=reason
+    )

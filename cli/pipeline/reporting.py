@@ -1,0 +1,272 @@
+"""From a run's outcomes to its report: plain copying and wording, no work."""
+
+from __future__ import annotations
+
+import platform
+import socket
+import time
+from collections.abc import Sequence
+from datetime import datetime
+
+from cli.pipeline.limits import judge
+from cli.pipeline.run import Run, Shipped, Trained
+from cli.report.schema import (
+    CandidateRow,
+    Counts,
+    CurvePoint,
+    DataFacts,
+    Engine,
+    LatencyValue,
+    LimitVerdict,
+    Machine,
+    MetricPlace,
+    MetricValue,
+    Report,
+    TargetRow,
+    TrainingRun,
+)
+from cli.report.schema import Roofline as ReportedRoofline
+from cli.report.verdict import exit_status, overall_verdict
+from export import Candidate
+from profiles import artifact
+from profiles.device import Target
+from profiles.measurement import Measurement
+from profiles.metrics import primary_metric
+
+MIB = 2**20
+NOT_THE_DEVICE: MetricPlace = "ONNX Runtime here, not the device"
+_RUNTIMES = {"onnxruntime": "ONNX Runtime", "tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
+
+
+def build_report(run: Run, shipped: Sequence[Shipped], *, require_measured: bool = False) -> Report:
+    """The document that every renderer reads."""
+    dataset = run.dataset
+    rows = tuple(_row(run, outcome) for outcome in shipped)
+    return Report(
+        name=run.recipe.name,
+        created=datetime.now().astimezone().isoformat(timespec="seconds"),
+        seconds=round(time.time() - run.started, 1),
+        versions=artifact.tool_versions(),
+        machine=_machine(run),
+        recipe=run.loaded.origin,
+        folder=str(run.folder),
+        seed=run.recipe.seed,
+        task=dataset.task,
+        metric=primary_metric(dataset.task),
+        classes=len(dataset.classes),
+        n_test=len(dataset.test),
+        unit="image" if dataset.input.kind == "image" else "text",
+        require_measured=require_measured,
+        exit_status=exit_status(rows, require_measured),
+        counts=Counts.of(rows),
+        targets=rows,
+        references=run.references(),
+        bought=run.bought(),
+        stages=tuple(run.stages),
+        training=tuple(_training(role, trained) for (role, _), trained in run.trained.items()),
+        data=DataFacts(
+            source=run.recipe.data.source,
+            title=dataset.name,
+            licence=dataset.licence,
+            citation=dataset.citation,
+            splits={name: len(dataset.split(name)) for name in ("train", "validation", "test")},
+            labels=dataset.classes,
+            input=f"{dataset.input.dtype} {'x'.join(str(side) for side in dataset.input.shape)}",
+        ),
+        notes=tuple(run.notes),
+    )
+
+
+def _row(run: Run, outcome: Shipped) -> TargetRow:
+    target, section = outcome.target, outcome.target.section
+    candidate, measurement = outcome.candidate, outcome.measurement
+    on_device = measurement is not None
+    size_mib = candidate.size_bytes / MIB if candidate is not None and candidate.size_bytes is not None else None
+    limits: tuple[LimitVerdict, ...] = ()
+    if candidate is not None and size_mib is not None:
+        limits = judge(
+            section,
+            measurement=measurement,
+            size_mib=size_mib,
+            metric=outcome.metric,
+            drop=outcome.drop,
+            on_device=on_device,
+        )
+    bound = (outcome.rooflines or {}).get(candidate.name) if candidate is not None else None
+    why, fixes = _explain(run, outcome, limits)
+    return TargetRow(
+        name=target.name,
+        device=target.device.name,
+        device_title=target.device.title,
+        host=socket.gethostname() if on_device else None,
+        stack=_stack_words(target),
+        power_mode=target.power_mode.name if target.power_mode is not None else None,
+        conditions=_conditions(measurement) if measurement is not None else (),
+        arch=outcome.arch,
+        precision=candidate.precision if candidate is not None else section.precision,
+        compute_precision=(candidate.compute_precision or "") if candidate is not None else "",
+        model_file=candidate.file.name if candidate is not None and candidate.file is not None else None,
+        bundle=str(outcome.bundle.relative_to(run.folder)) if outcome.bundle is not None else None,
+        size_mib=size_mib,
+        metric=MetricValue.of(outcome.metric, "artifact in its runtime" if on_device else NOT_THE_DEVICE)
+        if outcome.metric is not None
+        else None,
+        latency=_latency(measurement) if measurement is not None else None,
+        roofline=ReportedRoofline(bound_ms=bound.bound_ms, limiting=bound.limiting)
+        if bound is not None and bound.bound_ms is not None and bound.limiting is not None
+        else None,
+        load_ms=measurement.load_ms if measurement is not None else None,
+        first_inference_ms=measurement.first_inference_ms if measurement is not None else None,
+        peak_memory_mib=measurement.memory.peak_mib if measurement is not None else None,
+        peak_memory_how=measurement.memory.how if measurement is not None else "",
+        limits=limits,
+        verdict=overall_verdict(limits, measured=on_device, error=outcome.error),
+        error=outcome.error,
+        engine=_engine(candidate) if candidate is not None and target.stack.runtime != "onnxruntime" else None,
+        candidates=tuple(_candidate(entry, outcome) for entry in outcome.plan.candidates) if outcome.plan else (),
+        why=why,
+        fixes=fixes,
+        environment=measurement.environment if measurement is not None else {},
+    )
+
+
+def _explain(run: Run, outcome: Shipped, limits: Sequence[LimitVerdict]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Reasons and fixes, a line each."""
+    section, measurement = outcome.target.section, outcome.measurement
+    why = list(outcome.choice.why) if outcome.choice is not None else []
+    fixes: list[str] = []
+    for limit in limits:
+        if limit.name == "latency_ms" and limit.verdict in ("fail", "inconclusive") and measurement is not None:
+            asked = measurement.asked
+            decided = asked.upper_bound or asked.maximum
+            if limit.verdict == "fail":
+                over = (asked.value or asked.maximum) / limit.limit - 1
+                why.append(f"{over:.0%} over the limit after {asked.samples:,} runs")
+                fixes.append(f"latency_ms = {decided:.3g}, or a smaller arch")
+            else:
+                why.append(limit.reason)
+                fixes.append("close other programs and run again, or raise measure.max_seconds")
+        elif limit.verdict == "fail" and limit.name == "file_size_mib":
+            fixes.append(f"file_size_mib = {limit.value:.2g}, or a smaller arch" if limit.value else "a smaller arch")
+        elif limit.verdict == "fail" and limit.value is not None:
+            fixes.append(f"{limit.name} = {limit.value:.3g}, or more epochs, or a larger arch")
+    if measurement is not None:
+        why.extend(measurement.warnings)
+    elif outcome.error is None:
+        why.append(_not_measured(outcome.target))
+    candidate = outcome.candidate
+    if candidate is not None and outcome.target.stack.runtime != "onnxruntime":
+        why.extend(note for note in (candidate.parsed_by, candidate.engine_note) if note)
+        if candidate.engine is not None:
+            why.append(f"engine built by {candidate.engine.builder}; {candidate.engine.realised_precision}")
+    if section.memory_mib is not None and measurement is not None and measurement.memory.peak_mib is None:
+        why.append(measurement.memory.how)
+    return tuple(dict.fromkeys(why)), tuple(dict.fromkeys(fixes))
+
+
+def _not_measured(target: Target) -> str:
+    title = target.device.title
+    return f"not run: this machine is no {title}; copy the bundle there and run its infer.py --selftest"
+
+
+def _stack_words(target: Target) -> str:
+    stack = target.stack
+    runtime = f"{_RUNTIMES[stack.runtime]} {stack.runtime_version}"
+    name = stack.name.replace("jetpack-", "JetPack ")
+    return runtime if stack.name.startswith(stack.runtime) else f"{name}, {runtime}"
+
+
+def _conditions(measurement: Measurement) -> tuple[str, ...]:
+    threads = measurement.options.get("intra_op_threads")
+    return (f"{threads} thread{'' if threads == 1 else 's'}",) if threads else ()
+
+
+def _latency(measurement: Measurement) -> LatencyValue:
+    asked = measurement.asked
+    return LatencyValue(
+        percentile=asked.percentile,
+        point=asked.value,
+        upper_bound=asked.upper_bound,
+        lower_bound=asked.lower_bound,
+        confidence=asked.bound_confidence,
+        scope=asked.scope,
+        batch=measurement.batch,
+        samples=asked.samples,
+        stable=measurement.stable,
+        p50=asked.p50,
+        mean=asked.mean,
+        max=asked.maximum,
+        outliers=asked.outliers,
+    )
+
+
+def _candidate(candidate: Candidate, outcome: Shipped) -> CandidateRow:
+    measurement = (outcome.measurements or {}).get(candidate.name)
+    chosen = outcome.choice is not None and candidate.name == outcome.choice.name
+    rejected = candidate.refused or (
+        outcome.choice.rejected.get(candidate.name) if outcome.choice is not None else None
+    )
+    if rejected is None and not chosen:
+        rejected = f'precision = "{outcome.target.section.precision}" asks for another one'
+    return CandidateRow(
+        precision=candidate.name,
+        compute_precision=candidate.compute_precision or "",
+        size_mib=candidate.size_bytes / MIB if candidate.size_bytes is not None else None,
+        metric=MetricValue.of(
+            candidate.validation,
+            "ONNX Runtime here, not the device" if measurement is None else "artifact in its runtime",
+        )
+        if candidate.validation is not None
+        else None,
+        latency=_latency(measurement) if measurement is not None else None,
+        chosen=chosen,
+        rejected_because=None if chosen else rejected,
+    )
+
+
+def _engine(candidate: Candidate) -> Engine:
+    engine = candidate.engine
+    return Engine(
+        file=engine.file.name if engine is not None else None,
+        built_by=engine.builder if engine is not None else None,
+        parsed_by=candidate.parsed_by if engine is None else None,
+        not_built_because=candidate.engine_note if engine is None else None,
+    )
+
+
+def _training(role: str, trained: Trained) -> TrainingRun:
+    result = trained.result
+    return TrainingRun.model_validate(
+        {
+            "role": role,
+            "arch": trained.student.arch,
+            "objective": trained.objective_name,
+            "epochs": result.epochs,
+            "best_epoch": result.best_epoch,
+            "seconds": result.seconds,
+            "samples_per_second": result.samples_per_second,
+            "device": result.device,
+            "parameters": sum(parameter.numel() for parameter in trained.student.parameters()),
+            "curve": tuple(
+                CurvePoint(
+                    epoch=point["epoch"],
+                    train_loss=point.get("loss"),
+                    validation=point.get(f"validation/{result.metric.name}"),
+                )
+                for point in result.history
+            ),
+        }
+    )
+
+
+def _machine(run: Run) -> Machine:
+    from profiles.device import detect
+
+    device = detect()
+    memory = f", {device.memory_gib:.0f} GiB" if device.memory_gib is not None else ""
+    return Machine(
+        title=f"{device.title}{memory}",
+        host=socket.gethostname(),
+        os=f"{platform.system()} {platform.release()}",
+        python=platform.python_version(),
+    )

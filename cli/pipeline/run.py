@@ -1,0 +1,589 @@
+"""A run: its stages in order, each an artefact that is used again while nothing that it was made from changes."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from profiles.predict import Roofline, roofline
+from torch import Tensor, nn
+
+from cli.pipeline.choose import Choice, Option, choose
+from cli.recipe import LoadedRecipe, Recipe, to_toml
+from cli.report.schema import Bought, MetricValue, ReferenceRow, Report, Stage
+from cli.report.schema import Difference as ReportedDifference
+from distill.data import Dataset, Split, load_dataset
+from distill.distribution import default_device
+from distill.objectives.compose import Composition, build_objective, head_size
+from distill.objectives.section import AnyObjective, Need, SupervisedSection, check_needs
+from distill.students import Student, build_student, default_arch, teacher_arch
+from distill.teachers import ModuleTeacher, Teacher, TeacherCache, build_cache, load_teacher
+from distill.training import TrainResult, evaluate_logits, train
+from export import Candidate, Plan, plan, write_bundle
+from profiles import artifact
+from profiles.device import Target, resolve_target
+from profiles.measure import load_measurement, measure, save_measurement
+from profiles.measurement import Measurement
+from profiles.metrics import Difference, Metric, difference, evaluate
+from profiles.progress import Progress, Silent
+from profiles.runtimes.onnxruntime import run_model
+
+Array = np.ndarray[Any, Any]
+
+SUPERVISED = SupervisedSection()
+PLAIN = "--supervised"
+MEASURED_SAMPLES = 64
+"""Real validation samples that the latency queries cycle through."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network: `key` is its artefact's, `objective_name` says what it learned from, kind by kind."""
+
+    student: Student
+    objective: Composition
+    result: TrainResult
+    key: str
+    objective_name: str
+
+
+class Deployable(nn.Module):
+    """What is exported: inputs -> class logits (N, C). The normalisation is the student's first layer."""
+
+    def __init__(self, trained: Trained) -> None:
+        super().__init__()
+        self.student = trained.student
+        self.objective = trained.objective
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.objective.class_logits(self.student(x).head)
+        return logits
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """One target's outcome: every candidate, the one that was chosen and what is known of it.
+
+    logits: (N, C) of the chosen file on the test split, computed by ONNX Runtime here. error: why there is none.
+    """
+
+    target: Target
+    arch: str
+    plan: Plan | None = None
+    choice: Choice | None = None
+    measurements: dict[str, Measurement] | None = None
+    rooflines: dict[str, Roofline] | None = None
+    metric: Metric | None = None
+    drop: Difference | None = None
+    bundle: Path | None = None
+    error: str | None = None
+
+    @property
+    def candidate(self) -> Candidate | None:
+        """The chosen candidate."""
+        return self.plan[self.choice.name] if self.plan is not None and self.choice is not None else None
+
+    @property
+    def measurement(self) -> Measurement | None:
+        """Of the chosen candidate; None where nothing ran on the device."""
+        return (self.measurements or {}).get(self.choice.name) if self.choice is not None else None
+
+
+class Run:
+    """One recipe in one run folder.
+
+    Args:
+        loaded: the recipe and the folder that its paths are relative to.
+        folder: the run folder; made when missing.
+        progress: shows the work.
+        allow_code: the user allowed the recipe to import code by dotted path.
+
+    Raises:
+        InputError: a target names an unknown device, stack or power mode, or a precision that its device lacks.
+    """
+
+    def __init__(
+        self, loaded: LoadedRecipe, folder: Path, *, progress: Progress | None = None, allow_code: bool = False
+    ) -> None:
+        self.loaded = loaded
+        self.recipe: Recipe = loaded.recipe
+        self.folder = folder
+        self.progress: Progress = (progress if self.is_main else None) or Silent()
+        self.allow_code = allow_code
+        self.stages: list[Stage] = []
+        self.started = time.time()
+        self.targets = tuple(
+            resolve_target(section, base=loaded.base, where=f"{loaded.origin}, target[{index}]")
+            for index, section in enumerate(self.recipe.target)
+        )
+        self.notes: list[str] = []
+        self._trained: dict[tuple[str, str], Trained] = {}
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and reports; the others of a torchrun only help training."""
+        return int(os.environ.get("RANK", "0")) == 0
+
+    @contextmanager
+    def _main_first(self) -> Iterator[None]:
+        """Under torchrun the main process makes the artefact and the others then find it finished."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            yield
+            return
+        from accelerate import PartialState
+
+        with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
+            yield
+
+    # -- stages ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[dict[str, bool]]:
+        """Times a stage; the block sets `cached` when nothing had to be done."""
+        facts = {"cached": False}
+        start = time.perf_counter()
+        yield facts
+        self.stages.append(Stage(name=name, seconds=round(time.perf_counter() - start, 2), cached=facts["cached"]))
+
+    def prepare_folder(self) -> None:
+        """Makes the run folder and stores the resolved recipe and where its relative paths start.
+
+        Raises:
+            EdgestillError: the folder cannot be written.
+        """
+        if not self.is_main:
+            return
+        with artifact.explain_os_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            artifact.write_text(self.folder / "recipe.toml", to_toml(self.recipe))
+            origin = {"recipe": self.loaded.origin, "base": str(self.loaded.base)}
+            artifact.write_text(self.folder / "origin.json", json.dumps(origin, indent=2) + "\n")
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The data, read once and memory-mapped from then on."""
+        folder = self.folder / "data"
+        with self._stage("data") as stage, self._main_first():
+            before = _manifest_time(folder)
+            dataset = load_dataset(
+                self.recipe.data, seed=self.recipe.seed, base=self.loaded.base, folder=folder, progress=self.progress
+            )
+            stage["cached"] = before is not None and before == _manifest_time(folder)
+        return dataset
+
+    @cached_property
+    def teacher(self) -> Teacher | None:
+        """The frozen teacher; None for kind "none". Kind "train" is trained first, through the one training loop."""
+        section = self.recipe.teacher
+        if section.kind == "none":
+            check_needs(self.recipe.objective, frozenset({"labels"}))
+            return None
+        if section.kind != "train":
+            with self._stage("teacher"):
+                return load_teacher(
+                    section,
+                    self.dataset,
+                    base=self.loaded.base,
+                    seed=self.recipe.seed,
+                    device=default_device(),
+                    allow_code=self.allow_code,
+                    progress=self.progress,
+                )
+        arch = section.arch or teacher_arch(self.recipe.student.family, self.dataset.input)
+        changes: dict[str, Any] = {"epochs": section.epochs} if section.epochs is not None else {}
+        if section.learning_rate is not None:
+            changes["learning_rate"] = section.learning_rate
+        trained = self._train("teacher", "teacher", arch, (SUPERVISED,), None, {**changes, "hard_weight": None})
+        return ModuleTeacher(trained.student, default_device())
+
+    @cached_property
+    def cache(self) -> TeacherCache | None:
+        """The teacher's outputs on every training sample and view; None without a teacher."""
+        if self.recipe.teacher.kind == "train":
+            check_needs(self.recipe.objective, frozenset({"labels", "logits", "embedding"}))
+        teacher = self.teacher
+        if teacher is None:
+            return None
+        folder = self.folder / "cache"
+        with self._stage("teacher cache") as stage, self._main_first():
+            before = _manifest_time(folder)
+            cache = build_cache(
+                teacher,
+                self.dataset,
+                self.recipe.data.augment,
+                folder,
+                seed=self.recipe.seed,
+                dtype=self.recipe.teacher.cache_dtype,
+                batch_size=self.recipe.teacher.batch_size,
+                progress=self.progress,
+            )
+            stage["cached"] = before is not None and before == _manifest_time(folder)
+        found: set[Need] = {"labels"}
+        if cache.train_logits is not None and cache.num_logits == len(self.dataset.classes):
+            found.add("logits")
+        if cache.train_embedding is not None:
+            found.add("embedding")
+        check_needs(self.recipe.objective, frozenset(found))
+        return cache
+
+    def arch_of(self, target: Target) -> str:
+        """The student architecture of a target: its own, the recipe's, or the family's default for its size class."""
+        section = self.recipe.student
+        if section.kind == "torch":
+            return "torch"
+        return (
+            target.section.arch or section.arch or default_arch(section.family, target.size_class, self.dataset.input)
+        )
+
+    @cached_property
+    def archs(self) -> dict[str, list[Target]]:
+        """Every distinct student with the targets that it serves, in the order of the recipe."""
+        found: dict[str, list[Target]] = {}
+        for target in self.targets:
+            found.setdefault(self.arch_of(target), []).append(target)
+        return found
+
+    def student(self, arch: str) -> Trained:
+        """The distilled student of that architecture."""
+        cache = self.cache
+        return self._train("student", arch, arch, self.recipe.objective, cache, {})
+
+    def plain_student(self, arch: str) -> Trained | None:
+        """The same network without a teacher; None when the recipe turns it off or trains without a teacher anyway."""
+        if not self.recipe.plain_students or self.recipe.objective == (SUPERVISED,):
+            return None
+        return self._train("no teacher", arch + PLAIN, arch, (SUPERVISED,), None, {"hard_weight": None})
+
+    def distill(self) -> dict[str, Trained]:
+        """Trains every distinct student, and its plain twin."""
+        self.prepare_folder()
+        trained = {arch: self.student(arch) for arch in self.archs}
+        for arch in self.archs:
+            self.plain_student(arch)
+        return trained
+
+    def _train(
+        self,
+        role: str,
+        name: str,
+        arch: str,
+        objectives: tuple[AnyObjective, ...],
+        cache: TeacherCache | None,
+        changes: dict[str, Any],
+    ) -> Trained:
+        """Trains one network, or loads it when its artefact is current. `changes`: to the recipe's `[train]`."""
+        if (role, name) in self._trained:
+            return self._trained[role, name]
+        dataset = self.dataset
+        section = self.recipe.train.model_copy(update=changes)
+        student_section = self.recipe.student
+        if role == "teacher":
+            student_section = student_section.model_copy(update={"kind": "family", "arch": arch})
+        folder = self.folder / ("teacher" if role == "teacher" else f"students/{name}")
+
+        student = build_student(
+            student_section,
+            dataset.input,
+            head_size(objectives, len(dataset.classes)),
+            arch=None if student_section.kind == "torch" else arch,
+            seed=self.recipe.seed,
+            base=self.loaded.base,
+            allow_code=self.allow_code,
+        )
+        objective = build_objective(
+            objectives,
+            dataset,
+            cache,
+            student_dim=student.embedding_dim,
+            hard_weight=section.hard_weight,
+            seed=self.recipe.seed,
+        )
+        title = "teacher" if role == "teacher" else "student" if role == "student" else "plain student"
+        with self._stage(f"{title} {arch}") as stage:
+            before = _manifest_time(folder)
+            result = train(
+                student,
+                objective,
+                dataset,
+                cache,
+                section,
+                self.recipe.data.augment,
+                folder,
+                seed=self.recipe.seed,
+                title=f"{title} {arch}",
+                progress=self.progress,
+                teacher_fingerprint=self.teacher.fingerprint
+                if cache is not None and self.teacher is not None
+                else None,
+            )
+            stage["cached"] = before is not None and before == _manifest_time(folder)
+        key = artifact.read_manifest(folder, "student").key
+        trained = Trained(student, objective, result, key, objective_name(objectives))
+        self._trained[role, name] = trained
+        return trained
+
+    def plan(self, target: Target) -> Plan:
+        """Every candidate file of a target, verified; targets with the same student and dialect share them."""
+        arch = self.arch_of(target)
+        trained = self.student(arch)
+        dataset, seed = self.dataset, self.recipe.seed
+        validation = dataset.validation
+        rows = _spread(len(dataset.train), self.recipe.export.calibration_samples, seed)
+
+        def score(file: Path) -> Metric:
+            return self._metric(self.outputs(file, validation), validation)
+
+        def compare(a: Array, b: Array, held: Array) -> Difference:
+            mask = validation.mask[held] if validation.mask is not None else None
+            return difference(dataset.task, a, b, validation.labels[held], mask, seed=seed)
+
+        with self._stage(f"export {target.name}") as stage:
+            found = plan(
+                Deployable(trained).eval(),
+                held_out=np.asarray(validation.inputs),
+                calibration=np.asarray(dataset.train.inputs[rows]),
+                stack=target.stack,
+                device=target.device,
+                folder=self.folder / "exports" / f"{arch}--{target.stack.runtime}-{target.stack.dialect}",
+                model_key=artifact.content_key(trained.key, dataset.key),
+                input_name=dataset.input.name,
+                batch=target.section.batch,
+                precisions=(target.section.precision,),
+                section=self.recipe.export,
+                score=score,
+                difference=compare,
+                exclusive=dataset.task == "multiclass",
+                metadata={"labels": list(dataset.classes), "preprocessing": dataset.preprocessing},
+                progress=self.progress,
+            )
+            stage["cached"] = len(found.reused) == len(found.usable)
+        return found
+
+    def outputs(self, file: Path, split: Split) -> Array:
+        """(N, C) class logits of an ONNX file on a split, computed by ONNX Runtime here."""
+        return run_model(file, {self.dataset.input.name: np.asarray(split.inputs)})["logits"]
+
+    def _metric(self, logits: Array, split: Split) -> Metric:
+        return evaluate(self.dataset.task, logits, split.labels, split.mask, seed=self.recipe.seed)
+
+    def export(self) -> dict[str, Plan]:
+        """Every target's candidates."""
+        self.prepare_folder()
+        return {target.name: self.plan(target) for target in self.targets}
+
+    def measurements(self, target: Target, found: Plan, *, fresh: bool = False) -> dict[str, Measurement]:
+        """Latency of every usable candidate, interleaved, on this machine; empty for a target that is another device.
+
+        Args:
+            fresh: measure although an earlier measurement of the same files under the same section is stored.
+        """
+        if not target.is_this_machine or target.stack.runtime != "onnxruntime":
+            return {}
+        files = {candidate.name: candidate.file for candidate in found.usable if candidate.file is not None}
+        key = artifact.content_key(
+            target.section,
+            self.recipe.measure,
+            {name: artifact.file_hash(file) for name, file in files.items()},
+            target.device,
+            target.stack,
+        )
+        folder = self.folder / "measurements" / target.name
+        with self._stage(f"measure {target.name}") as stage:
+            if not fresh and artifact.current(folder, "measurements", key) is not None:
+                stage["cached"] = True
+                return {name: load_measurement(folder / f"{name}.json").measurement for name in files}
+            dataset = self.dataset
+            rows = _spread(len(dataset.validation), max(MEASURED_SAMPLES, target.section.batch), self.recipe.seed)
+            results = measure(
+                files,
+                {dataset.input.name: np.asarray(dataset.validation.inputs[rows])},
+                target.section,
+                self.recipe.measure,
+                input_source="real samples (validation split)",
+                progress=self.progress,
+            )
+            with artifact.create(folder, "measurements", key) as temporary:
+                for result in results.values():
+                    save_measurement(temporary, result.measurement, result.samples)
+        return {name: result.measurement for name, result in results.items()}
+
+    def bench(self) -> dict[str, dict[str, Measurement]]:
+        """Measures every candidate of every target that is this machine anew; empty for other devices."""
+        self.prepare_folder()
+        return {target.name: self.measurements(target, self.plan(target), fresh=True) for target in self.targets}
+
+    def ship(self, target: Target) -> Shipped:
+        """Exports, measures where the device is attached, chooses on validation, and bundles one target's student."""
+        arch = self.arch_of(target)
+        found = self.plan(target)
+        section = target.section
+        wanted = [
+            candidate
+            for candidate in found.usable
+            if candidate.validation is not None and section.precision in ("auto", candidate.precision)
+        ]
+        if not wanted:
+            reasons = [f"{candidate.name}: {candidate.refused}" for candidate in found.candidates if candidate.refused]
+            return Shipped(target, arch, found, error="no precision is usable: " + "; ".join(reasons))
+        measured = self.measurements(target, found)
+        rooflines = {
+            candidate.name: roofline(
+                candidate.file, target.device, candidate.precision, section.batch, target.power_mode
+            )
+            for candidate in wanted
+            if candidate.file is not None
+        }
+        fp32 = found["fp32"]
+        assert fp32.validation is not None
+        assert fp32.file is not None
+        choice = choose(
+            [
+                Option(
+                    name=candidate.name,
+                    validation=candidate.validation,
+                    size_bytes=candidate.size_bytes or 0,
+                    expected_ms=rooflines[candidate.name].bound_ms,
+                    measured_ms=measured[candidate.name].asked.p50 if candidate.name in measured else None,
+                )
+                for candidate in wanted
+                if candidate.validation is not None
+            ],
+            section,
+            fp32.validation,
+            {
+                (name, other.against): other
+                for name, measurement in measured.items()
+                for other in measurement.differences
+                if other.scope == section.latency_scope
+            },
+        )
+        candidate = found[choice.name]
+        assert candidate.file is not None
+        test = self.dataset.test
+        logits = self.outputs(candidate.scored_file or candidate.file, test)
+        reference = logits if candidate is fp32 else self.outputs(fp32.scored_file or fp32.file, test)
+        metric = self._metric(logits, test)
+        drop = difference(self.dataset.task, logits, reference, test.labels, test.mask, seed=self.recipe.seed)
+        bundle = self._bundle(target, found, candidate, metric)
+        return Shipped(target, arch, found, choice, measured, rooflines, metric, drop, bundle)
+
+    def report(self, *, require_measured: bool = False) -> Report:
+        """The whole way. Writes report.json and returns what it says.
+
+        Raises:
+            EdgestillError, InputError: see the stages; what was finished is kept and used by the next call.
+        """
+        from cli.pipeline.reporting import build_report
+        from cli.report.schema import to_json
+
+        self.distill()
+        shipped = [self.ship(target) for target in self.targets]
+        report = build_report(self, shipped, require_measured=require_measured)
+        with artifact.explain_os_errors(self.folder):
+            artifact.write_text(self.folder / "report.json", to_json(report))
+        return report
+
+    # -- what the report refers to -----------------------------------------------------------------------------------
+
+    @property
+    def trained(self) -> dict[tuple[str, str], Trained]:
+        """Every network of this run, by role and name."""
+        return self._trained
+
+    def test_logits(self, trained: Trained) -> Array:
+        """(N, C) class logits of the PyTorch network on the test split."""
+        return evaluate_logits(trained.student, trained.objective, self.dataset.test)
+
+    def references(self) -> tuple[ReferenceRow, ...]:
+        """The teacher and every plain-trained student."""
+        rows = []
+        test = self.dataset.test
+        if self.cache is not None:
+            rows.append(self._teacher_row(self.cache))
+        for arch in self.archs:
+            plain = self.plain_student(arch)
+            if plain is not None:
+                metric = MetricValue.of(self._metric(self.test_logits(plain), test), "PyTorch")
+                rows.append(ReferenceRow(role="no teacher", arch=arch, size_mib=_mib(plain.student), metric=metric))
+        return tuple(rows)
+
+    def _teacher_row(self, cache: TeacherCache) -> ReferenceRow:
+        kind = self.recipe.teacher.kind
+        trained = self._trained.get(("teacher", "teacher"))
+        arch = trained.student.arch if trained is not None else kind
+        size = _mib(trained.student) if trained is not None else None
+        logits = cache.test_logits
+        if logits is None or cache.num_logits != len(self.dataset.classes):
+            return ReferenceRow(role="teacher", arch=arch, size_mib=size, note="gives no class logits")
+        metric = self._metric(np.asarray(logits, dtype=np.float32), self.dataset.test)
+        return ReferenceRow(role="teacher", arch=arch, size_mib=size, metric=MetricValue.of(metric, "PyTorch"))
+
+    def bought(self) -> tuple[Bought, ...]:
+        """What distilling bought: distilled minus plain, per architecture, paired over the test samples."""
+        found = []
+        test = self.dataset.test
+        for arch in self.archs:
+            plain = self.plain_student(arch)
+            if plain is None:
+                continue
+            student = self.student(arch)
+            gain = difference(
+                self.dataset.task,
+                self.test_logits(student),
+                self.test_logits(plain),
+                test.labels,
+                test.mask,
+                seed=self.recipe.seed,
+            )
+            reported = ReportedDifference(value=gain.value, low=gain.low, high=gain.high, confidence=gain.confidence)
+            found.append(Bought(arch=arch, difference=reported, objective=objective_name(self.recipe.objective)))
+        return tuple(found)
+
+    def _bundle(self, target: Target, found: Plan, candidate: Candidate, metric: Metric) -> Path:
+        dataset = self.dataset
+        with self._stage(f"bundle {target.name}"):
+            return write_bundle(
+                candidate,
+                found,
+                target=target,
+                labels=dataset.classes,
+                task=dataset.task,
+                preprocessing=dataset.preprocessing,
+                golden=np.asarray(dataset.test.inputs[:1]),
+                metric=metric,
+                tokenizer=dataset.tokenizer,
+                licence=dataset.licence,
+                folder=self.folder / "bundles" / target.name,
+            )
+
+
+def objective_name(sections: tuple[AnyObjective, ...]) -> str:
+    """Objectives as one word: kd+distance_correlation."""
+    return "+".join(section.kind for section in sections)
+
+
+def _spread(count: int, wanted: int, seed: int) -> Array:
+    """Sorted rows of a random sample without repetition; all of them when fewer exist than are wanted."""
+    if count <= wanted:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).choice(count, wanted, replace=False))
+
+
+def _mib(module: nn.Module) -> float:
+    """Size of a module's weights and buffers in MiB."""
+    return sum(int(tensor.nbytes) for tensor in module.state_dict().values()) / 2**20
+
+
+def _manifest_time(folder: Path) -> int | None:
+    """When an artefact was finished: unchanged by a stage that found it up to date."""
+    manifest = folder / artifact.MANIFEST
+    return manifest.stat().st_mtime_ns if manifest.is_file() else None
