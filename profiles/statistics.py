@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 from typing import Any, Literal
 
@@ -306,6 +307,7 @@ def _mean(values: Floats) -> Any:
     return values.mean(axis=-1)
 
 
+@lru_cache(maxsize=1024)
 def _upper_rank(n: int, tail: float, error: float) -> int | None:
     from scipy.stats import binom
 
@@ -316,6 +318,7 @@ def _upper_rank(n: int, tail: float, error: float) -> int | None:
     return t if t >= 1 else None
 
 
+@lru_cache(maxsize=1024)
 def _lower_rank(n: int, tail: float, error: float) -> int | None:
     from scipy.stats import binom
 
@@ -325,7 +328,7 @@ def _lower_rank(n: int, tail: float, error: float) -> int | None:
 
 
 def _tail(percentile: float) -> float:
-    """The share of queries above the percentile; 1 - 0.999 would miss 0.001 by a rounding error."""
+    """The share of queries above the percentile. Rounded, like the error below: 1 - 0.999 misses 0.001 by a hair."""
     if not 0 < percentile < 100:
         raise ValueError(f"percentile {percentile} is not between 0 and 100")
     return round(100 - percentile, 9) / 100
@@ -334,7 +337,7 @@ def _tail(percentile: float) -> float:
 def _error(confidence: float) -> float:
     if not 0 < confidence < 1:
         raise ValueError(f"confidence {confidence} is not between 0 and 1")
-    return 1 - confidence
+    return round(1 - confidence, 12)
 
 
 def _array(samples: ArrayLike) -> Floats:
