@@ -177,21 +177,21 @@ class CpuUse:
         """What others did between two moments.
 
         other_cores: cores that other processes kept busy on average; stolen_cores: cores that the hypervisor gave to
-        other machines; busiest: up to three of those processes as (name, cores). Empty where the system does not tell.
+        other machines; busiest: up to three of those processes, name and cores. Empty where the system does not tell.
         """
         seconds = self.wall - before.wall
         if self.busy is None or before.busy is None or seconds <= 0:
             return {}
         others = (self.busy - before.busy) - (self.own - before.own)
-        used: List[Tuple[str, float]] = []
+        used: List[Dict[str, Any]] = []
         for pid, (name, total) in self.processes.items():
             cores = (total - before.processes.get(pid, (name, 0.0))[1]) / seconds
             if pid != os.getpid() and cores >= 0.05:
-                used.append((name, round(cores, 2)))
+                used.append({"name": name, "cores": round(cores, 2)})
         return {
             "other_cores": round(max(others, 0.0) / seconds, 3),
             "stolen_cores": round((self.stolen - before.stolen) / seconds, 3),
-            "busiest": sorted(used, key=lambda entry: -entry[1])[:3],
+            "busiest": sorted(used, key=lambda entry: -float(entry["cores"]))[:3],
             "seconds": round(seconds, 2),
         }
 

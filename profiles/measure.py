@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -187,7 +188,7 @@ def sample(
         while active := [name for name, result in results.items() if result.stopped_by is None]:
             for name in active if forward else reversed(active):
                 result = results[name]
-                if previous not in (None, name):
+                if previous != name and len(queries) > 1:
                     for _ in range(RESETTLE):
                         queries[name](issued[name])
                         issued[name] += 1
@@ -456,7 +457,7 @@ def load_measurement(path: Path) -> Measured:
         measurement = Measurement.model_validate_json(path.read_text(encoding="utf-8"))
         with np.load(path.with_suffix(".npz")) as stored:
             samples = Samples(stored["compute_ns"], stored["end_to_end_ns"])
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(
             "missing or damaged measurement",
             where=str(path),
@@ -630,7 +631,7 @@ def _warnings(warm: WarmUp, section: MeasureSection, environment: dict[str, Any]
         found.append(f"unstable: latency did not settle within {section.warmup_seconds:g} s of warm-up")
     use = environment["cpu_use"]
     if use.get("other_cores", 0) >= _BUSY_CORES:
-        names = ", ".join(f"{name} {cores:.1f}" for name, cores in use["busiest"])
+        names = ", ".join(f"{process['name']} {process['cores']:.1f}" for process in use["busiest"])
         found.append(
             f"the machine was busy: other processes used {use['other_cores']:.1f} of {environment['cores']} cores"
             + (f" ({names})" if names else "")

@@ -66,7 +66,7 @@ def test_another_process_that_loads_the_cpu_is_seen_and_named() -> None:
     other.kill()
     other.join()
     assert use["other_cores"] > 0.2
-    assert name in [entry[0] for entry in use["busiest"]]
+    assert name in [entry["name"] for entry in use["busiest"]]
 
 
 @linux_only
