@@ -21,7 +21,7 @@ _IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0
 def read_idx(path: Path) -> Array:
     """The array of an IDX file, plain or gzip-compressed, in native byte order.
 
-    The format: two zero bytes, a type byte, the number of dimensions, each dimension as a big-endian 32-bit integer, data.
+    The format: two zero bytes, a type byte, the number of dimensions, each as a big-endian 32-bit integer, data.
 
     Raises:
         InputError: not there, not IDX, truncated, or longer than its header says.
@@ -50,7 +50,7 @@ def read_idx(path: Path) -> Array:
         raise InputError(
             f"{path.name} is {'truncated' if len(data) < expected else 'longer than its header says'}",
             where=str(path),
-            evidence=f"header says {shape or 'more dimensions than there are bytes'}, {expected} bytes; found {len(data)}",
+            evidence=f"header says {shape or 'nothing complete'}, so {expected} bytes; found {len(data)}",
             fix="download the file again",
         )
     array = np.frombuffer(data, dtype, offset=header).reshape(shape)
@@ -85,5 +85,5 @@ def read_npz(path: Path) -> dict[str, Array]:
             f"{path.name} cannot be read",
             where=str(path),
             evidence=str(error).splitlines()[0] if str(error) else type(error).__name__,
-            fix="write it with numpy.savez_compressed(path, images=..., labels=...), labels as numbers or fixed strings",
+            fix="write it with numpy.savez_compressed(path, images=..., labels=...), labels as numbers or strings",
         ) from error

@@ -45,12 +45,15 @@ class Split:
 
     inputs: (N, *shape), see InputSpec. labels: int64 (N,) for multiclass, uint8 (N, C) of 0/1 for multilabel.
     mask: bool (N, C), True where a multilabel label is known; None when all are. texts: the raw texts of token data.
+    rows: int64 (N,), each sample's row in the split of the source that it came from (the whole source, where the splits
+    were made here), to line it up with arrays of the user's.
     """
 
     inputs: np.ndarray[Any, Any]
     labels: np.ndarray[Any, Any]
     mask: np.ndarray[Any, Any] | None = None
     texts: tuple[str, ...] | None = None
+    rows: np.ndarray[Any, Any] | None = None
 
     def __len__(self) -> int:
         return int(self.inputs.shape[0])

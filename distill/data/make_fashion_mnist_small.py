@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +49,8 @@ def main() -> None:
     parser.add_argument("--source", type=Path, default=DEBIAN_FOLDER, help="folder with the four official IDX files")
     parser.add_argument("--out", type=Path, default=PACKAGED)
     options = parser.parse_args()
-    np.savez_compressed(options.out, **make(options.source))
+    arrays: dict[str, Any] = make(options.source)
+    np.savez_compressed(options.out, **arrays)
 
 
 if __name__ == "__main__":
