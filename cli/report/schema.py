@@ -8,12 +8,13 @@ The JSON Schema beside this file is made from these models:
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Final, Literal, Protocol, Self
+from typing import Annotated, Final, Literal, Protocol, Self
 
-from pydantic import Field, JsonValue, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from cli.report.verdict import Judged, RowVerdict, Verdict, exit_status, overall_verdict
 from profiles.errors import InputError
@@ -27,6 +28,20 @@ Scope = Literal["end_to_end", "compute"]
 LimitName = Literal["latency_ms", "memory_mib", "file_size_mib", "metric_floor", "max_metric_drop"]
 """A limit goes by its key in the recipe, so that a reader knows what to change."""
 MetricPlace = Literal["artifact in its runtime", "ONNX Runtime here, not the device", "PyTorch"]
+
+
+class Part(Section):
+    """A part of the report: NaN and infinity are refused, since JSON cannot hold them; what is not known is None."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+def _finite(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Charted = Annotated[float | None, BeforeValidator(_finite)]
+"""A value of a curve: a diverged training has NaN here, which becomes None."""
 
 
 class MetricLike(Protocol):
@@ -46,7 +61,7 @@ class MetricLike(Protocol):
     def method(self) -> str: ...
 
 
-class MetricValue(Section):
+class MetricValue(Part):
     """A metric with its interval, and where the model ran that it belongs to."""
 
     value: float
@@ -78,7 +93,7 @@ class MetricValue(Section):
         return (self.high - self.low) / 2
 
 
-class Difference(Section):
+class Difference(Part):
     """A paired difference of two metrics on the same samples, as a fraction."""
 
     value: float
@@ -87,7 +102,7 @@ class Difference(Section):
     confidence: float = 0.95
 
 
-class LatencyValue(Section):
+class LatencyValue(Part):
     """A latency in milliseconds: the point estimate of one percentile and the bounds that decide a limit."""
 
     percentile: float
@@ -128,14 +143,14 @@ class LatencyValue(Section):
         )
 
 
-class Roofline(Section):
+class Roofline(Part):
     """The least time that the device's own peak figures allow: a bound, never an estimate."""
 
     bound_ms: float
     limiting: Literal["compute", "memory"]
 
 
-class LimitVerdict(Section):
+class LimitVerdict(Part):
     """One limit of a target: what was asked, what was found and the interval that decided."""
 
     name: LimitName
@@ -151,7 +166,7 @@ class LimitVerdict(Section):
     """Why it is inconclusive or not measured, one sentence."""
 
 
-class Engine(Section):
+class Engine(Part):
     """What was compiled from the ONNX file, and what could only be parsed."""
 
     file: str | None = None
@@ -162,7 +177,7 @@ class Engine(Section):
     not_built_because: str | None = None
 
 
-class CandidateRow(Section):
+class CandidateRow(Part):
     """One precision that was tried for a target."""
 
     precision: str
@@ -176,7 +191,7 @@ class CandidateRow(Section):
     rejected_because: str | None = None
 
 
-class TargetRow(Section):
+class TargetRow(Part):
     """One target: its device, its artefact, what was measured and what follows."""
 
     name: str
@@ -234,7 +249,7 @@ class TargetRow(Section):
         return next((limit for limit in self.limits if limit.name == name), None)
 
 
-class ReferenceRow(Section):
+class ReferenceRow(Part):
     """A model to compare with: the teacher, or a student trained without one."""
 
     role: Literal["teacher", "no teacher"]
@@ -246,7 +261,7 @@ class ReferenceRow(Section):
     note: str = ""
 
 
-class Bought(Section):
+class Bought(Part):
     """What distilling bought: the distilled student minus the plain-trained one of the same architecture, paired."""
 
     arch: str
@@ -254,7 +269,7 @@ class Bought(Section):
     objective: str = ""
 
 
-class Stage(Section):
+class Stage(Part):
     """One stage of the run."""
 
     name: str
@@ -263,16 +278,16 @@ class Stage(Section):
     """True when an earlier run's result was used; `seconds` then is the time of looking."""
 
 
-class CurvePoint(Section):
+class CurvePoint(Part):
     """One validation of a training run."""
 
     epoch: float
-    train_loss: float | None = None
-    validation: float | None = None
+    train_loss: Charted = None
+    validation: Charted = None
     """The task's metric, a fraction."""
 
 
-class TrainingRun(Section):
+class TrainingRun(Part):
     """What training one network cost and how it went."""
 
     role: Literal["teacher", "student", "no teacher"]
@@ -287,7 +302,7 @@ class TrainingRun(Section):
     curve: tuple[CurvePoint, ...] = ()
 
 
-class DataFacts(Section):
+class DataFacts(Part):
     """Where the data is from."""
 
     source: str
@@ -301,7 +316,7 @@ class DataFacts(Section):
     """What one sample is: "uint8 1x28x28"."""
 
 
-class Machine(Section):
+class Machine(Part):
     """The machine that trained and reported."""
 
     title: str
@@ -311,7 +326,7 @@ class Machine(Section):
     python: str = ""
 
 
-class Counts(Section):
+class Counts(Part):
     """How many targets have which verdict."""
 
     passed: int = 0
@@ -333,7 +348,7 @@ class Counts(Section):
         )
 
 
-class Report(Section):
+class Report(Part):
     """A run's result."""
 
     schema_version: Literal[1] = SCHEMA_VERSION

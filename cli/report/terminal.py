@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import sys
 import unicodedata
@@ -124,8 +125,16 @@ def render_text(
     if not color:
         return "".join(line.plain.rstrip() + "\n" for line in lines)
     out = io.StringIO()
+    # the caller has decided, so neither NO_COLOR nor TERM may decide again
     console = Console(
-        file=out, force_terminal=True, color_system="standard", width=style.width, highlight=False, emoji=False
+        file=out,
+        force_terminal=True,
+        color_system="standard",
+        no_color=False,
+        legacy_windows=False,
+        width=style.width,
+        highlight=False,
+        emoji=False,
     )
     for line in lines:
         line.rstrip()
@@ -188,7 +197,7 @@ def _plot(report: Report, style: Style) -> list[Text]:
     texts = [Text(line) for line in lines]
     for text in texts:
         for row in rows:
-            text.highlight_words([row.name], _STYLES[row.verdict])
+            text.highlight_regex(rf"(?<!\w){re.escape(row.name)}(?!\w)", _STYLES[row.verdict])
         text.highlight_words(["┄"], "dim")
     return texts
 
@@ -209,9 +218,7 @@ def _header(report: Report, style: Style) -> list[Text]:
     subject = style.clean(subject_line(report))
     when = f"{style.clean(date(report.created))}  {duration(report.seconds)}"
     room = style.width - cell_len(subject) - 2
-    left = Text(style.cut(style.clean(report.name), max(room, 12)), style="bold") + Text(
-        f"  {subject}", style="not bold"
-    )
+    left = Text().append(style.cut(style.clean(report.name), max(room, 12)), "bold").append(f"  {subject}")
     lines = _sides(left, Text(when, style="dim"), style.width)
     colour = {0: "green", 1: "bold red", 3: "bold red", 4: "yellow"}[report.exit_status]
     status = Text("exit status ") + Text(str(report.exit_status), style=colour)
@@ -384,10 +391,10 @@ def _places(report: Report, style: Style) -> list[Text]:
 
 def _command(label: str, command: str, style: Style) -> list[Text]:
     """A path or command that a person copies: never cut; broken, with a backslash, only where there is a space."""
-    head = Text(f"{label:<9}", style="dim")
+    head = Text().append(f"{label:<9}", "dim")
     command = style.clean(command)
     if 9 + cell_len(command) <= style.width:
-        return [head + Text(command)]
+        return [head.append(command)]
     parts = wrap(command, style.width - 4)
     return [head, *(Text(f"  {part}" + (" \\" if i + 1 < len(parts) else "")) for i, part in enumerate(parts))]
 

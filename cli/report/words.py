@@ -191,7 +191,7 @@ def bound_sentence(row: TargetRow) -> str:
     limiting = "memory bandwidth" if row.roofline.limiting == "memory" else "arithmetic"
     value = row.roofline.bound_ms
     text = f"{value:.2g}" if value < 100 else f"{value:,.0f}"
-    return f"not measured; roofline bound: at least {text} ms ({limiting})"
+    return f"not measured, roofline bound: at least {text} ms ({limiting})"
 
 
 def provenance(row: TargetRow) -> str:
@@ -199,10 +199,10 @@ def provenance(row: TargetRow) -> str:
     parts = [row.device_title, row.stack, row.power_mode or "", *row.conditions]
     if row.latency is not None and not row.latency.stable:
         parts.append("never became stable")
+    clauses = [", ".join(part for part in parts if part)]
     if row.latency is None and row.error is None:
-        parts.append(bound_sentence(row) or "not measured")
-        parts.append(engine_words(row))
-    return ", ".join(part for part in parts if part)
+        clauses += [bound_sentence(row) or "not measured", engine_words(row)]
+    return "; ".join(clause for clause in clauses if clause)
 
 
 def engine_words(row: TargetRow) -> str:

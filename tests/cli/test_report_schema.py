@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -14,7 +15,9 @@ from pydantic import ValidationError
 from cli.report.schema import (
     SCHEMA_FILE,
     Counts,
+    CurvePoint,
     LatencyValue,
+    MetricValue,
     Report,
     TargetRow,
     load_report,
@@ -94,7 +97,7 @@ def test_missing_report_names_the_command_that_makes_one(tmp_path: Path) -> None
 
 
 def test_latency_is_copied_in_the_scope_that_was_asked_for() -> None:
-    from profiles.measurement import Latency, Measurement, Memory
+    from profiles.measurement import Latency, Measurement
 
     def clock(scope: str, value: float) -> Latency:
         return Latency.model_validate(
@@ -103,12 +106,22 @@ def test_latency_is_copied_in_the_scope_that_was_asked_for() -> None:
             | {"upper_bound": value, "lower_bound": value, "bound_confidence": 0.995, "outliers": 0, "lag1": 0.0}
         )
 
-    measurement = Measurement.model_construct(
-        batch=2, compute=clock("compute", 1.0), end_to_end=clock("end_to_end", 1.5), scope="compute", stable=True,
-        memory=Memory(peak_mib=None, before_load_mib=None, how=""),
-    )  # fmt: skip
+    parts: dict[str, Any] = {
+        "batch": 2,
+        "compute": clock("compute", 1.0),
+        "end_to_end": clock("end_to_end", 1.5),
+        "scope": "compute",
+        "stable": True,
+    }
+    measurement = Measurement.model_construct(**parts)
     copied = LatencyValue.of(measurement)
     assert (copied.scope, copied.point, copied.batch, copied.confidence) == ("compute", 1.0, 2, 0.995)
+
+
+def test_nan_is_refused_where_json_could_not_hold_it_and_dropped_from_curves() -> None:
+    with pytest.raises(ValidationError, match="finite"):
+        MetricValue(value=float("nan"), low=0, high=1, n=1)
+    assert CurvePoint(epoch=1, train_loss=float("nan"), validation=0.5).train_loss is None
 
 
 def test_schema_version_is_in_the_document() -> None:

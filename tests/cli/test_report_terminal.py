@@ -68,7 +68,8 @@ def test_plain_output_has_no_escape_codes_and_no_trailing_space() -> None:
     assert all(line == line.rstrip() for line in text.splitlines())
 
 
-def test_colour_changes_nothing_but_colour() -> None:
+def test_colour_changes_nothing_but_colour(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")  # the caller has asked for colour, which is the last word
     coloured = render_text(example(), width=80, color=True)
     assert ANSI.search(coloured)
     assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == render_text(example(), width=80)
