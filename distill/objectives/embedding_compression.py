@@ -25,8 +25,8 @@ from distill.objectives.ground_truth import task_loss
 from distill.objectives.section import EmbeddingCompressionSection
 from distill.outputs import Batch, StudentOutput, TeacherOutput
 
-_FIT_BATCH = 256
-_FIT_LEARNING_RATE = 1e-3
+_FIT_BATCH = 128
+_FIT_LEARNING_RATE = 3e-3
 _PROBE_ROWS = 1024
 
 
@@ -125,7 +125,7 @@ class EmbeddingCompression(Objective):
                 module.requires_grad_(False)
 
     def _fit(self, data: FitData, epochs: int) -> None:
-        """AdamW on mu-free task loss over the cached embeddings; epoch e reads view e modulo the cached views."""
+        """AdamW on the task loss alone, over the cached embeddings; epoch e reads view e modulo the cached views."""
         embedding = required(data.embedding)
         self.transform.train()
         parameters = [*self.transform.parameters(), *self.head.parameters()]
