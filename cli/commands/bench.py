@@ -61,10 +61,10 @@ def bench(
     )
     path = Path(what)
     if (path / "recipe.toml").is_file():
-        from cli.commands.session import open_folder_or_recipe
+        from cli.commands.runs import open_folder_or_recipe
 
-        session = open_folder_or_recipe(what, None, overrides, allow_code=allow_code)
-        found = session.bench()
+        opened = open_folder_or_recipe(what, None, overrides, allow_code=allow_code)
+        found = opened.bench()
         document = {name: list(entries.values()) for name, entries in found.items()}
         if as_json:
             console.emit_json(document)

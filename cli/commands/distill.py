@@ -18,10 +18,12 @@ def distill(
 ) -> None:
     """Train the teacher, cache its outputs, and train every student of a run. Resumable."""
     from cli import console
-    from cli.commands.session import open_folder_or_recipe
+    from cli.commands.runs import open_folder_or_recipe
 
-    session = open_folder_or_recipe(run, out, overrides, allow_code=allow_code)
-    trained = session.distill()
+    opened = open_folder_or_recipe(run, out, overrides, allow_code=allow_code)
+    trained = opened.distill()
+    if not opened.is_main:
+        return
     rows = [
         {
             "student": arch,
@@ -29,16 +31,16 @@ def distill(
             "validation": student.result.metric.value,
             "best_epoch": student.result.best_epoch,
             "seconds": student.result.seconds,
-            "folder": str(session.folder / "students" / arch),
+            "folder": str(opened.folder / "students" / arch),
         }
         for arch, student in trained.items()
     ]
     if as_json:
-        console.emit_json({"run": str(session.folder), "students": rows})
+        console.emit_json({"run": str(opened.folder), "students": rows})
         return
     for row in rows:
         console.emit(
             f"{row['student']}  {row['metric']} {row['validation']:.1%} on validation (epoch {row['best_epoch']}), "
             f"{row['folder']}"
         )
-    console.emit(f"next: edgestill export {session.folder}")
+    console.emit(f"next: edgestill export {opened.folder}")

@@ -40,18 +40,21 @@ def run(
     130 interrupted.
     """
     from cli import console
-    from cli.commands.session import open_run, show_report
+    from cli.commands.runs import open_run, show_report
 
-    session = open_run(recipe, out, overrides, allow_code=allow_code)
+    opened = open_run(recipe, out, overrides, allow_code=allow_code)
     if dry_run:
         from cli.pipeline.estimate import estimate, render
 
-        found = estimate(session)
+        found = estimate(opened)
         if as_json:
             console.emit_json(found)
         else:
-            console.emit(render(found, session))
+            console.emit(render(found, opened))
         return
-    report = session.report(require_measured=require_measured)
+    if not opened.is_main:
+        opened.distill()  # under torchrun, the other processes only help training
+        return
+    report = opened.report(require_measured=require_measured)
     show_report(report, as_json=as_json, show_all=explain)
     raise typer.Exit(report.exit_status)

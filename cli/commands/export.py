@@ -1,0 +1,107 @@
+"""`edgestill export`: only the export, of a run's students or of any PyTorch model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.commands.options import AllowCode, Out, Set
+from cli.commands.shared import JsonOption, examples
+
+app = typer.Typer()
+
+
+@app.command(
+    epilog=examples(
+        "edgestill export runs/quickstart",
+        'edgestill export --model torch.nn:Linear --kwargs \'{"in_features": 8, "out_features": 3}\' '
+        "--example 1x8 --out linear",
+    )
+)
+def export(
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run folder, or a recipe.")] = None,
+    out: Out = None,
+    overrides: Set = None,
+    allow_code: AllowCode = False,
+    model: Annotated[
+        str | None, typer.Option("--model", help="package.module:factory of a model that was not distilled here.")
+    ] = None,
+    kwargs: Annotated[str | None, typer.Option("--kwargs", help="Arguments of the factory, as a JSON object.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option("--weights", help="Weights: .safetensors, or a .pth state dict.")
+    ] = None,
+    example: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--example", metavar="[NAME:]SHAPE[:TYPE]", help="One input, e.g. image:1x3x224x224:uint8. Repeatable."
+        ),
+    ] = None,
+    samples: Annotated[
+        Path | None, typer.Option("--samples", help=".npz with real inputs by name; needed for INT8.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="The device that it is for.")] = "this-machine",
+    stack: Annotated[
+        str | None, typer.Option("--stack", help="The device's stack.  [default: the newest known]")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Export a run's students for every target, verified; or, with --model, any PyTorch model."""
+    from cli import console
+    from profiles.errors import InputError
+
+    if (run is None) == (model is None):
+        raise InputError(
+            "name a run, or a model with --model", where="edgestill export", fix="edgestill export runs/quickstart"
+        )
+    if model is not None:
+        from cli.pipeline.foreign import ForeignModel, export_foreign
+
+        plan = export_foreign(
+            ForeignModel(model, kwargs, weights, tuple(example or ()), samples), device=device, stack=stack, out=out
+        )
+        if as_json:
+            console.emit_json(plan)
+        else:
+            for line in describe_candidates(plan):
+                console.emit(line)
+        return
+    from cli.commands.runs import open_folder_or_recipe
+
+    assert run is not None
+    opened = open_folder_or_recipe(run, out, overrides, allow_code=allow_code)
+    plans = opened.export()
+    if not opened.is_main:
+        return
+    if as_json:
+        console.emit_json(plans)
+        return
+    for name, found in plans.items():
+        console.emit(f"{name}  ({found.device}, {found.stack}, opset {found.opset})")
+        for line in describe_candidates(found):
+            console.emit(f"  {line}")
+    console.emit(f"next: edgestill bench {opened.folder}, or edgestill run {opened.folder / 'recipe.toml'}")
+
+
+def describe_candidates(plan: object) -> list[str]:
+    """One line per candidate: name, size, metric, parity, engine or the reason why it is refused."""
+    from export import Plan
+
+    assert isinstance(plan, Plan)
+    lines = []
+    for candidate in plan.candidates:
+        if candidate.refused is not None:
+            lines.append(f"{candidate.name:<10} refused: {candidate.refused}")
+            continue
+        parts = [f"{(candidate.size_bytes or 0) / 2**20:6.2f} MiB"]
+        if candidate.validation is not None:
+            parts.append(f"{candidate.validation.name} {candidate.validation.value:.1%} on validation")
+        if candidate.parity:
+            worst = max(candidate.parity, key=lambda rung: rung.relative)
+            parts.append(f"relative error {worst.relative:.1e}, {worst.agreement:.1%} same decisions")
+        if candidate.engine is not None:
+            parts.append(f"engine by {candidate.engine.builder}")
+        parts += [note for note in (candidate.parsed_by, candidate.engine_note) if note]
+        lines.append(f"{candidate.name:<10} {', '.join(parts)}")
+    return lines

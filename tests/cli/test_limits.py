@@ -1,0 +1,49 @@
+"""Limits become verdicts."""
+
+from __future__ import annotations
+
+import pytest
+
+from cli.pipeline.limits import judge
+from profiles.device import TargetSection
+from profiles.metrics import Difference, Metric
+
+
+def metric(value: float, half: float = 0.01) -> Metric:
+    return Metric(name="top1", value=value, low=value - half, high=value + half, n=2000, method="Wilson")
+
+
+def drop(value: float, half: float = 0.002) -> Difference:
+    return Difference(name="top1", value=-value, low=-value - half, high=-value + half, n=2000, method="bootstrap")
+
+
+def verdicts(
+    section: TargetSection, *, value: float = 0.9, lost: float = 0.0, size: float = 1.0, on_device: bool = True
+) -> dict[str, str]:
+    found = judge(section, measurement=None, size_mib=size, metric=metric(value), drop=drop(lost), on_device=on_device)
+    return {limit.name: limit.verdict for limit in found}
+
+
+@pytest.mark.parametrize(("value", "expected"), [(0.90, "pass"), (0.855, "inconclusive"), (0.80, "fail")])
+def test_a_floor_inside_the_interval_is_inconclusive(value: float, expected: str) -> None:
+    assert verdicts(TargetSection(name="a", metric_floor=0.85), value=value) == {"metric_floor": expected}
+
+
+@pytest.mark.parametrize(("lost", "expected"), [(0.0, "pass"), (0.0095, "inconclusive"), (0.02, "fail")])
+def test_a_drop_is_judged_by_its_paired_interval(lost: float, expected: str) -> None:
+    assert verdicts(TargetSection(name="a", max_metric_drop=0.01), lost=lost) == {"max_metric_drop": expected}
+
+
+def test_what_onnx_runtime_computed_here_cannot_pass_a_limit_of_another_device() -> None:
+    section = TargetSection(name="a", metric_floor=0.1, max_metric_drop=0.9, latency_ms=5, memory_mib=5)
+    assert set(verdicts(section, on_device=False).values()) == {"not measured"}
+
+
+@pytest.mark.parametrize(("size", "expected"), [(1.0, "pass"), (2.5, "fail")])
+def test_a_file_size_is_known_without_the_device(size: float, expected: str) -> None:
+    section = TargetSection(name="a", file_size_mib=2)
+    assert verdicts(section, size=size, on_device=False) == {"file_size_mib": expected}
+
+
+def test_a_target_without_limits_has_no_verdicts() -> None:
+    assert verdicts(TargetSection(name="a")) == {}
