@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ from distill.teachers.section import ImageInput, Pooling, TeacherSection
 from distill.teachers.teacher import NetworkTeacher, TeacherBatch
 from profiles.artifact import content_key
 from profiles.errors import InputError
+
+
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+"""Name or owner/name; anything else can only be a path."""
 
 
 class TransformersTeacher(NetworkTeacher):
@@ -34,6 +39,8 @@ class TransformersTeacher(NetworkTeacher):
         self._dataset = dataset
         self.sees_views = dataset.input.kind == "image"
         local = (base / section.model).is_dir()
+        if not local and _HUB_NAME.fullmatch(section.model) is None:
+            raise InputError(f"no such folder: {base / section.model}", where="teacher.model")
         source = str(base / section.model) if local else section.model
         modules, preprocessing = self._load(source, section, dataset, local)
         super().__init__(modules, preprocessing, device)

@@ -110,7 +110,7 @@ class ModuleTeacher(NetworkTeacher):
     """
 
     def __init__(self, module: nn.Module, device: torch.device | str = "cpu") -> None:
-        super().__init__(module, "module", torch.device(device))
+        super().__init__(module, {"arch": str(getattr(module, "arch", ""))}, torch.device(device))
         self.embedding_dim = int(module.embedding_dim)  # type: ignore[arg-type]
         self.num_logits = int(module.head_size)  # type: ignore[arg-type]
         head = getattr(module, "head", None)
