@@ -30,6 +30,8 @@ Evidence = Literal["D", "C", "K"]
 THIS_MACHINE = "this-machine"
 PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
 _DEVICES = Path(__file__).parent / "devices"
+_DETECTION_DATE = "2026-11"
+"""Of the rules in `detect`. The day of a run would change every hash that a detected device goes into."""
 
 # Lowest compute capability of each precision (CUDA C++ Programming Guide, arithmetic throughput and tensor cores).
 _NEEDS_CAPABILITY: dict[str, tuple[int, int]] = {
@@ -357,7 +359,7 @@ def resolve_target(section: TargetSection, *, base: Path, where: str = "target[0
                 evidence=reason,
                 fix='precision = "auto", or one of: ' + ", ".join(device.precisions),
             )
-    return Target(section, device, stack, power_mode, is_this_machine=device.name == THIS_MACHINE)
+    return Target(section, device, stack, power_mode, is_this_machine=section.device == THIS_MACHINE)
 
 
 def _choose_stack(device: Device, name: str | None, where: str) -> Stack:
@@ -430,7 +432,7 @@ def detect() -> Device:
         stacks=(_this_stack(machine),),
         evidence=dict.fromkeys(facts, "C"),
         sources=("detected on this machine",),
-        date="2026-11",
+        date=_DETECTION_DATE,
         **facts,
     )
 
@@ -520,7 +522,7 @@ def _this_stack(machine: str | None) -> Stack:
         dialect="qdq-s8s8" if machine == "aarch64" else "qdq-u8s8",
         providers=("CPUExecutionProvider",),
         source="detected on this machine",
-        date="2026-11",
+        date=_DETECTION_DATE,
     )
 
 
