@@ -150,7 +150,8 @@ class Device(Peaks):
         """Highest rate in operations per second (a multiply-add is two), or None when it is not known.
 
         BF16 runs at the rate of FP16 on tensor cores; TF32, where its rate is not stated, at half of it at most
-        (NVIDIA Ampere, Ada and Hopper architecture whitepapers).
+        (NVIDIA Ampere, Ada and Hopper architecture whitepapers). TensorRT computes FP32 graphs in TF32 where it can, so
+        a lower bound for such a graph takes the peak of TF32.
 
         >>> load_device("t4").peak("int8")
         130000000000000.0
@@ -311,8 +312,10 @@ def _read_device(path: Path, where: str) -> Device:
         raise InputError(f"cannot read {path}", where=where, evidence=str(error)) from error
     except tomllib.TOMLDecodeError as error:
         raise InputError("not a TOML file", where=str(path), evidence=str(error)) from error
-    raw["stacks"] = raw.pop("stack", [])
-    raw["power_modes"] = raw.pop("power_mode", [])
+    for table in ("stack", "power_mode"):
+        if f"{table}s" in raw:
+            raise InputError(f'unknown key "{table}s"', where=str(path), fix=f"write [[{table}]]")
+        raw[f"{table}s"] = raw.pop(table, [])
     try:
         return Device.model_validate(raw)
     except ValidationError as error:

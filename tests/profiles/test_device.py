@@ -307,6 +307,7 @@ def test_device_file_is_relative_to_the_recipe(tmp_path: Path) -> None:
         ({'compute_capability = "7.5"': 'compute_capability = "sm75"'}, "compute_capability", None),
         ({'precisions = ["fp32", "fp16", "int8"]': 'precisions = ["fp12"]'}, "precisions", None),
         ({'name = "t4"': ""}, "name", None),
+        ({"[[power_mode]]": "[[power_modes]]"}, 'unknown key "power_modes"', "write [[power_mode]]"),
     ],
 )
 def test_mistake_in_a_device_file_is_located(
