@@ -1,0 +1,48 @@
+"""`edgestill doctor`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from importlib.machinery import ModuleSpec
+
+import pytest
+
+from cli.commands import doctor
+from tests.cli.cli_runner import edgestill
+
+
+def test_it_tells_the_machine_and_exits_0() -> None:
+    result = edgestill("doctor", "--json")
+    assert result.status == 0
+    checks = {check["name"]: check for check in json.loads(result.out)["checks"]}
+    assert {
+        "Python",
+        "processor",
+        "memory",
+        "disk",
+        "torch",
+        "onnxruntime",
+        "TensorRT-RTX",
+        "temperature sensors",
+    } <= set(checks)
+    assert checks["torch"]["state"] == "yes"
+    assert checks["data fashion-mnist-small"]["state"] == "yes"
+    assert all(check["fix"] for check in checks.values() if check["state"] == "bad")
+    assert edgestill("doctor").status == 0
+
+
+def test_a_missing_package_comes_with_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+
+    def without(name: str, package: str | None = None) -> ModuleSpec | None:
+        return None if name in ("transformers", "sympy") else real(name, package)
+
+    monkeypatch.setattr(doctor, "find_spec", without)
+    checks = {check["name"]: check for check in json.loads(edgestill("doctor", "--json").out)["checks"]}
+    assert (checks["transformers"]["state"], checks["transformers"]["fix"]) == (
+        "no",
+        'pip install "edgestill[transformers]"',
+    )
+    assert (checks["sympy"]["state"], checks["sympy"]["fix"]) == ("bad", "pip install sympy")
+    assert 'transformers: pip install "edgestill[transformers]"' in edgestill("doctor").out
