@@ -135,7 +135,7 @@ def _targets(report: Report) -> str:
         samples = f"{latency.samples:,} runs" if latency else ""
         cells = [
             _cell(escape(row.name), look="name"),
-            _cell(escape(row.arch)),
+            _cell(escape(row.arch), look="arch"),
             _cell(escape(row.precision), title=row.compute_precision),
             _cell(mebibytes(row.size_mib), "MiB", "number"),
             _cell(_metric(row.metric) + ("*" if on_other_machine(row) else ""), metric_head, "number", interval),
@@ -148,7 +148,7 @@ def _targets(report: Report) -> str:
     for reference in report.references:
         cells = [
             _cell(escape(reference.role), title=reference.note),
-            _cell(escape(reference.arch)),
+            _cell(escape(reference.arch), look="arch"),
             _cell(escape(reference.precision)),
             _cell(mebibytes(reference.size_mib), "MiB", "number"),
             _cell(_metric(reference.metric), metric_head, "number"),

@@ -173,8 +173,9 @@ class Engine(Part):
     built_by: str | None = None
     """Builder and version: "TensorRT-RTX 1.7.1"."""
     parsed_by: str | None = None
-    """Parser and version that accepted the graph, when nothing was built."""
+    """What a parser said of the graph when nothing was built: "parsed by TensorRT-RTX 1.7.1", "not parsed by ..."."""
     not_built_because: str | None = None
+    """A clause: "TensorRT 10.3.0 builds its engine on the device"."""
 
 
 class CandidateRow(Part):

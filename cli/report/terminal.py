@@ -29,6 +29,7 @@ from cli.report.words import (
     VERDICT_WORDS,
     counts_line,
     date,
+    device_words,
     duration,
     engine_words,
     latency_limit,
@@ -44,9 +45,9 @@ from cli.report.words import (
     percentiles,
     plain_number,
     points,
-    provenance,
     reasons,
     scopes,
+    state_words,
     subject_line,
     wrap,
 )
@@ -355,19 +356,26 @@ def _labelled(label: str, texts: Sequence[str], room: int, style: Style, look: s
 
 
 def _provenance(report: Report, style: Style) -> list[Text]:
-    """One entry per device as it was measured; targets that share it are named together."""
-    groups: dict[str, list[str]] = {}
+    """One entry per device; targets that share it are named together, and what differs between them stands below."""
+    groups: dict[str, list[TargetRow]] = {}
     for row in report.targets:
         host = f"{row.host}  " if row.host else ""
-        groups.setdefault(host + provenance(row), []).append(_short(row.name, style))
-    room = _label_width(report, style)
+        groups.setdefault(host + device_words(row), []).append(row)
+    room, width = _label_width(report, style), min(style.width, MAX_PROSE)
     lines: list[Text] = []
-    for text, names in groups.items():
-        if len(names) == 1:
-            lines += _labelled(names[0], [text], room, style)
-        else:
-            lines += _wrapped(", ".join(names) + ":", min(style.width, MAX_PROSE), "  ", "  ")
-            lines += _wrapped(style.clean(text), min(style.width, MAX_PROSE), "    ", "    ")
+    for device, rows in groups.items():
+        states = [state_words(row) for row in rows]
+        shared = [word for word in states[0] if all(word in other for other in states)]
+        text = style.clean(", ".join([device, *shared]))
+        if len(rows) == 1:
+            lines += _labelled(style.clean(rows[0].name), [text], room, style)
+            continue
+        lines += _wrapped(", ".join(_short(row.name, style) for row in rows) + ":", width, "  ", "  ")
+        lines += _wrapped(text, width, "    ", "    ")
+        for row, words in zip(rows, states, strict=True):
+            own = ", ".join(word for word in words if word not in shared)
+            if own:
+                lines += _wrapped(style.clean(f"{_short(row.name, style)}: {own}"), width, "    ", "      ")
     return lines
 
 

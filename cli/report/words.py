@@ -191,18 +191,27 @@ def bound_sentence(row: TargetRow) -> str:
     limiting = "memory bandwidth" if row.roofline.limiting == "memory" else "arithmetic"
     value = row.roofline.bound_ms
     text = f"{value:.2g}" if value < 100 else f"{value:,.0f}"
-    return f"not measured, roofline bound: at least {text} ms ({limiting})"
+    return f"not measured; roofline bound: at least {text} ms ({limiting})"
+
+
+def device_words(row: TargetRow) -> str:
+    """What the target runs on: device, stack, power mode."""
+    return ", ".join(part for part in (row.device_title, row.stack, row.power_mode) if part)
+
+
+def state_words(row: TargetRow) -> list[str]:
+    """Under which conditions it was measured, or that it was not and what is known nevertheless."""
+    words = list(row.conditions)
+    if row.latency is not None and not row.latency.stable:
+        words.append("never became stable")
+    if row.latency is None and row.error is None:
+        words += [bound_sentence(row) or "not measured", engine_words(row)]
+    return [word for word in words if word]
 
 
 def provenance(row: TargetRow) -> str:
-    """Device, stack, power mode and conditions of a target in one line."""
-    parts = [row.device_title, row.stack, row.power_mode or "", *row.conditions]
-    if row.latency is not None and not row.latency.stable:
-        parts.append("never became stable")
-    clauses = [", ".join(part for part in parts if part)]
-    if row.latency is None and row.error is None:
-        clauses += [bound_sentence(row) or "not measured", engine_words(row)]
-    return "; ".join(clause for clause in clauses if clause)
+    """Device, stack, power mode and state of a target in one line."""
+    return ", ".join([device_words(row), *state_words(row)])
 
 
 def engine_words(row: TargetRow) -> str:
@@ -212,10 +221,10 @@ def engine_words(row: TargetRow) -> str:
         return ""
     parts = [
         f"engine built by {engine.built_by}" if engine.built_by else "",
-        f"graph parsed by {engine.parsed_by}" if engine.parsed_by else "",
-        f"no engine: {engine.not_built_because}" if engine.not_built_because else "",
+        f"graph {engine.parsed_by}" if engine.parsed_by else "",
+        f"no engine yet: {engine.not_built_because}" if engine.not_built_because else "",
     ]
-    return "; ".join(part for part in parts if part)
+    return ", ".join(part for part in parts if part)
 
 
 def wrap(text: str, width: int, first: str = "", indent: str = "") -> list[str]:

@@ -171,7 +171,10 @@ def depot_nx() -> TargetRow:
             LimitVerdict(name="file_size_mib", limit=4.0, value=1.7, verdict="pass"),
         ),
         verdict="not measured",
-        engine=Engine(parsed_by="TensorRT-RTX 1.7.1", not_built_because="engines are built on the device itself"),
+        engine=Engine(
+            parsed_by="parsed by TensorRT-RTX 1.7.1",
+            not_built_because="TensorRT 10.3.0 builds it on the device",
+        ),
         why=("no host given: edgestill run shelf-camera.toml --on depot-nx=HOST",),
     )
 

@@ -138,6 +138,11 @@ def test_targets_on_one_device_share_their_provenance() -> None:
     text = render_text(example((line3_orin(), twin)))
     assert text.count("JetPack 6.2.1") == 1
     assert "line3-orin, line4-orin:" in text
+    assert "TensorRT 10.3.0, 15W, 58 °C\n" in text
+    warmer = twin.model_copy(update={"conditions": ("71 °C",)})
+    assert "TensorRT 10.3.0, 15W\n    line3-orin: 58 °C\n    line4-orin: 71 °C\n" in render_text(
+        example((line3_orin(), warmer))
+    )
 
 
 def test_unstable_measurement_says_so() -> None:
