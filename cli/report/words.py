@@ -222,7 +222,7 @@ def engine_words(row: TargetRow) -> str:
     parts = [
         f"engine built by {engine.built_by}" if engine.built_by else "",
         f"graph {engine.parsed_by}" if engine.parsed_by else "",
-        f"no engine yet: {engine.not_built_because}" if engine.not_built_because else "",
+        f"no engine: {engine.not_built_because.removeprefix('not built: ')}" if engine.not_built_because else "",
     ]
     return ", ".join(part for part in parts if part)
 
