@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,13 +39,15 @@ class OwnData:
     label_column: str | None = None
     split_column: str | None = None
     image_size: int | None = None
+    named_texts: bool = False
+    """A data set that is named, not looked into, and holds texts."""
     seen: str = ""
     """What it was recognised by, one line."""
 
     @property
     def is_text(self) -> bool:
         """Whether a sample is a text."""
-        return self.text_column is not None
+        return self.named_texts or self.text_column is not None
 
     @property
     def other_columns(self) -> tuple[str, ...]:
@@ -54,18 +56,18 @@ class OwnData:
         return tuple(name for name in self.columns if name not in used)
 
 
-def look_at(place: str, catalogue: Sequence[str] = ()) -> OwnData:
+def look_at(place: str, catalogue: Mapping[str, str] | None = None) -> OwnData:
     """Recognises a folder of images, a table, arrays, a catalogue name or a hub name.
 
     Args:
         place: path or name.
-        catalogue: names of the catalogue's data sets.
+        catalogue: what the catalogue's data sets hold, by name: "image" or "text".
 
     Raises:
         InputError: nothing is there, or it is of no known kind, or holds too little to learn from.
     """
-    if place in catalogue:
-        return OwnData(place, None, seen="a data set of the catalogue")
+    if catalogue is not None and place in catalogue:
+        return OwnData(place, None, named_texts=catalogue[place] == "text", seen="a data set of the catalogue")
     path = Path(place).expanduser()
     if path.is_dir():
         return _folder(path)

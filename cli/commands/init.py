@@ -86,12 +86,10 @@ def init(
     found = look_at(place, _catalogue())
     ask.say(f"  {found.seen}")
     base = out.resolve().parent
-    chosen_task: Task = "multiclass"
-    if (
-        ask.text("Has a sample one class or several labels? (multiclass, multilabel)", task, "multiclass")
-        == "multilabel"
-    ):
-        chosen_task = "multilabel"
+    several = (
+        ask.choice("Has a sample one class or several labels?", task, ("multiclass", "multilabel")) == "multilabel"
+    )
+    chosen_task: Task = "multilabel" if several else "multiclass"
     found = _with_columns(found, chosen_task, ask)
     chosen_teacher = choose_teacher(ask.text(_TEACHER_HELP + "\nTeacher", teacher, "train"), base=base)
     names = device or [
@@ -129,7 +127,7 @@ class _Ask:
 
     def say(self, text: str) -> None:
         if not self._yes:
-            typer.echo(text, err=True)
+            sys.stderr.write(text + "\n")
 
     def text(self, question: str, given: str | None, default: str | None) -> str:
         """`given`, the answer, or `default`; a default of None must be answered."""
@@ -141,11 +139,12 @@ class _Ask:
 
                 raise InputError(f"cannot guess: {question}", where="edgestill init --yes", fix="run it without --yes")
             return default
+        # not typer.prompt: that one leaves a blank on standard output for every question
+        sys.stderr.write(question + (f" [{default}]: " if default else ": "))
+        sys.stderr.flush()
         try:
-            return str(typer.prompt(question, default=default, err=True))
-        except typer.Abort as error:
-            if sys.stdin.isatty():
-                raise
+            answer = input().strip()
+        except EOFError as error:
             from profiles.errors import InputError
 
             raise InputError(
@@ -153,6 +152,18 @@ class _Ask:
                 where="standard input",
                 fix="edgestill init --yes --data PATH --device NAME",
             ) from error
+        if not answer and default is None:
+            return self.text(question, given, default)
+        return answer or str(default)
+
+    def choice(self, question: str, given: str | None, options: tuple[str, ...]) -> str:
+        """One of `options`; the first is the default."""
+        from profiles.errors import InputError, nearest
+
+        answer = self.text(f"{question} ({', '.join(options)})", given, options[0])
+        if answer not in options:
+            raise InputError(f'"{answer}" is none of the answers', where=question, fix=nearest(answer, list(options)))
+        return answer
 
     def figure(self, question: str, given: float | None) -> float | None:
         """A number, or None for no limit."""
@@ -169,22 +180,27 @@ class _Ask:
             raise InputError(f'"{answer}" is not a number', where=question, fix="such as 10 or 0.9") from error
 
 
-def _catalogue() -> list[str]:
+def _catalogue() -> dict[str, str]:
     from distill.data.catalogue import list_catalogue
 
-    return [entry.name for entry in list_catalogue()]
+    return {entry.name: entry.kind for entry in list_catalogue()}
 
 
 def _with_columns(found: OwnData, task: Task, ask: _Ask) -> OwnData:
     """Asks for the columns that could not be told from their names."""
+    if "/" in found.source:
+        return replace(found, named_texts=ask.choice("What does it hold?", None, ("images", "texts")) == "texts")
     if found.source not in ("csv", "jsonl", "parquet", "npz"):
         return found
     listed = ", ".join(found.columns)
     if found.image_column is None and found.text_column is None:
-        kind = "images" if found.source == "npz" else ask.text("Does it hold images or texts?", None, "images")
+        kind = "images" if found.source == "npz" else ask.choice("What does it hold?", None, ("images", "texts"))
         column = _one_of(found, ask.text(f"Which of these holds the {kind}: {listed}", None, None))
-        texts = kind.lower().startswith("text")
-        found = replace(found, text_column=column) if texts else replace(found, image_column=column, image_size=128)
+        found = (
+            replace(found, text_column=column)
+            if kind == "texts"
+            else replace(found, image_column=column, image_size=128)
+        )
     # without a label column, a table of several labels is taken to have one column for each class
     if found.label_column is None and (task == "multiclass" or found.source == "npz"):
         column = _one_of(found, ask.text(f"Which of these holds the labels: {listed}", None, None))
