@@ -55,8 +55,8 @@ class Candidate(Section):
     file: Path | None = None
     """The ONNX graph; None when refused before it was made."""
     scored_file: Path | None = None
-    """What ONNX Runtime scores on this machine in place of `file`, where its own kernels would not compute what the device's
-    runtime does: the same arithmetic in plain operators. None: `file` itself. See `to_score`."""
+    """What ONNX Runtime scores on this machine in place of `file`, where its own kernels would not compute what the
+    device's runtime does: the same arithmetic in plain operators. None: `file` itself. See `to_score`."""
     input_dtype: str | None = None
     """Of this file, when it is not that of the plan."""
     engine: Engine | None = None

@@ -188,8 +188,8 @@ def _strip_traces(graph: onnx.GraphProto) -> None:
 def lower_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     """The same graph in an older operator set, 13 to 17, for TensorRT 8.x.
 
-    onnx.version_converter has no adapters for several of these steps, so the few that matter are taken here: axes of the
-    Reduce operators as an attribute (18 made them an input), HardSwish as HardSigmoid and Mul, and attributes that came
+    onnx.version_converter has no adapters for several of these steps, so the few that matter are taken here: axes of
+    the Reduce operators as an attribute (18 made them an input), HardSwish as HardSigmoid and Mul, and attributes that came
     later dropped at their default. Anything else that the older set does not have is refused. The parity ladder then
     compares the result with PyTorch like every other graph.
 
@@ -205,7 +205,9 @@ def lower_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
         if node.op_type == "HardSwish":  # TensorRT 8 does not know it, whatever the opset
             gate = f"{node.output[0]}_gate"
             nodes.append(
-                helper.make_node("HardSigmoid", [node.input[0]], [gate], name=f"{node.name}_gate", alpha=1 / 6, beta=0.5)
+                helper.make_node(
+                    "HardSigmoid", [node.input[0]], [gate], name=f"{node.name}_gate", alpha=1 / 6, beta=0.5
+                )
             )
             nodes.append(helper.make_node("Mul", [node.input[0], gate], list(node.output), name=node.name))
             continue

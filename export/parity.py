@@ -37,13 +37,15 @@ class Limits:
     agreement: float
 
 
-def open_session(path: Path, *, optimised: bool = True, fuse_quantized: bool = True, optimised_to: Path | None = None) -> Any:
+def open_session(
+    path: Path, *, optimised: bool = True, fuse_quantized: bool = True, optimised_to: Path | None = None
+) -> Any:
     """An ONNX Runtime session on one CPU thread.
 
     Args:
         fuse_quantized: False computes QDQ graphs as they are written, in float between Quantize and Dequantize. ONNX
-            Runtime's integer kernels are right for its own dialects only: its fusions give wrong figures for FP16 scales
-            (1.31.1), and without VNNI its S8S8 kernels saturate.
+            Runtime's integer kernels are right for its own dialects only: its fusions give wrong figures for FP16
+            scales (1.31.1), and without VNNI its S8S8 kernels saturate.
         optimised_to: where to save the optimised graph.
 
     Raises:
@@ -63,7 +65,9 @@ def open_session(path: Path, *, optimised: bool = True, fuse_quantized: bool = T
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise EdgestillError("ONNX Runtime cannot load the graph", where=str(path), evidence=first_lines(error)) from error
+        raise EdgestillError(
+            "ONNX Runtime cannot load the graph", where=str(path), evidence=first_lines(error)
+        ) from error
 
 
 def run_session(session: Any, samples: Samples, batch: int) -> NDArray[np.float32]:
@@ -289,8 +293,13 @@ def emulate(source: Path, target: Path) -> None:
             nodes.append(helper.make_node("Mul", [f"{out}_steps", node.input[1]], [out], name=node.name))
         else:
             limits = np.iinfo(zero.dtype)
-            low, high = constant(f"{out}_low", np.array(limits.min, kind)), constant(f"{out}_high", np.array(limits.max, kind))
-            nodes.append(helper.make_node("Div", [node.input[0], node.input[1]], [f"{out}_ratio"], name=f"{node.name}_ratio"))
+            low, high = (
+                constant(f"{out}_low", np.array(limits.min, kind)),
+                constant(f"{out}_high", np.array(limits.max, kind)),
+            )
+            nodes.append(
+                helper.make_node("Div", [node.input[0], node.input[1]], [f"{out}_ratio"], name=f"{node.name}_ratio")
+            )
             nodes.append(helper.make_node("Round", [f"{out}_ratio"], [f"{out}_round"], name=f"{node.name}_round"))
             nodes.append(helper.make_node("Add", [f"{out}_round", offset], [f"{out}_moved"], name=f"{node.name}_moved"))
             nodes.append(helper.make_node("Clip", [f"{out}_moved", low, high], [out], name=node.name))

@@ -66,7 +66,7 @@ def plan(
         model: in eval mode, on the CPU; forward(x, ...) returns logits (N, C).
         held_out: real validation samples (N, ...), uint8 images or int64 tokens, or one such array per input name.
         calibration: real training samples of the same form for the INT8 ranges; None: INT8 is refused.
-        folder: artefacts of this student and dialect, one subfolder each, shared by the targets that want the same files.
+        folder: artefacts of this student and dialect, one subfolder each, shared by the targets that want the same.
         model_key: hash of the weights and of the validation data that `score` uses.
         batch: of the target.
         precisions: "auto" for all that device and stack support, or those asked for; FP32 is always made.
@@ -209,8 +209,8 @@ class _Work:
             return f"{self.device.title} cannot compute in {precision.upper()}: {reason}"
         if self.stack.dialect == "weak-tensorrt":
             return (
-                f"TensorRT {self.stack.runtime_version} knows weak typing only, so its builder chooses {precision.upper()} by a "
-                f"flag and not by the graph; on the device: trtexec --onnx={GRAPH} --{precision}"
+                f"TensorRT {self.stack.runtime_version} knows weak typing only, so its builder chooses {precision.upper()} "
+                f"by a flag and not by the graph; on the device: trtexec --onnx={GRAPH} --{precision}"
                 + (" --calib=<cache> (its own calibration)" if precision == "int8" else "")
             )
         if precision == "fp16" and self.stack.runtime == "onnxruntime" and self.device.kind == "cpu":
@@ -223,10 +223,16 @@ class _Work:
         def make(folder: Path) -> Candidate:
             graph = folder / GRAPH
             examples = {
-                name: torch.from_numpy(np.array(array[np.arange(2) % len(array)])) for name, array in self.samples.items()
+                name: torch.from_numpy(np.array(array[np.arange(2) % len(array)]))
+                for name, array in self.samples.items()
             }
             export_graph(
-                self.model, examples, graph, opset=self.opset, max_ir=self.stack.max_ir, metadata=self.graph_metadata("fp32")
+                self.model,
+                examples,
+                graph,
+                opset=self.opset,
+                max_ir=self.stack.max_ir,
+                metadata=self.graph_metadata("fp32"),
             )
             limits = Limits(self.section.fp32_tolerance, self.section.fp32_agreement)
             plain = self.climb("onnx fp32", parity.open_session(graph, optimised=False), limits)
@@ -267,7 +273,12 @@ class _Work:
             assert self.calibration_samples is not None  # refuse_early saw to it
             made = folder / "quantized.onnx" if half else graph
             quantize(
-                self.base / GRAPH, made, self.calibration_samples, form, self.section, self.graph_metadata(name, str(form))
+                self.base / GRAPH,
+                made,
+                self.calibration_samples,
+                form,
+                self.section,
+                self.graph_metadata(name, str(form)),
             )
             if half:
                 to_fp16(made, graph)
@@ -519,6 +530,6 @@ def _failure(rung: Rung, tolerance: float | None) -> EdgestillError:
     return EdgestillError(
         f'the exported graph does not compute what the model does (rung "{rung.name}")',
         where=f"first diverging node: {rung.first_divergence or 'none alone; the error grows over the graph'}",
-        evidence=f"relative error {rung.relative:.2g}{limit}; {rung.agreement:.1%} of {rung.samples} samples keep their decision",
+        evidence=f"relative error {rung.relative:.2g}{limit}; {rung.agreement:.1%} of {rung.samples} decisions are kept",
         fix='precision = "auto" leaves a failing precision out' if not rung.name.startswith("onnx") else None,
     )

@@ -4,8 +4,9 @@ Dialects (what the runtimes take was found by running them, see the tests):
 - x86, ONNX Runtime: QDQ with U8 activations and S8 weights; `reduce_range` (7-bit weights) without VNNI, whose absence
   lets pairs of products saturate in 16 bits.
 - aarch64, ONNX Runtime: S8 activations and weights.
-- TensorRT >= 10 and TensorRT-RTX, strongly typed: symmetric S8S8, weights per channel, bias not quantised (TensorRT refuses
-  INT32 DequantizeLinear and non-zero zero points). What is not quantised stays FP32 unless it is converted: both are offered.
+- TensorRT >= 10 and TensorRT-RTX, strongly typed: symmetric S8S8, weights per channel, bias not quantised (TensorRT
+  refuses INT32 DequantizeLinear and non-zero zero points). What is not quantised stays FP32 unless it is converted: both
+  are offered.
 """
 
 from __future__ import annotations
@@ -27,7 +28,18 @@ from profiles.errors import EdgestillError
 
 _CALIBRATION_BATCH = 64
 COMPUTE = ("Conv", "ConvTranspose", "MatMul", "Gemm")
-_ALONG = ("Add", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Concat", "Reshape", "Transpose", "Flatten")
+_ALONG = (
+    "Add",
+    "Relu",
+    "Clip",
+    "MaxPool",
+    "AveragePool",
+    "GlobalAveragePool",
+    "Concat",
+    "Reshape",
+    "Transpose",
+    "Flatten",
+)
 """Operators that run in INT8 between two computing ones, so that activations need not leave it."""
 
 
@@ -74,7 +86,9 @@ def to_fp16(source: Path, target: Path, metadata: Mapping[str, Any] | None = Non
             # the library's own shape inference fails on quantised graphs, and the types it would add are not needed
             converted = convert_float_to_float16(onnx.load(str(source)), keep_io_types=True, disable_shape_infer=True)
     except Exception as error:
-        raise EdgestillError("cannot convert the graph to FP16", where=source.name, evidence=first_lines(error)) from error
+        raise EdgestillError(
+            "cannot convert the graph to FP16", where=source.name, evidence=first_lines(error)
+        ) from error
     # types of intermediate values that were inferred in FP32 are wrong now, and nobody needs them
     del converted.graph.value_info[:]
     set_metadata(converted, metadata or {})
@@ -112,7 +126,9 @@ def quantize(
                 quant_pre_process(str(source), str(prepared), auto_merge=True)
                 nodes = _after_first_compute(onnx.load(str(prepared)), form.operators)
                 if not nodes:
-                    raise EdgestillError("the graph has nothing to quantise", where=source.name, evidence=f"no {COMPUTE}")
+                    raise EdgestillError(
+                        "the graph has nothing to quantise", where=source.name, evidence=f"no {COMPUTE}"
+                    )
                 quantize_static(
                     str(prepared),
                     str(quantized),
@@ -151,7 +167,7 @@ def quantize(
 def _after_first_compute(model: onnx.ModelProto, operators: tuple[str, ...]) -> list[str]:
     """Names of the nodes to quantise: computing ones, and those of `operators` that follow one.
 
-    What comes before (the cast of the pixels and their normalisation) is one exact pass over the input and stays in float.
+    What comes before (the cast of the pixels and their normalisation) is one exact pass over the input and stays float.
     """
     computed: set[str] = set()
     names: list[str] = []
@@ -178,7 +194,9 @@ class _Reader:
 
     def _iterate(self) -> Iterator[dict[str, NDArray[Any]]]:
         for start in range(0, self._count, self._size):
-            yield {name: np.ascontiguousarray(array[start : start + self._size]) for name, array in self._samples.items()}
+            yield {
+                name: np.ascontiguousarray(array[start : start + self._size]) for name, array in self._samples.items()
+            }
 
     def get_next(self) -> dict[str, NDArray[Any]] | None:
         return next(self._batches, None)
@@ -192,7 +210,15 @@ class _Reader:
 
 def computed_in_int8(model: onnx.ModelProto) -> tuple[int, int]:
     """(nodes that compute in INT8, all computing nodes) of a graph that ONNX Runtime has optimised."""
-    integer = ("QLinearConv", "QLinearMatMul", "QGemm", "MatMulInteger", "ConvInteger", "MatMulIntegerToFloat", "QAttention")
+    integer = (
+        "QLinearConv",
+        "QLinearMatMul",
+        "QGemm",
+        "MatMulInteger",
+        "ConvInteger",
+        "MatMulIntegerToFloat",
+        "QAttention",
+    )
     quantized = sum(node.op_type in integer for node in model.graph.node)
     floating = sum(node.op_type in (*COMPUTE, "FusedConv", "FusedMatMul", "FusedGemm") for node in model.graph.node)
     return quantized, quantized + floating

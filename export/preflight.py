@@ -16,15 +16,18 @@ from profiles.section import Section
 # docs/operators.md of onnx-tensorrt as of TensorRT 8.4 (operators marked Y)
 _TENSORRT_8_SOURCE = "operator table of the onnx-tensorrt parser, TensorRT 8.4"
 _TENSORRT_8 = frozenset(
-    """Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool BatchNormalization Cast Ceil Celu Clip Concat
-    Constant ConstantOfShape Conv ConvTranspose Cos Cosh CumSum DepthToSpace DequantizeLinear Div Dropout Einsum Elu Equal Erf
-    Exp Expand EyeLike Flatten Floor Gather GatherElements GatherND Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool Greater
-    GreaterOrEqual GRU HardSigmoid Identity If ImageScaler InstanceNormalization IsNaN LeakyRelu Less LessOrEqual Log LogSoftmax
-    Loop LRN LSTM LpNormalization LpPool MatMul Max MaxPool Mean Min Mul Neg NonMaxSuppression Not Or Pad ParametricSoftplus Pow
-    PRelu QuantizeLinear RandomUniform RandomUniformLike Range ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean
-    ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape Resize ReverseSequence RNN Round ScaledTanh Scan Scatter
-    ScatterElements ScatterND Selu Shape Sigmoid Sign Sin Sinh Size Slice Softmax Softplus Softsign SpaceToDepth Split Sqrt Squeeze
-    Sub Sum Tan Tanh ThresholdedRelu Tile TopK Transpose Unsqueeze Upsample Where Xor""".split()
+    """
+    Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool BatchNormalization Cast Ceil Celu Clip
+    Concat Constant ConstantOfShape Conv ConvTranspose Cos Cosh CumSum DepthToSpace DequantizeLinear Div Dropout
+    Einsum Elu Equal Erf Exp Expand EyeLike Flatten Floor Gather GatherElements GatherND Gemm GlobalAveragePool
+    GlobalLpPool GlobalMaxPool Greater GreaterOrEqual GRU HardSigmoid Identity If ImageScaler InstanceNormalization
+    IsNaN LeakyRelu Less LessOrEqual Log LogSoftmax Loop LRN LSTM LpNormalization LpPool MatMul Max MaxPool Mean Min
+    Mul Neg NonMaxSuppression Not Or Pad ParametricSoftplus Pow PRelu QuantizeLinear RandomUniform RandomUniformLike
+    Range ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum
+    ReduceSumSquare Relu Reshape Resize ReverseSequence RNN Round ScaledTanh Scan Scatter ScatterElements ScatterND
+    Selu Shape Sigmoid Sign Sin Sinh Size Slice Softmax Softplus Softsign SpaceToDepth Split Sqrt Squeeze Sub Sum
+    Tan Tanh ThresholdedRelu Tile TopK Transpose Unsqueeze Upsample Where Xor
+    """.split()  # noqa: SIM905
 )
 
 
@@ -82,7 +85,8 @@ def preflight(graph: Path | onnx.ModelProto, device: Device, stack: Stack) -> tu
     weights = sum(_tensor_bytes(tensor) for tensor in model.graph.initializer)
     if device.memory_gib is not None and weights > device.memory_gib * 2**30:
         refuse(
-            "the model does not fit the memory", f"{weights / 2**30:.1f} GiB of weights, {device.memory_gib:g} GiB of memory"
+            "the model does not fit the memory",
+            f"{weights / 2**30:.1f} GiB of weights, {device.memory_gib:g} GiB of memory",
         )
     if stack.runtime != "onnxruntime":
         findings += _tensorrt(model, stack, precisions)
@@ -134,7 +138,7 @@ def _tensorrt(model: onnx.ModelProto, stack: Stack, precisions: tuple[Precision,
             Finding(
                 level="refused",
                 message="precision in the graph",
-                fact=f"TensorRT {stack.runtime_version} knows weak typing only: its builder chooses the precision by a flag",
+                fact=f"TensorRT {stack.runtime_version} knows weak typing only: a flag of its builder decides",
             )
         )
     return findings

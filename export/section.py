@@ -16,7 +16,8 @@ class ExportSection(Section):
 
     A rung of the parity ladder fails when its *relative error*, max |a - b| / max |reference| over the logits of all
     held-out samples, is over the tolerance of its precision, when fewer of its samples than the agreement asks for keep
-    the reference's decision (argmax; sign of every logit when classes are not exclusive), or when it holds NaN or infinity.
+    the reference's decision (argmax; sign of every logit when classes are not exclusive), or when it holds NaN or
+    infinity.
     """
 
     opset: int | None = Field(default=None, ge=13, le=25)
@@ -36,7 +37,7 @@ class ExportSection(Section):
     """Relative error of an FP16 graph (11 bits of mantissa, 5e-4 per rounding, summed over the layers)."""
     fp16_agreement: float = Field(default=0.98, ge=0, le=1)
     int8_agreement: float = Field(default=0.8, ge=0, le=1)
-    """Share of decisions that an INT8 graph keeps. Its error is not bounded by a tolerance: what it costs is the metric's
-    difference, which the target's own limits judge. Below this share the graph has collapsed."""
+    """Share of decisions that an INT8 graph keeps; below it the graph has collapsed. Its error is not bounded by a
+    tolerance: what it costs is the metric's difference, which the target's own limits judge."""
     engines: bool = True
     """Build TensorRT-RTX engines for targets that run it."""

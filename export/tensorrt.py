@@ -1,7 +1,8 @@
 """TensorRT and TensorRT-RTX through one thin adapter: parse a graph, build an engine.
 
-Both modules have the same names. TensorRT-RTX builds engines for a named compute capability on a machine without a GPU; TensorRT
-builds on the GPU that will run the engine. Networks are always strongly typed: the graph says the precision, no flag does.
+Both modules have the same names. TensorRT-RTX builds engines for a named compute capability on a machine without a GPU;
+TensorRT builds on the GPU that will run the engine. Networks are always strongly typed: the graph says the precision,
+no flag does.
 """
 
 from __future__ import annotations
@@ -149,9 +150,9 @@ def _collector(trt: Any, errors: list[str]) -> Any:
 
         def log(self, severity: Any, msg: str) -> None:
             lines = [line for line in msg.splitlines() if line.strip()]
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR) and lines:
-                if not _about_the_gpu(lines[0]):
-                    errors.append(lines[0].strip())
+            failed = severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR)
+            if failed and lines and not _about_the_gpu(lines[0]):
+                errors.append(lines[0].strip())
 
     return Collector()
 

@@ -1,0 +1,261 @@
+#!/usr/bin/env python3
+"""Runs the model of this folder. Needs Python >= 3.6, NumPy and the runtime: onnxruntime, or TensorRT for an engine.
+
+python infer.py --selftest            runs the golden sample and compares with what was computed at export
+python infer.py samples.npy           one sample or a batch, as the manifest says: dtype and shape of the input
+python infer.py photo.jpg             images only; needs Pillow
+python infer.py --engine model.engine samples.npy
+"""
+# ruff: noqa: T201, UP031, RUF005, PTH100, PTH110, PTH118, PTH119, PTH120, PTH123
+# mypy: ignore-errors
+
+import argparse
+import ctypes
+import ctypes.util
+import json
+import os
+import sys
+
+import numpy as np
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+class OnnxModel:
+    """The ONNX graph in ONNX Runtime."""
+
+    def __init__(self, path, info):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if not info["fuse_quantized"]:
+            # quantised for TensorRT: ONNX Runtime's own integer kernels are for other forms and give wrong figures
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.title = "onnxruntime " + onnxruntime.__version__
+
+    def run(self, inputs):
+        return self.session.run(None, inputs)[0]
+
+
+class TensorRTModel:
+    """An engine in TensorRT (8.5 or newer) or TensorRT-RTX, with memory from the CUDA runtime through ctypes."""
+
+    def __init__(self, path, built):
+        trt = import_tensorrt()
+        if trt is None:
+            sys.exit("TensorRT is not installed here, so " + os.path.basename(path) + " cannot run")
+        self.trt = trt
+        self.title = trt.__name__ + " " + trt.__version__
+        self.cuda = load_cuda()
+        if built is not None:
+            self.refuse_elsewhere(built)
+        self.logger = trt.Logger(trt.Logger.ERROR)
+        self.runtime = trt.Runtime(self.logger)
+        with open(path, "rb") as file:
+            self.engine = self.runtime.deserialize_cuda_engine(file.read())
+        if self.engine is None:
+            sys.exit("the engine cannot be loaded by " + self.title + "; it runs where it was built for only")
+        self.context = self.engine.create_execution_context()
+
+    def refuse_elsewhere(self, built):
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        # 75 and 76: cudaDevAttrComputeCapabilityMajor and Minor
+        self.check(self.cuda.cudaDeviceGetAttribute(ctypes.byref(major), 75, 0))
+        self.check(self.cuda.cudaDeviceGetAttribute(ctypes.byref(minor), 76, 0))
+        here = "%d.%d" % (major.value, minor.value)
+        if here != built["compute_capability"]:
+            sys.exit(
+                "the engine was built for compute capability %s, this GPU has %s" % (built["compute_capability"], here)
+            )
+        if not built["builder"].endswith(" " + self.trt.__version__):
+            sys.exit("the engine was built by %s, here is %s" % (built["builder"], self.title))
+
+    def run(self, inputs):
+        trt = self.trt
+        names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+        pointers, outputs = [], {}
+        try:
+            for name in names:
+                if self.engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
+                    array = np.ascontiguousarray(inputs[name])
+                    if not self.context.set_input_shape(name, array.shape):
+                        sys.exit("the engine takes no input of shape %s for %s" % (array.shape, name))
+                    pointer = self.allocate(array.nbytes, pointers)
+                    self.check(self.cuda.cudaMemcpy(pointer, array.ctypes.data_as(ctypes.c_void_p), array.nbytes, 1))
+                    self.context.set_tensor_address(name, pointer.value)
+            for name in names:
+                if self.engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT:
+                    shape = tuple(self.context.get_tensor_shape(name))
+                    array = np.empty(shape, trt.nptype(self.engine.get_tensor_dtype(name)))
+                    pointer = self.allocate(array.nbytes, pointers)
+                    self.context.set_tensor_address(name, pointer.value)
+                    outputs[name] = (array, pointer)
+            stream = ctypes.c_void_p()
+            self.check(self.cuda.cudaStreamCreate(ctypes.byref(stream)))
+            try:
+                if not self.context.execute_async_v3(stream.value):
+                    sys.exit("the engine failed to run")
+                self.check(self.cuda.cudaStreamSynchronize(stream))
+            finally:
+                self.cuda.cudaStreamDestroy(stream)
+            for array, pointer in outputs.values():
+                self.check(self.cuda.cudaMemcpy(array.ctypes.data_as(ctypes.c_void_p), pointer, array.nbytes, 2))
+        finally:
+            for pointer in pointers:
+                self.cuda.cudaFree(pointer)
+        return next(iter(outputs.values()))[0]
+
+    def allocate(self, size, pointers):
+        pointer = ctypes.c_void_p()
+        self.check(self.cuda.cudaMalloc(ctypes.byref(pointer), ctypes.c_size_t(max(size, 1))))
+        pointers.append(pointer)
+        return pointer
+
+    def check(self, status):
+        if status != 0:
+            self.cuda.cudaGetErrorString.restype = ctypes.c_char_p
+            sys.exit("CUDA: " + self.cuda.cudaGetErrorString(status).decode())
+
+
+def import_tensorrt(rtx_first=False):
+    for name in ("tensorrt_rtx", "tensorrt") if rtx_first else ("tensorrt", "tensorrt_rtx"):
+        try:
+            return __import__(name)
+        except (ImportError, OSError):
+            continue
+    return None
+
+
+def load_cuda():
+    names = [
+        "libcudart.so",
+        "libcudart.so.13",
+        "libcudart.so.12",
+        "libcudart.so.11.0",
+        "cudart64_13.dll",
+        "cudart64_12.dll",
+    ]
+    for name in [ctypes.util.find_library("cudart")] + names:
+        try:
+            if name:
+                library = ctypes.CDLL(name)
+                # without these the 64-bit addresses and sizes are cut to 32 bits
+                library.cudaMemcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+                library.cudaFree.argtypes = [ctypes.c_void_p]
+                library.cudaStreamSynchronize.argtypes = [ctypes.c_void_p]
+                library.cudaStreamDestroy.argtypes = [ctypes.c_void_p]
+                return library
+        except (OSError, AttributeError):
+            continue
+    sys.exit("the CUDA runtime (libcudart) was not found; add its folder to LD_LIBRARY_PATH")
+
+
+def read_samples(path, info):
+    """{input name: array with a batch} from .npy, .npz or an image."""
+    specs = info["inputs"]
+    if path.endswith(".npz"):
+        with np.load(path) as stored:
+            found = {name: stored[name] for name in stored.files}
+    elif path.endswith(".npy"):
+        found = {specs[0]["name"]: np.load(path)}
+    else:
+        found = {specs[0]["name"]: read_image(path, specs[0]["shape"][1:], info["preprocessing"])}
+    inputs = {}
+    for spec in specs:
+        if spec["name"] not in found:
+            sys.exit("%s lacks the input %s" % (path, spec["name"]))
+        array = found[spec["name"]]
+        if array.ndim == len(spec["shape"]) - 1:
+            array = array[None]
+        if list(array.shape[1:]) != spec["shape"][1:]:
+            sys.exit("%s has shape %s, the model takes %s" % (path, list(array.shape), spec["shape"]))
+        inputs[spec["name"]] = np.ascontiguousarray(array.astype(spec["dtype"]))
+    return inputs
+
+
+def read_image(path, shape, preprocessing):
+    """uint8 (channels, height, width), resized by the rule of the training data."""
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        sys.exit("images need Pillow (pip install pillow); .npy files do not")
+    channels, height, width = shape
+    image = ImageOps.exif_transpose(Image.open(path)).convert("L" if channels == 1 else "RGB")
+    rule = preprocessing.get("resize", "stretch")
+    if image.size != (width, height):
+        if rule == "stretch":
+            image = image.resize((width, height), Image.BILINEAR)
+        else:
+            ratios = (height / image.height, width / image.width)
+            ratio = max(ratios) if rule == "center-crop" else min(ratios)
+            scaled = (max(1, round(image.width * ratio)), max(1, round(image.height * ratio)))
+            image = image.resize(scaled, Image.BILINEAR)
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            image = image.crop((left, top, left + width, top + height))
+    pixels = np.asarray(image)
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def selftest(model, info):
+    """Exit status 0 when the golden sample gives what it gave at export, else 1."""
+    with np.load(os.path.join(HERE, "golden.npz")) as golden:
+        inputs = {spec["name"]: golden["input_" + spec["name"]] for spec in info["inputs"]}
+        expected = golden["output"]
+    found = model.run(inputs)
+    if found.shape != expected.shape or not np.isfinite(found).all():
+        print("FAIL: the output has shape %s (expected %s) or is not finite" % (found.shape, expected.shape))
+        return 1
+    difference = float(np.abs(found.astype(np.float64) - expected).max())
+    limit = info["golden"]["tolerance"]
+    passed = difference <= limit
+    print(
+        "%s: largest difference %.3g, limit %.3g (%s)" % ("PASS" if passed else "FAIL", difference, limit, model.title)
+    )
+    return 0 if passed else 1
+
+
+def print_classes(logits, info, count):
+    labels = []
+    if os.path.exists(os.path.join(HERE, "labels.txt")):
+        with open(os.path.join(HERE, "labels.txt"), encoding="utf-8") as file:
+            labels = file.read().splitlines()
+    for row in logits.astype(np.float64):
+        if info["exclusive"]:
+            scores = np.exp(row - row.max())
+            scores /= scores.sum()
+        else:
+            scores = 1 / (1 + np.exp(-row))
+        best = np.argsort(-scores, kind="stable")[:count]
+        print("  ".join("%s %.1f%%" % (labels[i] if i < len(labels) else i, 100 * scores[i]) for i in best))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", nargs="?", help=".npy, .npz or an image")
+    parser.add_argument("--selftest", action="store_true", help="check the golden sample; exit status 0 or 1")
+    parser.add_argument("--engine", help="a TensorRT engine in place of the ONNX graph")
+    parser.add_argument("--runtime", choices=["auto", "onnxruntime", "tensorrt"], default="auto")
+    parser.add_argument("--top", type=int, default=3, help="classes to print")
+    options = parser.parse_args()
+    if not options.selftest and options.input is None:
+        parser.error("name an input, or --selftest")
+    with open(os.path.join(HERE, "manifest.json"), encoding="utf-8") as file:
+        info = json.load(file)["info"]
+    engine, built = options.engine, None
+    if engine is None and info["engine"] is not None and options.runtime != "onnxruntime":
+        built = info["engine"]
+        if options.runtime == "tensorrt" or import_tensorrt() is not None:
+            engine = os.path.join(HERE, built["file"])
+    if engine is None and options.runtime == "tensorrt":
+        parser.error("no engine here; build one: trtexec --onnx=%s --saveEngine=model.engine" % info["model"])
+    model = TensorRTModel(engine, built) if engine else OnnxModel(os.path.join(HERE, info["model"]), info)
+    if options.selftest:
+        return selftest(model, info)
+    print_classes(model.run(read_samples(options.input, info)), info, options.top)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
