@@ -1,0 +1,63 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distill.training import read_result
+from tests.distill.distributed_training import CASES
+
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(case: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "tests.distill.distributed_training", case, str(folder), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.slow
+def test_two_ranks_get_the_loss_curve_of_one_process(tmp_path: Path) -> None:
+    """The same global batch, objective parameters and batch-coupled distances included; students without BatchNorm."""
+    cases = ["kd", "ec", "mix"]
+    done = torchrun(",".join(cases), tmp_path / "together")
+    assert done.returncode == 0, done.stderr
+    for case in cases:
+        alone, net, objective = CASES[case].run(tmp_path / "alone" / case)
+        together = read_result(tmp_path / "together" / case)
+        assert together.processes == 2
+        assert together.best_epoch == alone.best_epoch
+        for one, two in zip(alone.history, together.history, strict=True):
+            for name in one.keys() - {"samples_per_second"}:
+                assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), (case, name)
+        ranks = [json.loads((tmp_path / f"together/{case}-rank{rank}.json").read_text()) for rank in range(2)]
+        assert ranks[0] == ranks[1]
+        state = {**net.state_dict(), **{f"objective.{name}": value for name, value in objective.state_dict().items()}}
+        for name, value in state.items():
+            assert ranks[0][name] == pytest.approx(value.flatten().tolist(), rel=1e-3, abs=1e-4), (case, name)
+
+
+@pytest.mark.slow
+def test_interrupted_ranks_agree_on_a_checkpoint_and_go_on(tmp_path: Path) -> None:
+    alone, _, _ = CASES["ec"].run(tmp_path / "alone")
+    stopped = torchrun("ec", tmp_path / "together", "3")
+    assert stopped.returncode != 0
+    assert (tmp_path / "together/ec.partial/checkpoint.pt").is_file(), stopped.stderr
+    assert not (tmp_path / "together/ec").exists()
+    done = torchrun("ec", tmp_path / "together")
+    assert done.returncode == 0, done.stderr
+    together = read_result(tmp_path / "together/ec")
+    assert [r["loss"] for r in together.history] == pytest.approx([r["loss"] for r in alone.history], rel=1e-4)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
+    done = torchrun("uneven", tmp_path / "together")
+    assert done.returncode != 0
+    assert "cannot be shared by 2 processes" in done.stderr
+    assert "batch_size = 14" in done.stderr
