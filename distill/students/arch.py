@@ -22,6 +22,8 @@ SizeClass = Literal["small", "medium", "large"]
 
 _EXAMPLES = {"conv": "conv-w24-d2-k3", "convi": "convi-w16-d2-k5", "text": "text-w64-d2-h4", "textc": "textc-w64-d2-k5"}
 _WORD = re.compile(r"([a-z]+)-w(0|[1-9]\d{0,5})-d(0|[1-9]\d{0,5})-([kh])(0|[1-9]\d{0,5})", re.ASCII)
+_SMALL_IMAGE = 32
+"""Longest side (pixels) up to which the default teacher is a small one."""
 _LARGE_IMAGE = 96
 """Longest side (pixels) from which on the stem divides the resolution by four instead of two."""
 _LAST_MAP = 4
@@ -161,11 +163,13 @@ def default_arch(family: Family, size_class: SizeClass, spec: InputSpec) -> str:
         return {"small": "textc-w64-d2-k5", "medium": "text-w64-d2-h4", "large": "text-w128-d3-h4"}[size_class]
     if max(spec.shape[1:]) >= _LARGE_IMAGE:
         return {"small": "convi-w16-d2-k3", "medium": "conv-w32-d1-k3", "large": "conv-w48-d2-k3"}[size_class]
-    return {"small": "conv-w8-d1-k3", "medium": "conv-w16-d1-k3", "large": "conv-w24-d2-k3"}[size_class]
+    return {"small": "conv-w8-d1-k3", "medium": "conv-w16-d1-k3", "large": "conv-w24-d1-k3"}[size_class]
 
 
 def teacher_arch(family: Family, spec: InputSpec) -> str:
-    """The word of the default teacher of kind "train": several times the parameters of the large default student.
+    """The word of the default teacher of kind "train": several times the parameters of the medium default student.
+
+    Up to 32 px it is sized so that two CPU cores train it within minutes.
 
     Raises:
         InputError: the family does not read this kind of input.
@@ -173,7 +177,10 @@ def teacher_arch(family: Family, spec: InputSpec) -> str:
     check_family(family, spec)
     if family == "text":
         return "text-w256-d4-h8"
-    return "conv-w64-d2-k3"
+    side = max(spec.shape[1:])
+    if side <= _SMALL_IMAGE:
+        return "conv-w32-d1-k3"
+    return "conv-w48-d2-k3" if side < _LARGE_IMAGE else "conv-w64-d2-k3"
 
 
 def check_family(family: Family, spec: InputSpec, *, where: str | None = None) -> None:

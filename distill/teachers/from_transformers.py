@@ -17,7 +17,6 @@ from distill.teachers.teacher import NetworkTeacher, TeacherBatch
 from profiles.artifact import content_key
 from profiles.errors import InputError
 
-
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 """Name or owner/name; anything else can only be a path."""
 
