@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -54,12 +55,12 @@ class LazyGroup(TyperGroup):
         """Replaces the stand-in of the wanted command by the real one; run, help and completion all pass here."""
         if args and args[0] in COMMANDS:
             self.commands[args[0]] = _load(args[0])
-            _hide_flag_types(self.commands[args[0]], ctx)
+            _tidy_help(self.commands[args[0]], ctx)
         return super().resolve_command(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """The help page."""
-        _hide_flag_types(self, ctx)
+        _tidy_help(self, ctx)
         super().format_help(ctx, formatter)
 
     def invoke(self, ctx: Any) -> Any:
@@ -80,13 +81,24 @@ def _load(name: str) -> Any:
     return command
 
 
-def _hide_flag_types(command: Any, ctx: Any) -> None:
-    """Takes the `<bool>` from the help of every flag: to a newcomer it reads as if a value had to follow."""
+def _tidy_help(command: Any, ctx: Any) -> None:
+    """Makes help texts read as they were meant.
+
+    Typer takes `[word]` for markup and drops it, breaks paragraphs where the source breaks its lines, and prints
+    `<bool>` beside a flag, as if a value had to follow.
+    """
+    command.epilog = _without_markup(command.epilog)
+    command.help = re.sub(r"(?<!\n)\n(?!\n)", " ", _without_markup(command.help) or "")
     for option in [*command.params, command.get_help_option(ctx)]:
+        option.help = _without_markup(option.help)
         if getattr(option, "is_flag", False) and option.metavar is None:
             option.metavar = ""
     for inner in getattr(command, "commands", {}).values():
-        _hide_flag_types(inner, ctx)
+        _tidy_help(inner, ctx)
+
+
+def _without_markup(text: str | None) -> str | None:
+    return None if text is None else re.sub(r"(?<!\\)\[(?=[a-zA-Z#/@])", r"\[", text)
 
 
 def _show_version(asked: bool) -> None:

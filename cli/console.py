@@ -14,13 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
+from profiles.errors import EdgestillError, Interrupted
 from profiles.progress import Progress, Silent, Task
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.progress import Task as RichTaskState
-
-    from profiles.errors import EdgestillError
 
 _LOG_INTERVAL_SECONDS = 10.0
 _VERBOSE_LOG_INTERVAL_SECONDS = 2.0
@@ -100,7 +99,8 @@ def print_error(error: EdgestillError, console: Console | None = None) -> None:
     the fix can be copied."""
     from rich.text import Text
 
-    text = Text.assemble(("error: ", "bold red"), error.message)
+    prefix = "" if isinstance(error, Interrupted) else "error: "  # stopping the work is the user's right
+    text = Text.assemble((prefix, "bold red"), error.message)
     details = (("where", error.where), ("evidence", error.evidence), ("fix", error.fix))
     for label, detail in details:
         if detail:

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-_TEACHER_HELP = (
-    "Who teaches: train (a wide network on your labels first), none, or KIND:VALUE with array:embeddings.npy, "
-    "transformers:owner/model, onnx:teacher.onnx, torch:package.module:factory."
+_TEACHER_QUESTION = (
+    "Teacher: train (a wide network on your labels first), none, array:embeddings.npy, transformers:owner/model, "
+    "onnx:teacher.onnx, torch:package.module:factory"
 )
+_TEACHER_HELP = "train (a wide network on your labels first), none, array, transformers, onnx or torch; see above."
 
 
 @app.command(
@@ -49,6 +50,7 @@ def init(
         list[str] | None,
         typer.Option(
             "--device",
+            metavar="NAME",
             help="The device that it is for, see: edgestill devices. Repeatable.",
             autocompletion=complete.devices,
         ),
@@ -70,6 +72,9 @@ def init(
     """Write a recipe for your own data, with a comment at every key.
 
     It asks for what the options do not say. The file is written whole or not at all.
+
+    A teacher that you have is named as KIND:VALUE: array:embeddings.npy (outputs that you computed),
+    transformers:owner/model, onnx:teacher.onnx, torch:package.module:factory.
     """
     from cli.new_recipe import Limits, choose_teacher, slug, write
     from cli.own_data import look_at
@@ -91,7 +96,7 @@ def init(
     )
     chosen_task: Task = "multilabel" if several else "multiclass"
     found = _with_columns(found, chosen_task, ask)
-    chosen_teacher = choose_teacher(ask.text(_TEACHER_HELP + "\nTeacher", teacher, "train"), base=base)
+    chosen_teacher = choose_teacher(ask.text(_TEACHER_QUESTION, teacher, "train"), base=base)
     names = device or [
         word.strip()
         for word in ask.text("Devices, separated by commas (edgestill devices lists them)", None, THIS_MACHINE).split(

@@ -16,8 +16,8 @@ UNKNOWN = "not known"
 
 
 def examples(*lines: str) -> str:
-    """The epilog of a command: one example per line. Typer reads brackets as markup, so they are escaped."""
-    return "\n".join(["Examples:", *(f"  {line}".replace("[", "\\[") for line in lines)])
+    """The epilog of a command: one example per line."""
+    return "\n".join(["Examples:", *(f"  {line}" for line in lines)])
 
 
 def number(value: float | None, unit: str = "") -> str:

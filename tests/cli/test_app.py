@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import typer
@@ -167,6 +169,17 @@ def test_flags_do_not_look_as_if_a_value_followed(capsys: pytest.CaptureFixture[
         assert "<bool>" not in capsys.readouterr().out
 
 
+def test_brackets_in_help_texts_are_printed(register: Register, capsys: pytest.CaptureFixture[str]) -> None:
+    def probe(where: Annotated[str, typer.Option(help="Where.  [NAME:]PORT [0-9]", metavar="X")] = "") -> None:
+        """Goes to [bold] places."""
+
+    register(probe)
+    assert run("probe", "--help") == 0
+    out = capsys.readouterr().out
+    assert "Goes to [bold] places." in out
+    assert "[NAME:]PORT [0-9]" in out
+
+
 @pytest.mark.parametrize("name", sorted(entry.COMMANDS))
 def test_the_help_line_of_the_table_exists_for_every_command(name: str) -> None:
     assert entry.COMMANDS[name].module.startswith("cli.commands.")
@@ -224,6 +237,31 @@ def test_a_reader_that_leaves_early_causes_no_traceback() -> None:
         err = process.stderr.read()
     assert "Traceback" not in err
     assert "Exception ignored" not in err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_ctrl_c_ends_with_130_and_one_line(tmp_path: Any) -> None:
+    command = [sys.executable, "-c", "from cli.app import main; main()", "init", "--out", str(tmp_path / "a.toml")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert process.stderr.read(1) == "Y"  # the first question: it waits for an answer now
+        process.send_signal(signal.SIGINT)
+        err = process.stderr.read()
+        assert process.wait(timeout=60) == 130
+    assert err.endswith("interrupted; the same command goes on\n")
+    assert "error" not in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_standard_output_is_named() -> None:
+    command = [sys.executable, "-c", "from cli.app import main; main()", "data", "--json"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert "the disk is full" in done.stderr
+    assert "Exception ignored" not in done.stderr
 
 
 def test_colour_and_width_follow_the_environment() -> None:
