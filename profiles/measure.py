@@ -58,6 +58,9 @@ _PROBE_TIMEOUT = 300.0
 _SWEEP_SECONDS = 1.0
 _SATURATED = 0.95
 
+_QUANTISED = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger")
+
+GraphPrecision = Literal["fp32", "fp16", "bf16", "int8"]
 Query = Callable[[int], Timed]
 """Runs the i-th query."""
 
@@ -330,6 +333,7 @@ def measure(
             session.close()
     differences = _differences(sampled, target.latency_scope)
     environment = _environment(before, after, use)
+    precisions = {name: graph_precision(model) for name, model in candidates.items()}
     created = datetime.now(UTC).isoformat(timespec="seconds")
     results = {}
     for name, model in candidates.items():
@@ -343,6 +347,8 @@ def measure(
             runtime=runtime.name,
             runtime_version=runtime.version,
             options={**sessions[name].options, "idle_gap_ms": section.idle_gap_ms},
+            graph_precision=precisions[name],
+            compute_precision=_compute_precision(precisions[name], runtime.name),
             batch=target.batch,
             input_shapes={key: array.shape for key, array in batches[0].items()},
             input_source=input_source,
@@ -506,6 +512,28 @@ def model_files(model: Path) -> list[Path]:
         entry.value for tensor in loaded.graph.initializer for entry in tensor.external_data if entry.key == "location"
     }
     return [model, *(model.parent / name for name in sorted(names))]
+
+
+def graph_precision(model: Path) -> GraphPrecision:
+    """The precision that an ONNX graph is written in: "int8" with quantised nodes, else the narrowest weights' type."""
+    if model.suffix != ".onnx":
+        return "fp32"
+    import onnx
+
+    graph = onnx.load(str(model), load_external_data=False).graph
+    if any(node.op_type in _QUANTISED for node in graph.node):
+        return "int8"
+    types = {tensor.data_type for tensor in graph.initializer}
+    if onnx.TensorProto.FLOAT16 in types:
+        return "fp16"
+    return "bf16" if onnx.TensorProto.BFLOAT16 in types else "fp32"
+
+
+def _compute_precision(graph: GraphPrecision, runtime: str) -> str:
+    if runtime == "onnxruntime" and graph in ("fp16", "bf16"):
+        # its CPU provider has kernels in half precision for few operators, on some Arm cores; it casts around the rest
+        return f"fp32 ({graph} graph on a CPU)"
+    return graph
 
 
 def model_hash(model: Path) -> str:

@@ -80,6 +80,10 @@ class Measurement(Section):
     runtime_version: str
     options: dict[str, Any]
     """Everything that was set in the runtime: providers, threads, optimisation level."""
+    graph_precision: Literal["fp32", "fp16", "bf16", "int8"]
+    """What the graph says. ONNX Runtime computes an FP16 graph in FP32 on most CPUs, see `compute_precision`."""
+    compute_precision: str
+    """What the runtime computes in here, as far as it is known."""
     batch: int
     input_shapes: dict[str, tuple[int, ...]]
     input_source: str

@@ -381,3 +381,20 @@ def test_a_batch_sweep_finds_where_throughput_saturates(tmp_path: Path) -> None:
     assert found.saturation_batch == 8
     assert found.points[0].samples_per_second == pytest.approx(1e9 / (MS + COPY_NS), rel=1e-3)
     assert "less than 5 %" in found.note
+
+
+def test_what_disturbed_the_machine_is_said() -> None:
+    before = {"cores": 4, "throttle_events": 3, "governor": ["schedutil"], "temperatures_c": {"cpu": 50.0}}
+    after = {"cores": 4, "throttle_events": 5, "governor": ["performance"], "temperatures_c": {"cpu": 90.0}}
+    use = {"other_cores": 1.3, "stolen_cores": 0.4, "busiest": [{"name": "ffmpeg", "cores": 1.2}], "seconds": 2.0}
+    environment = m._environment(before, after, use)
+    assert environment["before"]["temperatures_c"] != environment["after"]["temperatures_c"]
+    said = m._warnings(m.WarmUp(True, 10, 1.0, 1e6), MeasureSection(), environment)
+    assert said == (
+        "the machine was busy: other processes used 1.3 of 4 cores (ffmpeg 1.2)",
+        "the hypervisor took 0.4 cores away",
+        "the CPU was throttled: 3 events before, 5 after",
+        "the governor changed from ['schedutil'] to ['performance']",
+    )
+    quiet = m._environment(before, before, {**use, "other_cores": 0.05, "stolen_cores": 0.0})
+    assert m._warnings(m.WarmUp(True, 10, 1.0, 1e6), MeasureSection(), quiet) == ()
