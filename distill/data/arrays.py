@@ -72,13 +72,14 @@ def read_npz(path: Path) -> dict[str, Array]:
     if not path.is_file():
         raise InputError(f"no file {path.name}", where=str(path))
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise InputError(
-                    f"{path.name} is not an .npz archive",
-                    where=str(path),
-                    fix="write it with numpy.savez_compressed(path, images=..., labels=...)",
-                )
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise InputError(
+                f"{path.name} is not an .npz archive",
+                where=str(path),
+                fix="write it with numpy.savez_compressed(path, images=..., labels=...)",
+            )
+        with archive:
             return {name: archive[name] for name in archive.files}
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(

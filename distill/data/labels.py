@@ -243,10 +243,10 @@ def check_classes(splits: Mapping[SplitName, Labels], classes: tuple[str, ...], 
             )
         return
     known = np.ones_like(train.values, bool) if train.mask is None else train.mask
-    for value, name in ((1, "positive"), (0, "negative")):
+    for value, kind in ((1, "positive"), (0, "negative")):
         for index in np.flatnonzero(~((train.values == value) & known).any(axis=0)):
             raise InputError(
-                f'class "{classes[index]}" has no known {name} training sample',
+                f'class "{classes[index]}" has no known {kind} training sample',
                 where=where,
                 evidence=f"{int(known[:, index].sum())} of {len(train)} training labels of this class are known",
                 fix=f'drop "{classes[index]}", or add training samples',

@@ -272,7 +272,7 @@ def load_from_hub(name: str, subset: str | None, revision: str | None) -> Any:
                 f"the Hugging Face hub cannot be asked for {name}",
                 where="data.source",
                 evidence=str(error).splitlines()[0],
-                fix='connect to the network, or name a local copy with source = "parquet" (or imagefolder, csv) and path',
+                fix='connect to the network, or use a local copy: source = "parquet" (or imagefolder, csv) and path',
             ) from error
         except (ValueError, RuntimeError) as error:
             raise InputError(
@@ -304,9 +304,9 @@ def _read_table(section: DataSection, base: Path, path: Path, cache: Path) -> Ra
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__
-            empty = path.is_file() and path.stat().st_size == 0
+            empty = (path.is_file() and path.stat().st_size == 0) or "corresponds to no data" in str(cause)
             raise InputError(
-                f"{section.path} {'is empty' if empty else f'cannot be read as {section.source}'}",
+                f"{section.path} {'holds no samples' if empty else f'cannot be read as {section.source}'}",
                 where=str(path),
                 evidence=f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}",
                 fix="one sample per row, the same columns in every row"
