@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import glob
 import json
 import multiprocessing
 import os
@@ -88,5 +89,5 @@ def test_temperatures_outside_of_what_silicon_bears_are_dropped(
         (tmp_path / name).mkdir()
         (tmp_path / name / "temp").write_text(text)
         (tmp_path / name / "type").write_text(f"{name}-thermal\n")
-    monkeypatch.setattr(agent.glob, "glob", lambda pattern: sorted(map(str, tmp_path.iterdir())))
+    monkeypatch.setattr(glob, "glob", lambda pattern: sorted(map(str, tmp_path.iterdir())))
     assert agent.temperatures() == {"zone0-thermal": 45.5}

@@ -59,7 +59,7 @@ def test_convolution_operations_follow_the_hand_formula(
     tmp_path: Path, batch: int, groups: int, width: int, out: int, size: int, kernel: int, stride: int, bias: bool
 ) -> None:
     channels, filters = groups * width, groups * out
-    weights = {"w": np.zeros((filters, width, kernel, kernel), np.float32)}
+    weights: dict[str, np.ndarray[Any, Any]] = {"w": np.zeros((filters, width, kernel, kernel), np.float32)}
     if bias:
         weights["b"] = np.zeros(filters, np.float32)
     node = helper.make_node("Conv", ["x", *weights], ["y"], group=groups, strides=[stride, stride])
@@ -112,7 +112,7 @@ def test_gemm_transposed_or_not_and_einsum_agree(tmp_path: Path) -> None:
 
 
 def test_quantised_weights_count_their_stored_bytes(tmp_path: Path) -> None:
-    constants = {
+    constants: dict[str, np.ndarray[Any, Any]] = {
         "wq": np.zeros((8, 3, 3, 3), np.int8),
         "scale": np.ones(8, np.float32),
         "zero": np.zeros(8, np.int8),
@@ -182,7 +182,7 @@ def test_an_operator_that_cannot_be_priced_is_named(tmp_path: Path) -> None:
         helper.make_node("Reshape", ["d", "one"], ["d1"]),
     ]
     order = [nodes[0], nodes[2], nodes[1], nodes[4], nodes[3]]
-    constants = {
+    constants: dict[str, np.ndarray[Any, Any]] = {
         "w": np.zeros((4, 4), np.float32),
         "shape": np.array([-1, 2, 2], np.int64),
         "one": np.array([-1, 1], np.int64),
