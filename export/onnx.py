@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -42,8 +43,11 @@ def quiet() -> Iterator[None]:
 
 
 def first_lines(error: BaseException, count: int = 3) -> str:
-    """The first lines of an error that say something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """The first lines of an error's deepest cause: what wraps it tells where it happened, not what."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
     return "; ".join(lines[:count]) or type(error).__name__
 
 

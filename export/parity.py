@@ -314,3 +314,42 @@ def emulate(source: Path, target: Path) -> None:
     if graph_opset(model) < 13:
         raise EdgestillError("a QDQ graph below opset 13", where=source.name)
     save(model, target)
+
+
+def emulate_half(source: Path, target: Path) -> None:
+    """Writes an FP16 graph in FP32 with every value rounded to FP16, so that a CPU shows what FP16 costs.
+
+    ONNX Runtime drops the casts between the nodes of an FP16 graph on a CPU and computes in FP32: such a run shows
+    neither rounding nor overflow. Sums inside a node stay in FP32, as in tensor cores.
+    """
+    model = onnx.shape_inference.infer_shapes(onnx.load(str(source)))
+    half, full = TensorProto.FLOAT16, TensorProto.FLOAT
+    types = {entry.name: entry.type.tensor_type.elem_type for entry in (*model.graph.value_info, *model.graph.output)}
+
+    def widen(tensor: TensorProto) -> None:
+        if tensor.data_type == half:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+
+    for tensor in model.graph.initializer:
+        widen(tensor)
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                widen(attribute.t)
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == half:
+                attribute.i = full
+        nodes.append(node)
+        for position, name in enumerate(list(node.output)):
+            if types.get(name) != half:
+                continue
+            node.output[position] = f"{name}_wide"
+            nodes.append(helper.make_node("Cast", [f"{name}_wide"], [f"{name}_half"], name=f"{name}_round", to=half))
+            nodes.append(helper.make_node("Cast", [f"{name}_half"], [name], name=f"{name}_widen", to=full))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    del model.graph.value_info[:]
+    for entry in (*model.graph.input, *model.graph.output):
+        if entry.type.tensor_type.elem_type == half:
+            entry.type.tensor_type.elem_type = full
+    save(model, target)

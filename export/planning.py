@@ -209,8 +209,9 @@ class _Work:
             return f"{self.device.title} cannot compute in {precision.upper()}: {reason}"
         if self.stack.dialect == "weak-tensorrt":
             return (
-                f"TensorRT {self.stack.runtime_version} knows weak typing only, so its builder chooses {precision.upper()} "
-                f"by a flag and not by the graph; on the device: trtexec --onnx={GRAPH} --{precision}"
+                f"TensorRT {self.stack.runtime_version} knows weak typing only, so its builder "
+                f"chooses {precision.upper()} by a flag and not by the graph; on the device: "
+                f"trtexec --onnx={GRAPH} --{precision}"
                 + (" --calib=<cache> (its own calibration)" if precision == "int8" else "")
             )
         if precision == "fp16" and self.stack.runtime == "onnxruntime" and self.device.kind == "cpu":
@@ -255,11 +256,14 @@ class _Work:
         def make(folder: Path) -> Candidate:
             graph = folder / GRAPH
             to_fp16(self.base / GRAPH, graph, self.graph_metadata("fp16"))
+            parity.open_session(graph)  # it loads as it is
+            scored = folder / _SCORED
+            parity.emulate_half(graph, scored)
             rung = self.climb(
-                "fp16", parity.open_session(graph), Limits(self.section.fp16_tolerance, self.section.fp16_agreement)
+                "fp16", parity.open_session(scored), Limits(self.section.fp16_tolerance, self.section.fp16_agreement)
             )
-            rung = self.judge(rung, graph, self.section.fp16_tolerance)
-            return self.describe("fp16", "fp16", graph, (rung,))
+            rung = self.judge(rung, scored, self.section.fp16_tolerance)
+            return self.describe("fp16", "fp16", graph, (rung,), scored=scored)
 
         return self.artefact("fp16", "fp16", make)
 
@@ -283,14 +287,14 @@ class _Work:
             if half:
                 to_fp16(made, graph)
                 made.unlink()
-            rung = self.climb(
-                name, parity.open_session(graph, fuse_quantized=native), Limits(None, self.section.int8_agreement)
-            )
-            rung = self.judge(rung, graph, _INT8_DIVERGENCE)
-            scored = None
-            if not native:
-                scored = folder / _SCORED
+            scored = None if native else folder / _SCORED
+            if scored is not None:
                 parity.emulate(graph, scored)
+                if half:
+                    parity.emulate_half(scored, scored)
+            checked = scored or graph
+            rung = self.climb(name, parity.open_session(checked), Limits(None, self.section.int8_agreement))
+            rung = self.judge(rung, checked, _INT8_DIVERGENCE)
             return self.describe(name, "int8", graph, (rung,), scored=scored, form=str(form))
 
         return self.artefact(name, "int8", make, repr(form), native)
@@ -530,6 +534,6 @@ def _failure(rung: Rung, tolerance: float | None) -> EdgestillError:
     return EdgestillError(
         f'the exported graph does not compute what the model does (rung "{rung.name}")',
         where=f"first diverging node: {rung.first_divergence or 'none alone; the error grows over the graph'}",
-        evidence=f"relative error {rung.relative:.2g}{limit}; {rung.agreement:.1%} of {rung.samples} decisions are kept",
+        evidence=f"relative error {rung.relative:.2g}{limit}; {rung.agreement:.1%} of decisions kept",
         fix='precision = "auto" leaves a failing precision out' if not rung.name.startswith("onnx") else None,
     )

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from export import Plan, plan
+from export.onnx import export_graph
 from profiles.device import Device, Stack, load_device
 from profiles.metrics import Difference, Metric, difference, evaluate
 from profiles.runtimes.onnxruntime import run_model
@@ -61,3 +62,12 @@ def cpu_plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 def rtx_plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (extra tensorrt-rtx)")
     return plan_for("rtx-4060-laptop", tmp_path_factory.mktemp("rtx"), batch=4)
+
+
+@pytest.fixture(scope="session")
+def fp32_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained model's FP32 graph."""
+    path = tmp_path_factory.mktemp("graph") / "model.onnx"
+    images = torch.from_numpy(samples(2, 0)[0])
+    export_graph(trained(), {"image": images}, path, opset=20, metadata={"labels": ["a", "b"], "resize": "stretch"})
+    return path

@@ -46,8 +46,8 @@ class TinyText(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.norm(self.embed(tokens))
-        q, k, v = self.qkv(x).chunk(3, -1)
-        x = x + nn.functional.scaled_dot_product_attention(q, k, v)
+        q, k, v = self.qkv(x)[:, None].chunk(3, -1)  # one head: (N, 1, T, 16)
+        x = x + nn.functional.scaled_dot_product_attention(q, k, v)[:, 0]
         return self.head(x.mean(1))
 
 

@@ -15,23 +15,15 @@ from tests.export.conftest import device_and_stack
 from tests.export.models import TinyText, samples, trained
 
 
-@pytest.fixture(scope="module")
-def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
-    images = torch.from_numpy(samples(2, 0)[0])
-    export_graph(trained(), {"image": images}, path, opset=20, metadata={"labels": ["a", "b"], "resize": "stretch"})
-    return path
-
-
 @pytest.mark.parametrize("batch", [1, 2, 7])
-def test_batch_is_dynamic(graph: Path, batch: int) -> None:
+def test_batch_is_dynamic(fp32_graph: Path, batch: int) -> None:
     images = {"image": samples(batch, 3)[0]}
-    found = run_session(open_session(graph), images, batch)
+    found = run_session(open_session(fp32_graph), images, batch)
     np.testing.assert_allclose(found, run_torch(trained(), images), atol=1e-5)
 
 
-def test_graph_takes_uint8_pixels_gives_logits_and_says_what_it_is(graph: Path) -> None:
-    model = onnx.load(str(graph))
+def test_graph_takes_uint8_pixels_gives_logits_and_says_what_it_is(fp32_graph: Path) -> None:
+    model = onnx.load(str(fp32_graph))
     assert model.graph.input[0].name == "image"
     assert model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
     assert [entry.name for entry in model.graph.output] == ["logits"]
@@ -41,8 +33,8 @@ def test_graph_takes_uint8_pixels_gives_logits_and_says_what_it_is(graph: Path) 
     assert "edgestill" in metadata
 
 
-def test_graph_holds_no_path_of_this_machine(graph: Path) -> None:
-    assert b".py" not in graph.read_bytes()
+def test_graph_holds_no_path_of_this_machine(fp32_graph: Path) -> None:
+    assert b".py" not in fp32_graph.read_bytes()
 
 
 def test_exporter_is_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -83,9 +75,9 @@ def test_opset_follows_the_stack() -> None:
     assert f"reads up to opset {jetpack6.max_opset}" in str(caught.value)
 
 
-def test_ir_version_of_the_stack_is_checked(graph: Path) -> None:
+def test_ir_version_of_the_stack_is_checked(fp32_graph: Path) -> None:
     _, stack = device_and_stack("jetson-orin-nano")
-    model = onnx.load(str(graph))
+    model = onnx.load(str(fp32_graph))
     assert check_stack(model, stack) is None
     model.ir_version = stack.max_ir + 1
     assert "IR version" in str(check_stack(model, stack))

@@ -5,12 +5,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
-from export.onnx import export_graph
+from export import Rung
 from export.parity import (
     Limits,
     agreement,
@@ -24,55 +23,56 @@ from export.parity import (
     torch_values,
 )
 from tests.export.conftest import IMAGES, paired
-from tests.export.models import samples, trained
+from tests.export.models import trained
 
 LIMITS = Limits(1e-4, 0.995)
 ROWS = np.arange(64)
 
 
-def rung(path: Path, batches: tuple[int, ...] = (1, 2, 5)) -> object:
+def rung(path: Path, batches: tuple[int, ...] = (1, 2, 5)) -> Rung:
     some = {"image": IMAGES[:64]}
     return climb(
-        "onnx", open_session(path), run_torch(trained(), some), some, ROWS, batches, LIMITS, exclusive=True, difference=paired
+        "onnx",
+        open_session(path),
+        run_torch(trained(), some),
+        some,
+        ROWS,
+        batches,
+        LIMITS,
+        exclusive=True,
+        difference=paired,
     )
 
 
-@pytest.fixture
-def graph(tmp_path: Path) -> Path:
-    path = tmp_path / "model.onnx"
-    export_graph(trained(), {"image": torch.from_numpy(samples(2, 0)[0])}, path, opset=20)
-    return path
-
-
-def damage(path: Path, name: str) -> Path:
+def damage(path: Path, name: str, folder: Path) -> Path:
     """The same graph with 10 % more in one weight."""
     model = onnx.load(str(path))
     tensor = next(entry for entry in model.graph.initializer if entry.name == name)
     tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1.1), name))
-    damaged = path.with_name("damaged.onnx")
+    damaged = folder / "damaged.onnx"
     damaged.write_bytes(model.SerializeToString())
     return damaged
 
 
-def test_exported_graph_passes_at_every_batch(graph: Path) -> None:
-    found = rung(graph)
-    assert found.passed  # type: ignore[attr-defined]
-    assert found.batches == (1, 2, 5)  # type: ignore[attr-defined]
-    assert found.difference.value == 0  # type: ignore[attr-defined]
+def test_exported_graph_passes_at_every_batch(fp32_graph: Path) -> None:
+    found = rung(fp32_graph)
+    assert found.passed
+    assert found.batches == (1, 2, 5)
+    assert found.difference.value == 0
 
 
-def test_damaged_graph_fails_and_the_damaged_node_is_named(graph: Path) -> None:
-    damaged = damage(graph, "mix.weight")
-    assert not rung(damaged).passed  # type: ignore[attr-defined]
+def test_damaged_graph_fails_and_the_damaged_node_is_named(fp32_graph: Path, tmp_path: Path) -> None:
+    damaged = damage(fp32_graph, "mix.weight", tmp_path)
+    assert not rung(damaged).passed
     few = {"image": IMAGES[:4]}
     by_torch = first_divergence(torch_values(trained(), few), damaged, few, 1e-4)
-    by_graph = first_divergence(graph_values(graph, few), damaged, few, 1e-4)
+    by_graph = first_divergence(graph_values(fp32_graph, few), damaged, few, 1e-4)
     producer = next(node for node in onnx.load(str(damaged)).graph.node if "mix.weight" in node.input)
     assert by_graph is not None
     assert by_torch is not None
     assert by_graph.startswith(f"Conv {producer.output[0]} ")
     assert by_torch.startswith(f"Conv {producer.output[0]} ")
-    assert first_divergence(torch_values(trained(), few), graph, few, 1e-4) is None
+    assert first_divergence(torch_values(trained(), few), fp32_graph, few, 1e-4) is None
 
 
 @given(st.integers(1, 2000), st.integers(1, 600))

@@ -15,23 +15,16 @@ from export.preflight import preflight
 from export.section import ExportSection
 from profiles.errors import EdgestillError
 from tests.export.conftest import IMAGES, device_and_stack
-from tests.export.models import calibration, samples, trained
+from tests.export.models import calibration
 
 SAMPLES = {"image": IMAGES}
 
 
 @pytest.fixture(scope="module")
-def fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("precision") / "fp32.onnx"
-    export_graph(trained(), {"image": torch.from_numpy(samples(2, 0)[0])}, path, opset=20)
-    return path
-
-
-@pytest.fixture(scope="module")
-def trt_int8(fp32: Path) -> Path:
-    path = fp32.with_name("trt.onnx")
+def trt_int8(fp32_graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("precision") / "trt.onnx"
     form = quantization_for(*device_and_stack("rtx-4060-laptop"))
-    quantize(fp32, path, {"image": calibration()}, form, ExportSection())
+    quantize(fp32_graph, path, {"image": calibration()}, form, ExportSection())
     return path
 
 
@@ -42,22 +35,22 @@ def zero_points(path: Path) -> list[onnx.TensorProto]:
 
 
 @pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
-def test_every_calibration_method_keeps_the_decisions(fp32: Path, tmp_path: Path, method: str) -> None:
+def test_every_calibration_method_keeps_the_decisions(fp32_graph: Path, tmp_path: Path, method: str) -> None:
     form = quantization_for(*device_and_stack("this-machine"))
     section = ExportSection.model_validate({"calibration_method": method})
-    quantize(fp32, tmp_path / "int8.onnx", {"image": calibration()}, form, section)
-    reference = run_session(open_session(fp32), SAMPLES, 64)
+    quantize(fp32_graph, tmp_path / "int8.onnx", {"image": calibration()}, form, section)
+    reference = run_session(open_session(fp32_graph), SAMPLES, 64)
     found = run_session(open_session(tmp_path / "int8.onnx"), SAMPLES, 64)
     assert agreement(reference, found, exclusive=True) > 0.95
 
 
-def test_x86_graph_has_unsigned_activations_and_reduced_weights_without_vnni(fp32: Path, tmp_path: Path) -> None:
+def test_x86_graph_has_unsigned_activations_and_reduced_weights_without_vnni(fp32_graph: Path, tmp_path: Path) -> None:
     device, stack = device_and_stack("this-machine")
     x86 = stack.model_copy(update={"dialect": "qdq-u8s8"})
     old = quantization_for(device.model_copy(update={"isa": ("avx2",)}), x86)
     new = quantization_for(device.model_copy(update={"isa": ("avx2", "avx512", "vnni")}), x86)
     assert (old.reduce_range, new.reduce_range) == (True, False)
-    quantize(fp32, tmp_path / "u8.onnx", {"image": calibration()}, old, ExportSection())
+    quantize(fp32_graph, tmp_path / "u8.onnx", {"image": calibration()}, old, ExportSection())
     assert onnx.TensorProto.UINT8 in {tensor.data_type for tensor in zero_points(tmp_path / "u8.onnx")}
     weights = [
         onnx.numpy_helper.to_array(tensor)
@@ -108,8 +101,8 @@ def test_emulated_graph_computes_what_the_quantised_one_says(trt_int8: Path, tmp
     assert agreement(written, emulated, exclusive=True) > 0.99
 
 
-def test_fp16_graph_keeps_its_interface(fp32: Path, tmp_path: Path) -> None:
-    to_fp16(fp32, tmp_path / "half.onnx")
+def test_fp16_graph_keeps_its_interface(fp32_graph: Path, tmp_path: Path) -> None:
+    to_fp16(fp32_graph, tmp_path / "half.onnx")
     model = onnx.load(str(tmp_path / "half.onnx"))
     assert model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
     assert model.graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
@@ -125,4 +118,6 @@ def test_graph_without_anything_to_quantise_is_refused(tmp_path: Path) -> None:
     export_graph(Scale().eval(), {"x": torch.ones(2, 3)}, tmp_path / "scale.onnx", opset=20)
     form = quantization_for(*device_and_stack("this-machine"))
     with pytest.raises(EdgestillError, match="nothing to quantise"):
-        quantize(tmp_path / "scale.onnx", tmp_path / "q.onnx", {"x": np.ones((4, 3), np.float32)}, form, ExportSection())
+        quantize(
+            tmp_path / "scale.onnx", tmp_path / "q.onnx", {"x": np.ones((4, 3), np.float32)}, form, ExportSection()
+        )

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import export
+from export import Plan, write_bundle
+from profiles.artifact import verify
+from profiles.errors import InputError
+from tests.export.conftest import IMAGES, device_and_stack, score
+
+LABELS = ("first", "second", "third", "fourth")
+WHEELS = Path(os.environ.get("EDGESTILL_TEST_WHEELS", Path(__file__).parents[2] / ".wheels"))
+
+
+def bundle_of(plan: Plan, name: str, folder: Path, **options: Any) -> Path:
+    device, stack = device_and_stack(plan.device, plan.stack)
+    return write_bundle(
+        folder,
+        plan,
+        plan[name],
+        name="line3",
+        device=device,
+        stack=stack,
+        golden=IMAGES[:1],
+        labels=LABELS,
+        preprocessing={"resize": "stretch", "color": "grey"},
+        licence="MIT",
+        **options,
+    )
+
+
+def run_infer(folder: Path, *arguments: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [python, str(folder / "infer.py"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=folder,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def cpu_bundle(cpu_plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundles") / "line3"
+    return bundle_of(cpu_plan, "int8", folder, metric=score(cpu_plan["int8"].to_score or Path()))
+
+
+def test_bundle_says_everything_a_device_owner_asks(cpu_bundle: Path) -> None:
+    manifest = verify(cpu_bundle, "bundle")
+    assert {"model.onnx", "golden.npz", "labels.txt", "infer.py", "README.txt"} <= set(manifest.files)
+    info = manifest.info
+    assert info["inputs"] == [{"name": "image", "dtype": "uint8", "shape": ["batch", 1, 16, 16]}]
+    assert info["outputs"] == [{"name": "logits", "dtype": "float32", "shape": ["batch", 4]}]
+    assert info["precision"] == "int8"
+    assert info["metric"]["value"] > 0.9
+    assert info["parity"][0]["difference"]["n"] > 0
+    assert info["preprocessing"]["resize"] == "stretch"
+    assert info["stack"]["runtime"] == "onnxruntime"
+    assert info["calibration_sha256"]
+    assert info["licence"] == "MIT"
+
+
+def test_selftest_passes_and_fails_when_the_model_changed(cpu_bundle: Path, cpu_plan: Plan, tmp_path: Path) -> None:
+    passed = run_infer(cpu_bundle, "--selftest")
+    assert passed.returncode == 0, passed.stdout + passed.stderr
+    assert passed.stdout.startswith("PASS: largest difference")
+    broken = bundle_of(cpu_plan, "fp32", tmp_path / "broken")
+    with np.load(broken / "golden.npz") as golden:
+        arrays = dict(golden)
+    np.savez(broken / "golden.npz", **{**arrays, "output": arrays["output"] + 1})
+    failed = run_infer(broken, "--selftest")
+    assert failed.returncode == 1
+    assert failed.stdout.startswith("FAIL")
+
+
+def test_infer_prints_classes_of_arrays_and_images(cpu_bundle: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    np.save(tmp_path / "two.npy", IMAGES[:2])
+    found = run_infer(cpu_bundle, str(tmp_path / "two.npy"), "--top", "2")
+    lines = found.stdout.splitlines()
+    assert len(lines) == 2, found.stderr
+    assert all(line.split()[0] in LABELS and line.count("%") == 2 for line in lines)
+    Image.fromarray(IMAGES[0, 0]).save(tmp_path / "one.png")
+    image = run_infer(cpu_bundle, str(tmp_path / "one.png"), "--top", "2")
+    assert image.stdout.splitlines() == lines[:1]
+
+
+def test_wrong_shape_is_said_and_not_a_traceback(cpu_bundle: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "wrong.npy", np.zeros((1, 1, 8, 8), np.uint8))
+    found = run_infer(cpu_bundle, str(tmp_path / "wrong.npy"))
+    assert found.returncode == 1
+    assert "the model takes" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp16", "int8-fp16", "int8-fp32"])
+def test_tensorrt_bundles_pass_their_selftest_in_onnxruntime(rtx_plan: Plan, tmp_path: Path, name: str) -> None:
+    folder = bundle_of(rtx_plan, name, tmp_path / "bundle")
+    info = json.loads((folder / "manifest.json").read_text())["info"]
+    assert info["engine"]["compute_capability"] == "8.9"
+    assert info["engine"]["builder"].startswith("TensorRT-RTX 1.")
+    assert (folder / info["engine"]["file"]).is_file()
+    assert (folder / info["static_engine"]["file"]).is_file()
+    found = run_infer(folder, "--selftest", "--runtime", "onnxruntime")
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+def test_same_content_is_not_written_again(cpu_plan: Plan, tmp_path: Path) -> None:
+    folder = bundle_of(cpu_plan, "fp32", tmp_path / "bundle")
+    before = (folder / "manifest.json").stat().st_mtime_ns
+    bundle_of(cpu_plan, "fp32", tmp_path / "bundle")
+    assert (folder / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_refused_candidate_cannot_be_bundled(cpu_plan: Plan, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="fp16 cannot be bundled"):
+        bundle_of(cpu_plan, "fp16", tmp_path / "bundle")
+
+
+def test_infer_is_python_3_6() -> None:
+    source = (Path(export.__file__).parent / "infer_template.py").read_text(encoding="utf-8")
+    ast.parse(source, feature_version=(3, 6))
+    vermin = pytest.importorskip("vermin", reason="vermin is not installed (extra dev)")
+    found = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            vermin.__name__,
+            "--target=3.6-",
+            "--no-tips",
+            export.__path__[0] + "/infer_template.py",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.slow
+def test_selftest_passes_in_a_bare_environment(cpu_bundle: Path, tmp_path: Path) -> None:
+    """NumPy and ONNX Runtime alone, from wheels that the install step fetched."""
+    if not any(WHEELS.glob("onnxruntime-*.whl")):
+        pytest.skip(f"no wheels in {WHEELS}: pip download -d {WHEELS.name} numpy onnxruntime")
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PIP_", "PYTHON"))}
+    subprocess.run(
+        [python, "-m", "pip", "install", "-q", "--no-index", "--find-links", WHEELS, "numpy", "onnxruntime"],
+        check=True,
+        timeout=240,
+        env=clean,
+    )
+    found = run_infer(cpu_bundle, "--selftest", python=str(python))
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "onnxruntime" in found.stdout
