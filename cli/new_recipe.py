@@ -45,7 +45,11 @@ _LIMITS = (
     ("latency_ms", 10.0, "milliseconds that one answer may take, at the percentile below"),
     ("memory_mib", 500.0, "memory that the process may use, in MiB"),
     ("file_size_mib", 10.0, "size that the model file may have, in MiB"),
-    ("metric_floor", 0.9, "accuracy that the exported model must reach, 0 to 1 (several labels: mean average precision)"),
+    (
+        "metric_floor",
+        0.9,
+        "accuracy that the exported model must reach, 0 to 1 (several labels: mean average precision)",
+    ),
 )
 
 

@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -42,7 +42,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
     It changes nothing and always exits 0.
     """
-    checks = [check for group in (_machine, _libraries, _gpus, _extras, _sensors, _data) for check in group()]
+    checks = [check for group in (_machine, _libraries, _gpus, _extras, _sensors, _data) for check in _safely(group)]
     if as_json:
         console.emit_json({"checks": [asdict(check) for check in checks]})
         return
@@ -53,6 +53,17 @@ def doctor(as_json: JsonOption = False) -> None:
         console.emit("\nto add what is missing:")
         for name, fix in fixes:
             console.emit(f"  {name}: {fix}")
+
+
+def _safely(group: Callable[[], Iterator[Check]]) -> Iterator[Check]:
+    """The checks of a group; a broken installation, which is what a doctor is asked about, ends only this group."""
+    try:
+        yield from group()
+    except Exception as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        found = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        fix = f"pip install {missing}" if missing else "pip install --force-reinstall edgestill"
+        yield Check(group.__name__.strip("_"), "bad", found, fix)
 
 
 def _machine() -> Iterator[Check]:

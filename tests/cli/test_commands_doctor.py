@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from importlib.machinery import ModuleSpec
 
 import pytest
@@ -46,3 +47,12 @@ def test_a_missing_package_comes_with_its_install_command(monkeypatch: pytest.Mo
     )
     assert (checks["sympy"]["state"], checks["sympy"]["fix"]) == ("bad", "pip install sympy")
     assert 'transformers: pip install "edgestill[transformers]"' in edgestill("doctor").out
+
+
+def test_a_broken_installation_does_not_end_the_examination(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    result = edgestill("doctor", "--json")
+    assert result.status == 0
+    checks = {check["name"]: check for check in json.loads(result.out)["checks"]}
+    assert (checks["machine"]["state"], checks["machine"]["fix"]) == ("bad", "pip install psutil")
+    assert checks["torch"]["state"] == "yes"
