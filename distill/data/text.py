@@ -19,13 +19,18 @@ _CHUNK = 4096
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Tokenizer:
-    """A lower-casing WordPiece tokenizer of at most `vocabulary` entries; [PAD] is 0, [UNK] 1, [MASK] 2."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    """A lower-casing BPE tokenizer of at most `vocabulary` entries; [PAD] is 0, [UNK] 1, [MASK] 2.
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
+    The same texts give the same tokenizer. The library's WordPiece trainer does not: it numbers the "##" pieces in the
+    order of a hash map. So it is BPE here, and a word's beginning is marked in the text ("▁").
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=[PAD, UNKNOWN, MASK], show_progress=False, min_frequency=2
     )
     tokenizer.train_from_iterator(texts, trainer)

@@ -150,8 +150,28 @@ def test_the_tokenizer_sees_only_the_training_split(tmp_path):
     write_csv(tmp_path / "b.csv", [{"text": "zebra zebra zebra", "label": i % 2} for i in range(8)])
     keys = {"source": "csv", "path": "a.csv", "validation_path": "b.csv", "test_path": "b.csv"}
     data = load(tmp_path, **keys)
-    assert "zebra" not in json.loads(data.tokenizer.read_text())["model"]["vocab"]
-    assert data.validation.inputs[0].tolist()[:4] == [1, 1, 1, 0]  # unknown, then padding
+    vocabulary = json.loads(data.tokenizer.read_text())["model"]["vocab"]
+    assert "z" not in vocabulary
+    assert "▁plain" in vocabulary
+    assert (data.validation.inputs == vocabulary["[UNK]"]).any(axis=1).all()
+    assert not (data.train.inputs == vocabulary["[UNK]"]).any()
+
+
+def test_the_same_texts_train_the_same_tokenizer_in_another_process(tmp_path):
+    write_texts(tmp_path / "t.csv")
+    code = (
+        "import sys; from pathlib import Path; from distill.data import load_dataset; "
+        "from distill.data.section import DataSection; base = Path(sys.argv[1]); "
+        "print(load_dataset(DataSection(source='csv', path='t.csv', vocabulary=200), seed=0, base=base, "
+        "folder=base / sys.argv[2]).key)"
+    )
+    keys = {
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path), name], capture_output=True, text=True, check=True
+        ).stdout
+        for name in ("one", "two")
+    }
+    assert len(keys) == 1
 
 
 def test_own_tokenizer_is_used(tmp_path):
