@@ -192,10 +192,10 @@ def _strip_traces(graph: onnx.GraphProto) -> None:
 def lower_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     """The same graph in an older operator set, 13 to 17, for TensorRT 8.x.
 
-    onnx.version_converter has no adapters for several of these steps, so the few that matter are taken here: axes of
-    the Reduce operators as an attribute (18 made them an input), HardSwish as HardSigmoid and Mul, and attributes that came
-    later dropped at their default. Anything else that the older set does not have is refused. The parity ladder then
-    compares the result with PyTorch like every other graph.
+    onnx.version_converter has no adapters for several of these steps, so the few that matter are taken here: axes
+    of the Reduce operators as an attribute (18 made them an input), HardSwish as HardSigmoid and Mul, and
+    attributes that came later dropped at their default. Anything else that the older set does not have is refused.
+    The parity ladder then compares the result with PyTorch like every other graph.
 
     Raises:
         EdgestillError: an operator of the graph does not exist in `opset`.

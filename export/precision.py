@@ -5,8 +5,8 @@ Dialects (what the runtimes take was found by running them, see the tests):
   lets pairs of products saturate in 16 bits.
 - aarch64, ONNX Runtime: S8 activations and weights.
 - TensorRT >= 10 and TensorRT-RTX, strongly typed: symmetric S8S8, weights per channel, bias not quantised (TensorRT
-  refuses INT32 DequantizeLinear and non-zero zero points). What is not quantised stays FP32 unless it is converted: both
-  are offered.
+  refuses INT32 DequantizeLinear and non-zero zero points). What is not quantised stays FP32 unless it is converted:
+  both are offered.
 """
 
 from __future__ import annotations

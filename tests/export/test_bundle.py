@@ -132,20 +132,10 @@ def test_refused_candidate_cannot_be_bundled(cpu_plan: Plan, tmp_path: Path) -> 
 def test_infer_is_python_3_6() -> None:
     source = (Path(export.__file__).parent / "infer_template.py").read_text(encoding="utf-8")
     ast.parse(source, feature_version=(3, 6))
-    vermin = pytest.importorskip("vermin", reason="vermin is not installed (extra dev)")
-    found = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            vermin.__name__,
-            "--target=3.6-",
-            "--no-tips",
-            export.__path__[0] + "/infer_template.py",
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    pytest.importorskip("vermin", reason="vermin is not installed (extra dev)")
+    template = Path(export.__file__).parent / "infer_template.py"
+    command = ["-c", "import sys, vermin; sys.exit(vermin.main())", "--target=3.6-", "--no-tips", str(template)]
+    found = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout
 
 
