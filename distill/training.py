@@ -114,7 +114,7 @@ def train(
         return read_result(folder)
     before = teacher_fingerprint() if teacher_fingerprint is not None else ""
     processes = start(device, section.batch_size)
-    run = _Run(student, objective, dataset, cache, section, augmentation, folder, key, seed, processes)
+    run = Run(student, objective, dataset, cache, section, augmentation, folder, key, seed, processes)
     run.resume(progress)
     remaining = (section.epochs - run.epoch) * run.steps_per_epoch * run.batch_size - run.step_in_epoch * run.batch_size
     with _stop_requests() as stop, progress.task(title, remaining) as task:
@@ -174,7 +174,7 @@ def _logits(
     return torch.cat(parts)
 
 
-class _Run:
+class Run:
     """One training in progress: what is trained, where it stands, and how it is kept."""
 
     def __init__(
@@ -220,8 +220,9 @@ class _Run:
 
     # -- one epoch ----------------------------------------------------------------------------------------------------
 
-    def train_epoch(self, task: Task, stop: _Stop) -> None:
+    def train_epoch(self, task: Task | None = None, stop: Stop | None = None) -> None:
         """Trains to the end of the current epoch, or to the first step after a stop was requested."""
+        stop = stop or Stop()
         started = time.perf_counter()
         host_order = self._order()
         order = host_order.to(self.device)
@@ -232,7 +233,8 @@ class _Run:
             chosen = slice(step * self.batch_size, (step + 1) * self.batch_size)
             self._step(order[chosen], host_order[chosen])
             self.step_in_epoch = step + 1
-            task.advance(self.batch_size)
+            if task is not None:
+                task.advance(self.batch_size)
             if (step + 1) % _WINDOW == 0:
                 self._read_window()
                 stop.agreed = self.processes.any(stop.requested)
@@ -512,7 +514,7 @@ class _Average:
                 mean.copy_(value)
 
 
-class _Stop:
+class Stop:
     """Whether the user asked to stop, and whether all processes know it."""
 
     requested = False
@@ -520,9 +522,9 @@ class _Stop:
 
 
 @contextmanager
-def _stop_requests() -> Iterator[_Stop]:
+def _stop_requests() -> Iterator[Stop]:
     """Turns the first SIGINT or SIGTERM into a request that the loop sees between two steps; a second acts as usual."""
-    stop = _Stop()
+    stop = Stop()
     previous: dict[int, Any] = {}
 
     def request(number: int, frame: FrameType | None) -> None:
@@ -544,7 +546,7 @@ def _stop_requests() -> Iterator[_Stop]:
             signal.signal(restored, handler)
 
 
-def _interrupted(folder: Path, run: _Run) -> Interrupted:
+def _interrupted(folder: Path, run: Run) -> Interrupted:
     done = run.epoch + run.step_in_epoch / run.steps_per_epoch
     return Interrupted(
         f"stopped after {done:.1f} of {run.section.epochs} epochs",

@@ -90,7 +90,7 @@ class EmbeddingCompression(Objective):
         else:
             hidden = section.hidden or teacher_dim
             self.transform = nn.Sequential(
-                nn.Linear(teacher_dim, hidden), _BatchNorm(hidden), nn.ReLU(), nn.Linear(hidden, dimension)
+                nn.Linear(teacher_dim, hidden, bias=False), _BatchNorm(hidden), nn.ReLU(), nn.Linear(hidden, dimension)
             )
         self.head = nn.Linear(dimension, shapes.classes)
         aligned = section.distance != "cosine" or dimension == shapes.student_dim

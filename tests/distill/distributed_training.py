@@ -1,4 +1,4 @@
-"""One rank of distributed trainings, for test_training_distributed.py: `torchrun ... -m` this, with cases and folder."""
+"""Distributed trainings for test_training_distributed.py: `torchrun ... -m` this, with cases and folder."""
 
 from __future__ import annotations
 

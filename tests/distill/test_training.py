@@ -186,14 +186,14 @@ class Reads(TorchDispatchMode):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_no_step_reads_a_value_back(objective: str, tmp_path: Path, monkeypatch) -> None:
     counts: list[list[str]] = []
-    step = training._Run._step
+    step = training.Run._step
 
     def counted(self: Any, *rows: torch.Tensor) -> None:
         with Reads() as reads:
             step(self, *rows)
         counts.append(reads.found)
 
-    monkeypatch.setattr(training._Run, "_step", counted)
+    monkeypatch.setattr(training.Run, "_step", counted)
     keys: dict[str, Any] = {"ema": 0.9, "grad_clip": 1.0, "class_weights": "balanced"}
     Case(objective).with_(**keys).run(tmp_path / "student")
     assert len(counts) == 12
