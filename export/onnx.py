@@ -217,7 +217,9 @@ def lower_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
             continue
         if node.op_type.startswith("Reduce") and node.op_type != "ReduceSum" and opset < 18:
             _axes_to_attribute(node, constants)
-        _drop_default(node, "allowzero", since=14, opset=opset)
+        if node.op_type == "Reshape" and opset < 14:
+            # only an empty dimension could tell allowzero apart, and a batch is never empty
+            _drop(node, "allowzero")
         nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
@@ -242,7 +244,7 @@ def lower_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
 
 
 def _axes_to_attribute(node: onnx.NodeProto, constants: Mapping[str, TensorProto]) -> None:
-    _drop_default(node, "noop_with_empty_axes", since=18, opset=17)
+    _drop(node, "noop_with_empty_axes")
     if len(node.input) < 2 or not node.input[1]:
         return
     tensor = constants.get(node.input[1])
@@ -253,9 +255,28 @@ def _axes_to_attribute(node: onnx.NodeProto, constants: Mapping[str, TensorProto
     node.attribute.append(helper.make_attribute("axes", axes))
 
 
-def _drop_default(node: onnx.NodeProto, name: str, *, since: int, opset: int) -> None:
-    if opset >= since:
-        return
-    kept = [entry for entry in node.attribute if entry.name != name or entry.i != 0]
+def _drop(node: onnx.NodeProto, name: str) -> None:
+    kept = [entry for entry in node.attribute if entry.name != name]
     del node.attribute[:]
     node.attribute.extend(kept)
+
+
+def sort_nodes(graph: onnx.GraphProto) -> None:
+    """Puts every node after the nodes whose outputs it reads, otherwise in the order that they had."""
+    produced = {name for node in graph.node for name in node.output}
+    done: set[str] = set()
+    waiting, ordered = list(graph.node), []
+    while waiting:
+        later = []
+        for node in waiting:
+            if all(name not in produced or name in done for name in node.input):
+                ordered.append(node)
+                done.update(node.output)
+            else:
+                later.append(node)
+        if len(later) == len(waiting):
+            raise EdgestillError("the graph has a cycle", where=later[0].name)
+        waiting = later
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in ordered]
+    del graph.node[:]
+    graph.node.extend(copies)

@@ -40,7 +40,7 @@ class Limits:
 def open_session(
     path: Path, *, optimised: bool = True, fuse_quantized: bool = True, optimised_to: Path | None = None
 ) -> Any:
-    """An ONNX Runtime session on one CPU thread.
+    """An ONNX Runtime session on the CPU.
 
     Args:
         fuse_quantized: False computes QDQ graphs as they are written, in float between Quantize and Dequantize. ONNX
@@ -55,7 +55,6 @@ def open_session(
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    options.intra_op_num_threads = 1
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
     if not fuse_quantized:

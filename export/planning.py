@@ -116,7 +116,13 @@ def plan(
     with progress.task("export", total=len(steps), unit="graphs") as task:
         for name, precision, build in steps:
             reason = work.refuse_early(precision)
-            candidate = Candidate(name=name, precision=precision, refused=reason) if reason else build()
+            try:
+                candidate = Candidate(name=name, precision=precision, refused=reason) if reason else build()
+            except EdgestillError as error:
+                if precision == "fp32" or work.strict:
+                    raise
+                failed = ": ".join(part for part in (error.message, error.evidence) if part)
+                candidate = Candidate(name=name, precision=precision, refused=failed)
             candidates.append(work.on_device(candidate))
             task.advance(note=name)
     first = next(iter(held))

@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from export.onnx import first_lines, quiet, save, set_metadata
+from export.onnx import first_lines, quiet, save, set_metadata, sort_nodes
 from export.section import ExportSection
 from profiles.device import Device, Stack
 from profiles.errors import EdgestillError
@@ -91,6 +91,7 @@ def to_fp16(source: Path, target: Path, metadata: Mapping[str, Any] | None = Non
         ) from error
     # types of intermediate values that were inferred in FP32 are wrong now, and nobody needs them
     del converted.graph.value_info[:]
+    sort_nodes(converted.graph)  # the library appends the Casts around operators that stay in FP32
     set_metadata(converted, metadata or {})
     save(converted, target)
 

@@ -22,12 +22,12 @@ class ExportSection(Section):
 
     opset: int | None = Field(default=None, ge=13, le=25)
     """ONNX operator set; None: 20, or the newest that the target's stack reads when that is older."""
-    calibration_samples: int = Field(default=512, ge=1)
+    calibration_samples: int = Field(default=256, ge=1)
     """Training samples that the INT8 ranges are measured on; never random data."""
     calibration_method: CalibrationMethod = "minmax"
     calibration_percentile: float = Field(default=99.99, gt=50, le=100)
     """Percent of the activations inside the range; for calibration_method "percentile"."""
-    parity_samples: int = Field(default=512, ge=2)
+    parity_samples: int = Field(default=256, ge=2)
     """Held-out samples that every rung of the parity ladder is compared on."""
     fp32_tolerance: float = Field(default=1e-4, gt=0)
     """Relative error of an FP32 graph. Reordered sums of a deep network give about 1e-6; a wrong operator far more."""

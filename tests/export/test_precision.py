@@ -121,3 +121,19 @@ def test_graph_without_anything_to_quantise_is_refused(tmp_path: Path) -> None:
         quantize(
             tmp_path / "scale.onnx", tmp_path / "q.onnx", {"x": np.ones((4, 3), np.float32)}, form, ExportSection()
         )
+
+
+def test_casts_around_operators_that_stay_in_fp32_are_put_in_order(tmp_path: Path) -> None:
+    class Clamped(torch.nn.Module):
+        """Max stays in FP32, so the converter wraps it in Casts, which it appends at the graph's end."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = torch.nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(x / x.sum(1, keepdim=True).clamp(min=1.0))
+
+    export_graph(Clamped().eval(), {"x": torch.ones(2, 4)}, tmp_path / "clamped.onnx", opset=20)
+    to_fp16(tmp_path / "clamped.onnx", tmp_path / "half.onnx")
+    assert open_session(tmp_path / "half.onnx") is not None
