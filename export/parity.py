@@ -186,6 +186,7 @@ def first_divergence(
     """
     model = onnx.load(str(path))
     values = graph_values(path, samples)
+    producers = {name: node for node in model.graph.node for name in node.output}
     for node in model.graph.node:
         for name in node.output:
             expected, found = reference.get(name), values.get(name)
@@ -193,7 +194,9 @@ def first_divergence(
                 continue
             _, error = relative_error(expected, found)
             if error > tolerance:
-                return f"{node.op_type} {name} (relative error {error:.2g})"
+                # `emulate_half` puts a rounding Cast behind the node that computes
+                computing = producers.get(f"{name}_wide", node)
+                return f"{computing.op_type} {name} (relative error {error:.2g})"
     return None
 
 
