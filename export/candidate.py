@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from pydantic import ConfigDict
+
 from profiles.device import Precision
 from profiles.metrics import Difference, Metric
 from profiles.section import Section
@@ -12,6 +14,9 @@ from profiles.section import Section
 
 class Rung(Section):
     """One step of the parity ladder: a graph against the PyTorch model in FP32, on real held-out samples."""
+
+    # an overflow's error is infinite, and plain JSON would read it back as null
+    model_config = ConfigDict(**Section.model_config | {"ser_json_inf_nan": "strings"})
 
     name: str
     """What was compared, such as "onnx fp32" or "onnx runtime optimised"."""
