@@ -58,14 +58,20 @@ def export(
     if model is not None:
         from cli.pipeline.foreign import ForeignModel, export_foreign
 
-        plan = export_foreign(
-            ForeignModel(model, kwargs, weights, tuple(example or ()), samples), device=device, stack=stack, out=out
+        plan, bundles = export_foreign(
+            ForeignModel(model, kwargs, weights, tuple(example or ()), samples),
+            device=device,
+            stack=stack,
+            out=out,
+            progress=console.make_progress(),
         )
         if as_json:
-            console.emit_json(plan)
-        else:
-            for line in describe_candidates(plan):
-                console.emit(line)
+            console.emit_json({"plan": plan, "bundles": bundles})
+            return
+        for line in describe_candidates(plan):
+            console.emit(line)
+        for bundle in bundles:
+            console.emit(f"bundle  {bundle}")
         return
     from cli.commands.runs import open_folder_or_recipe
 

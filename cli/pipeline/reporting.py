@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import socket
 import time
@@ -142,26 +143,33 @@ def _explain(run: Run, outcome: Shipped, limits: Sequence[LimitVerdict]) -> tupl
             if limit.verdict == "fail":
                 over = (asked.value or asked.maximum) / limit.limit - 1
                 why.append(f"{over:.0%} over the limit after {asked.samples:,} runs")
-                fixes.append(f"latency_ms = {decided:.3g}, or a smaller arch")
+                fixes.append(f"latency_ms = {_at_least(decided)}, or a smaller arch")
             else:
                 why.append(limit.reason)
                 fixes.append("close other programs and run again, or raise measure.max_seconds")
         elif limit.verdict == "fail" and limit.name == "file_size_mib":
-            fixes.append(f"file_size_mib = {limit.value:.2g}, or a smaller arch" if limit.value else "a smaller arch")
-        elif limit.verdict == "fail" and limit.value is not None:
-            fixes.append(f"{limit.name} = {limit.value:.3g}, or more epochs, or a larger arch")
+            fixes.append(f"file_size_mib = {_at_least(limit.value or limit.limit)}, or a smaller arch")
+        elif limit.verdict == "fail" and limit.name == "memory_mib":
+            fixes.append(f"memory_mib = {_at_least(limit.value or limit.limit)}, or a smaller arch")
+        elif limit.verdict == "fail" and limit.name == "metric_floor":
+            fixes.append(
+                f"metric_floor = {math.floor((limit.low or 0.0) * 1000) / 1000}, more epochs, or a larger arch"
+            )
+        elif limit.verdict == "fail":
+            fixes.append(f"max_metric_drop = {_at_least(limit.high or limit.limit)}, or another precision")
     if measurement is not None:
         why.extend(measurement.warnings)
     elif outcome.error is None:
         why.append(_not_measured(outcome.target))
-    candidate = outcome.candidate
-    if candidate is not None and outcome.target.stack.runtime != "onnxruntime":
-        why.extend(note for note in (candidate.parsed_by, candidate.engine_note) if note)
-        if candidate.engine is not None:
-            why.append(f"engine built by {candidate.engine.builder}; {candidate.engine.realised_precision}")
     if section.memory_mib is not None and measurement is not None and measurement.memory.peak_mib is None:
         why.append(measurement.memory.how)
     return tuple(dict.fromkeys(why)), tuple(dict.fromkeys(fixes))
+
+
+def _at_least(value: float) -> str:
+    """Three digits, rounded up, so that the value that is suggested passes."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2) if value > 0 else 1.0
+    return f"{math.ceil(value / unit) * unit:.4g}"
 
 
 def _not_measured(target: Target) -> str:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from profiles.predict import Roofline, roofline
 from torch import Tensor, nn
 
 from cli.pipeline.choose import Choice, Option, choose
@@ -34,6 +33,7 @@ from profiles.device import Target, resolve_target
 from profiles.measure import load_measurement, measure, save_measurement
 from profiles.measurement import Measurement
 from profiles.metrics import Difference, Metric, difference, evaluate
+from profiles.predict import Roofline, roofline
 from profiles.progress import Progress, Silent
 from profiles.runtimes.onnxruntime import run_model
 
@@ -552,17 +552,19 @@ class Run:
         dataset = self.dataset
         with self._stage(f"bundle {target.name}"):
             return write_bundle(
-                candidate,
+                self.folder / "bundles" / target.name,
                 found,
-                target=target,
-                labels=dataset.classes,
-                task=dataset.task,
-                preprocessing=dataset.preprocessing,
+                candidate,
+                name=target.name,
+                device=target.device,
+                stack=target.stack,
                 golden=np.asarray(dataset.test.inputs[:1]),
+                labels=dataset.classes,
+                exclusive=dataset.task == "multiclass",
+                preprocessing=dataset.preprocessing,
                 metric=metric,
                 tokenizer=dataset.tokenizer,
                 licence=dataset.licence,
-                folder=self.folder / "bundles" / target.name,
             )
 
 
