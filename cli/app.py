@@ -154,8 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Exit status: 0 done; 1 edgestill could not do it; 2 wrong usage or input; 130 interrupted; a command's own status
     (3 a limit failed, 4 inconclusive) through `typer.Exit`.
     """
-    # PyTorch's OpenMP threads spin for milliseconds at every barrier. Where another program takes one of the cores, that
-    # makes training 5 to 20 times slower on two cores; short spinning costs nothing that could be measured on idle ones.
+    # PyTorch's OpenMP threads spin for milliseconds at every barrier. Where another program takes one of two cores,
+    # that makes training 5 to 20 times slower; short spinning costs a few percent at most where the cores are idle.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

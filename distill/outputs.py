@@ -24,8 +24,8 @@ class TeacherOutput(NamedTuple):
 class Batch(NamedTuple):
     """One training batch as objectives see it.
 
-    labels: int64 (N,) multiclass or float (N, C) multilabel. mask: bool (N, C) or None. indices: int64 (N,), rows of the
-    training split. step: optimiser steps done so far. epoch: the same as a fraction of epochs.
+    labels: int64 (N,) multiclass or float (N, C) multilabel. mask: bool (N, C) or None. indices: int64 (N,), rows of
+    the training split. step: optimiser steps done so far. epoch: the same as a fraction of epochs.
     """
 
     labels: Tensor
