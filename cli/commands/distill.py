@@ -11,7 +11,9 @@ app = typer.Typer()
 
 
 @app.command(
-    epilog=examples("edgestill distill shelf.toml", "torchrun --nproc-per-node 2 -m cli.app distill shelf.toml")
+    epilog=examples(
+        "edgestill distill shelf.toml", "torchrun --standalone --nproc-per-node 2 -m cli.app distill shelf.toml"
+    )
 )
 def distill(
     run: RunArgument, out: Out = None, overrides: Set = None, allow_code: AllowCode = False, as_json: JsonOption = False

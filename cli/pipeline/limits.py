@@ -73,7 +73,9 @@ def _latency(limit: float, measurement: Measurement | None) -> LimitVerdict:
         if verdict == "inconclusive":
             reason = "never settled: " + "; ".join(measurement.warnings)
     elif verdict == "inconclusive":
-        reason = f"the limit lies inside the interval after {asked.samples:,} runs"
+        enough = asked.upper_bound is not None
+        reason = "the limit lies inside the interval" if enough else "too few runs to bound this percentile"
+        reason = f"{reason} after {asked.samples:,} runs"
     return LimitVerdict(
         name="latency_ms",
         limit=limit,

@@ -24,7 +24,9 @@ from distill.data import Dataset, Split, load_dataset
 from distill.distribution import default_device
 from distill.objectives.compose import Composition, build_objective, head_size
 from distill.objectives.section import AnyObjective, Need, SupervisedSection, check_needs
-from distill.students import Student, build_student, default_arch, teacher_arch
+from distill.students import Student, build_student, default_arch, parse_arch, teacher_arch
+from distill.students.arch import check_family
+from distill.students.section import StudentSection
 from distill.teachers import ModuleTeacher, Teacher, TeacherCache, build_cache, load_teacher
 from distill.training import TrainResult, evaluate_logits, train
 from export import Candidate, Plan, plan, write_bundle
@@ -252,6 +254,28 @@ class Run:
             found.setdefault(self.arch_of(target), []).append(target)
         return found
 
+    def check_students(self) -> None:
+        """Builds every student once, so that an impossible one is refused before the teacher is trained.
+
+        Raises:
+            InputError: an architecture that does not exist or reads another kind of input, or a student of the user's
+                that cannot be built; names the recipe key.
+        """
+        student = self.recipe.student
+        for index, target in enumerate(self.targets):
+            if target.section.arch is None:
+                continue
+            where = f"{self.loaded.origin}, target[{index}] ({target.name}).arch"
+            if student.kind == "torch":
+                raise InputError(
+                    "this student is a torch module of your own, which has no arch to choose",
+                    where=where,
+                    fix='leave arch out, or student.kind = "family"',
+                )
+            check_family(parse_arch(target.section.arch, where=where).family, self.dataset.input, where=where)
+        for arch in self.archs:
+            self._build(student, arch, self.recipe.objective)
+
     def student(self, arch: str) -> Trained:
         """The distilled student of that architecture."""
         cache = self.cache
@@ -266,6 +290,7 @@ class Run:
     def distill(self) -> dict[str, Trained]:
         """Trains every distinct student, and its plain twin."""
         self.prepare_folder()
+        self.check_students()
         trained = {arch: self.student(arch) for arch in self.archs}
         for arch in self.archs:
             self.plain_student(arch)
@@ -290,15 +315,7 @@ class Run:
             student_section = student_section.model_copy(update={"kind": "family", "arch": arch})
         folder = self.folder / ("teacher" if role == "teacher" else f"students/{name}")
 
-        student = build_student(
-            student_section,
-            dataset.input,
-            head_size(objectives, len(dataset.classes)),
-            arch=None if student_section.kind == "torch" else arch,
-            seed=self.recipe.seed,
-            base=self.loaded.base,
-            allow_code=self.allow_code,
-        )
+        student = self._build(student_section, arch, objectives)
         objective = build_objective(
             objectives,
             dataset,
@@ -330,6 +347,17 @@ class Run:
         trained = Trained(student, objective, result, key, objective_name(objectives))
         self._trained[role, name] = trained
         return trained
+
+    def _build(self, section: StudentSection, arch: str, objectives: tuple[AnyObjective, ...]) -> Student:
+        return build_student(
+            section,
+            self.dataset.input,
+            head_size(objectives, len(self.dataset.classes)),
+            arch=None if section.kind == "torch" else arch,
+            seed=self.recipe.seed,
+            base=self.loaded.base,
+            allow_code=self.allow_code,
+        )
 
     def plan(self, target: Target) -> Plan:
         """Every candidate file of a target, verified; targets with the same student and dialect share them."""
@@ -469,8 +497,8 @@ class Run:
         candidate = found[choice.name]
         assert candidate.file is not None
         test = self.dataset.test
-        logits = self.outputs(candidate.scored_file or candidate.file, test)
-        reference = logits if candidate is fp32 else self.outputs(fp32.scored_file or fp32.file, test)
+        logits = self.outputs(candidate.to_score or candidate.file, test)
+        reference = logits if candidate is fp32 else self.outputs(fp32.to_score or fp32.file, test)
         metric = self._metric(logits, test)
         drop = difference(self.dataset.task, logits, reference, test.labels, test.mask, seed=self.recipe.seed)
         bundle = self._bundle(target, found, candidate, metric)

@@ -47,7 +47,8 @@ class Split:
     inputs: (N, *shape), see InputSpec. labels: int64 (N,) for multiclass, uint8 (N, C) of 0/1 for multilabel.
     mask: bool (N, C), True where a multilabel label is known; None when all are. texts: the raw texts of token data.
     rows: int64 (N,), each sample's row in the split of the source that it came from (the whole source, where the splits
-    were made here), to line it up with arrays of the user's.
+    were made here), to line it up with arrays of the user's. source: which split of the source that is; source_size: how
+    many samples that has. None where the source is not known.
     """
 
     inputs: np.ndarray[Any, Any]
@@ -55,6 +56,8 @@ class Split:
     mask: np.ndarray[Any, Any] | None = None
     texts: tuple[str, ...] | None = None
     rows: np.ndarray[Any, Any] | None = None
+    source: SplitName | None = None
+    source_size: int | None = None
 
     def __len__(self) -> int:
         return int(self.inputs.shape[0])

@@ -89,6 +89,8 @@ def open_dataset(folder: Path) -> Dataset:
             mask=np.load(mask) if mask.is_file() else None,
             texts=tuple(json.loads(texts.read_text(encoding="utf-8"))) if texts.is_file() else None,
             rows=np.load(folder / f"{name}_rows.npy"),
+            source=info["sources"][name][0],
+            source_size=info["sources"][name][1],
         )
     content = {name: value for name, value in manifest.files.items() if name != _FILES}
     return Dataset(
@@ -188,6 +190,7 @@ def _write(section: DataSection, raw: Raw, seed: int, base: Path, folder: Path, 
         "classes": list(classes),
         "samples": {name: len(index) for name, (_, index) in rows.items()},
         "split": {"seed": seed, "made": [name for name in SPLITS if name not in raw.splits], "stratified": True},
+        "sources": {name: [source, len(labels[source])] for name, (source, _) in rows.items()},
         "input": {
             "kind": spec.kind,
             "shape": list(spec.shape),

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from distill.data.dataset import Dataset, SplitName
+from distill.data.dataset import Dataset, Split, SplitName
 from distill.outputs import TeacherOutput
 from distill.teachers.section import TeacherSection
 from distill.teachers.teacher import Teacher, TeacherBatch
@@ -21,7 +21,9 @@ _ROWS_AT_ONCE = 65_536
 
 
 class ArrayTeacher(Teacher):
-    """Stored outputs, one row per sample of a split. It knows the clean samples only.
+    """Stored outputs, one row per sample of the source, or of the split. It knows the clean samples only.
+
+    Where edgestill made the splits, one file with a row per sample of the source, in its order, serves all of them.
 
     Raises:
         InputError: unreadable file, wrong shape or row count, NaN or infinity (the message names file and first row).
@@ -88,14 +90,26 @@ def _read_splits(
         key = f"teacher.{what}"
         raise InputError(f"{what} of the training split are missing", where=key, fix=f"{key} names their file")
     for split, (array, where, path) in found.items():
-        _check(array, path, where, rows=len(dataset.split(split)), split=split)
+        _check(array, path, where, dataset.split(split), split)
         columns = len(dataset.classes) if what == "logits" else found["train"][0].shape[1]
         if array.shape[1] != columns:
             reason = (
                 f"the data set has {columns} classes" if what == "logits" else f"the training split's have {columns}"
             )
             raise InputError(f"{path} has {array.shape[1]} columns, {reason}", where=where, evidence=f"{array.shape}")
-    return {split: array for split, (array, _, _) in found.items()}
+    aligned = {split: _aligned(array, dataset.split(split)) for split, (array, _, _) in found.items()}
+    for split in _SPLITS:
+        if found and split not in found:
+            taken = dataset.split(split)
+            array = found["train"][0]
+            if taken.source == "train" and taken.rows is not None and len(array) == taken.source_size:
+                aligned[split] = array[taken.rows]
+    return aligned
+
+
+def _aligned(array: Array, split: Split) -> Array:
+    """The rows of the split's samples, in its order."""
+    return array[split.rows] if split.rows is not None and len(array) == split.source_size else array
 
 
 def _read_file(path: Path, where: str) -> dict[str, Array]:
@@ -122,7 +136,7 @@ def _read_file(path: Path, where: str) -> dict[str, Array]:
     raise InputError(f"{path} is of an unknown kind", where=where, fix="use .npy, .npz or .safetensors")
 
 
-def _check(array: Array, path: Path, where: str, *, rows: int, split: str) -> None:
+def _check(array: Array, path: Path, where: str, split: Split, name: str) -> None:
     if array.ndim != 2 or array.shape[1] == 0 or array.dtype.kind not in "fiu":
         raise InputError(
             f"{path} is not a table of numbers (rows, dimensions)",
@@ -130,13 +144,14 @@ def _check(array: Array, path: Path, where: str, *, rows: int, split: str) -> No
             evidence=f"shape {array.shape}, type {array.dtype}",
             fix="save one row of floats per sample",
         )
-    if array.shape[0] != rows:
+    if array.shape[0] not in (len(split), split.source_size):
+        source = "" if split.source_size in (None, len(split)) else f" (taken from {split.source_size} of the source)"
         raise InputError(
-            f"{path} has {array.shape[0]} rows, the {split} split has {rows} samples",
+            f"{path} has {array.shape[0]} rows, the {name} split has {len(split)} samples{source}",
             where=where,
-            fix="compute one row per sample of that split, in the data set's order",
+            fix="compute one row per sample of the source, in its order",
         )
-    for start in range(0, rows, _ROWS_AT_ONCE):
+    for start in range(0, array.shape[0], _ROWS_AT_ONCE):
         bad = ~np.isfinite(np.asarray(array[start : start + _ROWS_AT_ONCE], dtype=np.float32)).all(1)
         if bad.any():
             row = start + int(bad.argmax())

@@ -14,7 +14,7 @@ def metric(value: float, half: float = 0.01) -> Metric:
 
 
 def drop(value: float, half: float = 0.002) -> Difference:
-    return Difference(name="top1", value=-value, low=-value - half, high=-value + half, n=2000, method="bootstrap")
+    return Difference(value=-value, low=-value - half, high=-value + half, n=2000, method="bootstrap")
 
 
 def verdicts(

@@ -16,6 +16,7 @@ from cli.app import main
 from cli.pipeline import Run
 from cli.recipe import load_recipe
 from cli.report.schema import load_report
+from distill.data.make_fashion_mnist_small import PACKAGED
 
 RECIPE = """
 name = "small"
@@ -43,7 +44,7 @@ calibration_samples = 64
 parity_samples = 64
 
 [measure]
-max_samples = 700
+max_samples = 2000
 warmup_seconds = 2.0
 
 [[target]]
@@ -69,12 +70,8 @@ arch = "conv-w8-d1-k3"
 @pytest.fixture(scope="session")
 def clothes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """700 real images of the packaged set as an .npz of one's own, split by edgestill."""
-    from importlib import resources
-
-    with np.load(str(resources.files("distill.data") / "packaged" / "fashion-mnist-small.npz")) as stored:
-        names = stored.files
-        images = stored[next(name for name in names if "train" in name and "image" in name)][:700]
-        labels = stored[next(name for name in names if "train" in name and "label" in name)][:700]
+    with np.load(PACKAGED) as stored:
+        images, labels = stored["train_images"][:700], stored["train_labels"][:700]
     folder = tmp_path_factory.mktemp("clothes")
     np.savez_compressed(folder / "clothes.npz", images=images, labels=labels % 3)
     return folder
@@ -285,7 +282,7 @@ def test_two_processes_train_one_student(clothes: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"),
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
             *("-m", "cli.app", "distill", str(write_recipe(clothes)), "--out", str(out)),
         ],
         capture_output=True,

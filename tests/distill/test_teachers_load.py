@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,23 @@ def test_one_file_per_split_and_float16_files_are_read(tmp_path: Path) -> None:
     assert found.embedding.dtype == torch.float32
     other = load(tmp_path, data, kind="array", embeddings="train.npy")
     assert other.key != teacher.key
+
+
+def test_one_row_per_sample_of_the_source_serves_every_split_that_was_made_of_it(tmp_path: Path) -> None:
+    everything = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    np.save(tmp_path / "all.npy", everything)
+    rows = np.random.default_rng(1).permutation(20)
+    data = images()
+    splits = {
+        name: dataclasses.replace(data.split(name), rows=rows[start : start + len(data.split(name))])
+        for name, start in (("train", 0), ("validation", 10), ("test", 14))
+    }
+    splits = {name: dataclasses.replace(split, source="train", source_size=20) for name, split in splits.items()}
+    teacher = load(tmp_path, dataclasses.replace(data, **splits), kind="array", embeddings="all.npy")
+    assert teacher.splits == ("train", "validation", "test")
+    for name, split in splits.items():
+        expected = everything[split.rows[[0, 1]]]
+        np.testing.assert_array_equal(ask(teacher, data, name, (0, 1)).embedding, expected)
 
 
 def _spoiled(value: float) -> np.ndarray[Any, Any]:
