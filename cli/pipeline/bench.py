@@ -112,8 +112,9 @@ def _model_and_inputs(path: Path, options: BenchOptions) -> tuple[Path, dict[str
             fix="a bundle has a manifest.json, a run a recipe.toml",
         )
     manifest = artifact.verify(path, "bundle")
+    names = [entry["name"] for entry in manifest.info["inputs"]]
     with np.load(path / "golden.npz") as golden:
-        inputs = {name: golden[f"input_{name}"] for name in manifest.info["inputs"]}
+        inputs = {name: golden[f"input_{name}"] for name in names}
     repeats = options.target.batch
     return (
         path / manifest.info["model"],

@@ -32,6 +32,7 @@ from distill.training import TrainResult, evaluate_logits, train
 from export import Candidate, Plan, plan, write_bundle
 from profiles import artifact
 from profiles.device import Target, resolve_target
+from profiles.errors import InputError
 from profiles.measure import load_measurement, measure, save_measurement
 from profiles.measurement import Measurement
 from profiles.metrics import Difference, Metric, difference, evaluate
