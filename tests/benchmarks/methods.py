@@ -9,7 +9,8 @@ its own cache of the same teacher, which costs seconds and which the seed's obje
 validation; the test split is only read for the accuracy of that epoch, from PyTorch logits.
 
 Writes results/methods.json and .md beside this file. What is finished stays in the folder, and the same command goes on
-from there. With --epochs (a quick check) the results stay in the folder, too.
+from there; after a change of edgestill's code, delete the folder first. With --epochs (a quick check) the results stay
+in the folder, too.
 """
 
 from __future__ import annotations
@@ -227,16 +228,16 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         "# Methods on the quickstart data",
         "",
-        f"{report['date']}, {report['machine']}, {report['device']}, {report['threads']} threads, "
+        f"{report['date']}, {report['machine']}, {report['device']}, {_count(report['threads'], 'thread')}, "
         f"{', '.join(f'{name} {version}' for name, version in report['versions'].items())}. "
         f"`{report['command']}`",
         "",
         f"{data['name']}: {data['train']:,} training, {data['validation']:,} validation, {data['test']:,} test images. "
-        f"Teacher {teacher['arch']} ({teacher['parameters']:,} parameters, {teacher['epochs']} epochs, "
+        f"Teacher {teacher['arch']} ({teacher['parameters']:,} parameters, {_count(teacher['epochs'], 'epoch')}, "
         f"{teacher['seconds']:.0f} s, test accuracy {teacher['test_accuracy']:.2%}), trained once. Student "
-        f"{report['student']} ({report['student_parameters']:,} parameters), {report['epochs']} epochs, {seeds} "
-        f"{_plural(seeds)}; augmentation and training settings of the built-in recipe {report['recipe']}, each method "
-        "with its own defaults.",
+        f"{report['student']} ({report['student_parameters']:,} parameters), {_count(report['epochs'], 'epoch')}, "
+        f"{_count(seeds, 'seed')}; augmentation and training settings of the built-in recipe {report['recipe']}, "
+        "each method with its own defaults.",
         "",
         "| method | test accuracy, % | sd | minus supervised, points | 95 % t interval, seeds "
         "| 95 % interval, test images | wins | s per training | against supervised |",
@@ -266,8 +267,8 @@ def _points(interval: tuple[float, float] | None) -> str:
     return "-" if interval is None else f"{100 * interval[0]:+.2f} to {100 * interval[1]:+.2f}"
 
 
-def _plural(seeds: int) -> str:
-    return "seed" if seeds == 1 else "seeds"
+def _count(n: int, thing: str) -> str:
+    return f"{n} {thing}" if n == 1 else f"{n} {thing}s"
 
 
 def _reading(report: dict[str, Any]) -> list[str]:
@@ -286,7 +287,7 @@ def _reading(report: dict[str, Any]) -> list[str]:
     if seeds == 1:
         lines.append("One seed shows no spread between seeds: nothing can be told from this table.")
     elif undecided:
-        lines.append(f"{seeds} {_plural(seeds)} are too few, or the difference is too small, to tell:")
+        lines.append(f"{seeds} seeds are too few, or the difference is too small, to tell:")
         lines.append("")
         for name, row in undecided.items():
             lines.append(f"- {METHODS[name]}: {_why(row, seeds)}")
