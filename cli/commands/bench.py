@@ -25,16 +25,23 @@ def bench(
     overrides: Set = None,
     allow_code: AllowCode = False,
     device: Annotated[str, typer.Option("--device", help="Only this machine can be measured.")] = "this-machine",
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Samples per query.")] = 1,
-    threads: Annotated[int, typer.Option("--threads", min=1, help="Threads inside an operator.")] = 1,
-    percentile: Annotated[float, typer.Option("--percentile", help="50, 90, 95, 99 or 99.9.")] = 99.0,
+    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Samples per query.  [default: 1]")] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Threads inside an operator.  [default: 1]")
+    ] = None,
+    percentile: Annotated[
+        float | None, typer.Option("--percentile", help="50, 90, 95, 99 or 99.9.  [default: 99]")
+    ] = None,
     latency_ms: Annotated[
         float | None, typer.Option("--latency-ms", help="A limit; the verdict follows from it.")
     ] = None,
     scope: Annotated[
-        str, typer.Option("--scope", help="end_to_end or compute: what the limit is about.")
-    ] = "end_to_end",
-    seconds: Annotated[float, typer.Option("--max-seconds", min=0.1, help="Sampling time per model.")] = 60.0,
+        str | None,
+        typer.Option("--scope", help="end_to_end or compute: what the limit is about.  [default: end_to_end]"),
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option("--max-seconds", min=0.1, help="Sampling time per model.  [default: 60]")
+    ] = None,
     shape: Annotated[
         list[str] | None, typer.Option("--shape", metavar="NAME:SHAPE", help="Size of an input's dynamic dimensions.")
     ] = None,
@@ -43,28 +50,39 @@ def bench(
 ) -> None:
     """Measure latency on this machine: real inputs where a run or bundle has them, random ones for a bare ONNX file.
 
+    A run is measured as its recipe says; change that with --set. The other options are for files and bundles.
+
     Exit status: 0 within the limit or no limit, 3 over it, 4 inconclusive.
     """
     from cli import console
     from cli.pipeline.bench import BenchOptions, bench_file, describe, worst_status
+    from profiles.errors import InputError
 
-    options = BenchOptions.checked(
-        device=device,
-        batch=batch,
-        threads=threads,
-        percentile=percentile,
-        latency_ms=latency_ms,
-        scope=scope,
-        seconds=seconds,
-        shapes=tuple(shape or ()),
-        sweep=sweep,
-    )
     path = Path(what)
     if (path / "recipe.toml").is_file():
+        instead = {
+            "--batch": (batch, "target.NAME.batch"),
+            "--threads": (threads, "measure.threads"),
+            "--percentile": (percentile, "target.NAME.percentile"),
+            "--latency-ms": (latency_ms, "target.NAME.latency_ms"),
+            "--scope": (scope, "target.NAME.latency_scope"),
+            "--max-seconds": (seconds, "measure.max_seconds"),
+        }
+        for option, (given, key) in instead.items():
+            if given is not None:
+                raise InputError("a run is measured as its recipe says", where=option, fix=f"--set {key}={given}")
+        if shape or sweep:
+            raise InputError(
+                "this option is for an ONNX file or a bundle",
+                where="--shape" if shape else "--sweep",
+                fix=f"name one of {path / 'bundles'}",
+            )
         from cli.commands.runs import open_folder_or_recipe
 
         opened = open_folder_or_recipe(what, None, overrides, allow_code=allow_code)
         found = opened.bench()
+        if not opened.is_main:
+            return
         document = {name: list(entries.values()) for name, entries in found.items()}
         if as_json:
             console.emit_json(document)
@@ -73,6 +91,23 @@ def bench(
             for measurement in entries:
                 console.emit(describe(measurement, indent="  "))
         raise typer.Exit(worst_status([entry for entries in document.values() for entry in entries]))
+    if overrides or allow_code:
+        raise InputError(
+            "this option is for a run folder",
+            where="--set" if overrides else "--allow-code",
+            fix="leave it out; see --help for the options of files and bundles",
+        )
+    options = BenchOptions.checked(
+        device=device,
+        batch=batch or 1,
+        threads=threads or 1,
+        percentile=99.0 if percentile is None else percentile,
+        latency_ms=latency_ms,
+        scope=scope or "end_to_end",
+        seconds=seconds or 60.0,
+        shapes=tuple(shape or ()),
+        sweep=sweep,
+    )
     result = bench_file(path, options, console.make_progress())
     if as_json:
         console.emit_json(result)

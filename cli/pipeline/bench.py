@@ -111,6 +111,8 @@ def _model_and_inputs(path: Path, options: BenchOptions) -> tuple[Path, dict[str
             where=str(path),
             fix="a bundle has a manifest.json, a run a recipe.toml",
         )
+    if options.shapes:
+        raise InputError("a bundle's golden sample has its shape", where="--shape", fix="leave it out")
     manifest = artifact.verify(path, "bundle")
     names = [entry["name"] for entry in manifest.info["inputs"]]
     with np.load(path / "golden.npz") as golden:

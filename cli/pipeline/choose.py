@@ -25,7 +25,7 @@ class Faster(Protocol):
 
 @dataclass(frozen=True)
 class Option:
-    """One candidate as the choice sees it. `expected_ms`: the roofline bound on the device, None when not known."""
+    """One candidate as the choice sees it. `expected_ms`: the device's roofline bound, None when a fact is missing."""
 
     name: str
     validation: Metric
@@ -87,20 +87,21 @@ def _fastest_measured(
     keeping: list[Option], rejected: dict[str, str], differences: dict[tuple[str, str], Faster]
 ) -> Choice:
     """Starts from the most accurate one; another takes its place only when it is faster beyond the noise."""
-    ranked = sorted(keeping, key=lambda option: (-option.validation.value, option.size_bytes))
-    best = ranked[0]
+    rejected |= {option.name: "was not measured" for option in keeping if option.measured_ms is None}
+    ranked = sorted(
+        ((option, option.measured_ms) for option in keeping if option.measured_ms is not None),
+        key=lambda entry: (-entry[0].validation.value, entry[0].size_bytes),
+    )
+    best, best_ms = ranked[0]
     why: list[str] = []
-    for option in ranked[1:]:
-        if option.measured_ms is None or best.measured_ms is None:
-            rejected[option.name] = "could not be measured"
-            continue
+    for option, option_ms in ranked[1:]:
         difference = differences.get((option.name, best.name))
-        share = abs(option.measured_ms / best.measured_ms - 1)
+        share = abs(option_ms / best_ms - 1)
         points = (option.validation.value - best.validation.value) * 100
         if difference is not None and difference.high < 0:
             rejected[best.name] = f"{option.name} is {share:.0%} faster and keeps the metric"
             why.append(f"{option.name}, not {best.name}: {share:.0%} faster, {points:+.1f} pt on validation")
-            best = option
+            best, best_ms = option, option_ms
         else:
             slower = difference is not None and difference.low > 0
             rejected[option.name] = f"{share:.0%} slower than {best.name}" if slower else f"not faster than {best.name}"
@@ -109,12 +110,14 @@ def _fastest_measured(
 
 
 def _fastest_expected(keeping: list[Option], rejected: dict[str, str]) -> Choice:
-    """Nothing ran on the device, so its peak figures decide; the smaller file where they do not differ."""
-    best = min(keeping, key=lambda option: (option.expected_ms or 0.0, option.size_bytes))
+    """Nothing ran on the device, so its peak figures decide; the smaller file where they are alike or not known."""
+    known = all(option.expected_ms is not None for option in keeping)
+    best = min(keeping, key=lambda option: ((option.expected_ms or 0.0) if known else 0.0, option.size_bytes))
     others = [option for option in keeping if option is not best]
+    by = "by the device's peaks" if known else "by file size, as not all of the device's peaks are known"
     for option in others:
-        rejected[option.name] = f"{best.name} has the lower roofline bound or the smaller file; neither was measured"
+        rejected[option.name] = f"{best.name} was preferred {by}; nothing was measured"
     if not others:
         return Choice(best.name, rejected, ())
-    reason = f"{best.name}, not {' or '.join(option.name for option in others)}: by the device's peaks, not measured"
+    reason = f"{best.name}, not {' or '.join(option.name for option in others)}: {by}, not measured"
     return Choice(best.name, rejected, (reason,))

@@ -6,6 +6,7 @@ folder.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 from pathlib import Path
@@ -13,13 +14,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cli.pipeline.run import PLAIN, SUPERVISED, Run
-from cli.recipe import to_toml
+from cli.pipeline.run import PLAIN, SUPERVISED, Run, weights_mib
+from cli.recipe import Recipe, load_recipe, to_toml
 from distill.data import Dataset, load_dataset
+from distill.data.load import open_dataset
 from distill.distribution import default_device
 from distill.students import build_student, teacher_arch
 from distill.teachers.section import TeacherSection
 from profiles import artifact
+from profiles.errors import InputError
 from profiles.section import Section
 
 _WARM_STEPS = 2
@@ -32,8 +35,8 @@ _MEASURE_SECONDS = 10.0
 
 
 class PlannedStage(Section):
-    """`seconds`: None where nothing is known beforehand. `finished`: an earlier run left an artefact, which is used
-    when nothing that it was made from has changed."""
+    """`seconds`: None where nothing is known beforehand. `finished`: an earlier run with the same recipe sections left
+    an artefact, which is used unless the files that it was made from have changed."""
 
     name: str
     seconds: float | None
@@ -51,31 +54,60 @@ class Estimate(Section):
     disk_mib: float
 
 
+class _Earlier:
+    """What an earlier run of this folder left, and with which recipe."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        stored = run.folder / "recipe.toml"
+        self._recipe: Recipe | None = None
+        if stored.is_file():
+            with contextlib.suppress(InputError):  # a recipe that this version cannot read vouches for nothing
+                self._recipe = load_recipe(str(stored)).recipe
+
+    def finished(self, place: str, *sections: str) -> bool:
+        """Whether the artefact at `place` is there and was made with the same values of these recipe sections."""
+        if self._recipe is None or not (self._run.folder / place / artifact.MANIFEST).is_file():
+            return False
+        return all(getattr(self._recipe, name) == getattr(self._run.recipe, name) for name in ("seed", *sections))
+
+
+_TEACHER = ("data", "teacher", "student", "train")
+_STUDENT = (*_TEACHER, "objective")
+_TARGET = (*_STUDENT, "export", "measure", "target")
+
+
 def estimate(run: Run) -> Estimate:
     """Times a few steps of every network that the recipe would train."""
+    earlier = _Earlier(run)
     with tempfile.TemporaryDirectory(prefix="edgestill-") as temporary:
-        stored = run.folder / "data"
-        known = (stored / artifact.MANIFEST).is_file()
         started = time.perf_counter()
-        dataset = load_dataset(
-            run.recipe.data,
-            seed=run.recipe.seed,
-            base=run.loaded.base,
-            folder=stored if known else Path(temporary) / "data",
-            progress=run.progress,
-        )
-        run.dataset = dataset
-        stages = [_stage(run, "data", time.perf_counter() - started, _data_mib(dataset), "data")]
-        stages += _teacher_stages(run, dataset)
+        if earlier.finished("data", "data"):
+            run.dataset = dataset = open_dataset(run.folder / "data")
+        else:
+            run.dataset = dataset = load_dataset(
+                run.recipe.data,
+                seed=run.recipe.seed,
+                base=run.loaded.base,
+                folder=Path(temporary) / "data",
+                progress=run.progress,
+            )
+        done = earlier.finished("data", "data")
+        stages = [_stage("data", time.perf_counter() - started, _data_mib(dataset), done)]
+        stages += _teacher_stages(run, dataset, earlier)
         for arch in run.archs:
-            stages.append(_student_stage(run, dataset, arch, f"student {arch}", f"students/{arch}"))
+            roles = [("student", "")]
             if run.recipe.plain_students and run.recipe.objective != (SUPERVISED,):
-                stages.append(_student_stage(run, dataset, arch, f"plain student {arch}", f"students/{arch}{PLAIN}"))
+                roles.append(("plain student", PLAIN))
+            for role, suffix in roles:
+                done = earlier.finished(f"students/{arch}{suffix}", *_STUDENT)
+                stages.append(_student_stage(run, dataset, arch, role, done))
         for target in run.targets:
-            stages.append(_stage(run, f"export {target.name}", _EXPORT_SECONDS, 0.0, f"bundles/{target.name}"))
+            done = earlier.finished(f"bundles/{target.name}", *_TARGET)
+            stages.append(_stage(f"export {target.name}", _EXPORT_SECONDS, 0.0, done))
             if target.is_this_machine:
-                place = f"measurements/{target.name}"
-                stages.append(_stage(run, f"measure {target.name}", _MEASURE_SECONDS, 0.0, place))
+                done = earlier.finished(f"measurements/{target.name}", *_TARGET)
+                stages.append(_stage(f"measure {target.name}", _MEASURE_SECONDS, 0.0, done))
     left = [stage for stage in stages if not stage.finished]
     return Estimate(
         recipe=to_toml(run.recipe),
@@ -92,7 +124,7 @@ def render(found: Estimate, run: Run) -> str:
     width = max(len(stage.name) for stage in found.stages)
     for stage in found.stages:
         seconds = "      ?" if stage.seconds is None else f"{stage.seconds:5.0f} s"
-        done = "  finished earlier, used if nothing it was made from changed" if stage.finished else ""
+        done = "  done by an earlier run" if stage.finished else ""
         lines.append(f"  {stage.name:<{width}}  about {seconds}  {stage.disk_mib:7.1f} MiB{done}")
     minutes = found.seconds / 60
     lines += ["", f"about {minutes:.1f} min and {found.disk_mib:.0f} MiB; from a few timed steps on this machine, now"]
@@ -101,8 +133,7 @@ def render(found: Estimate, run: Run) -> str:
     return "\n".join(lines)
 
 
-def _stage(run: Run, name: str, seconds: float | None, disk_mib: float, place: str) -> PlannedStage:
-    finished = (run.folder / place / artifact.MANIFEST).is_file()
+def _stage(name: str, seconds: float | None, disk_mib: float, finished: bool) -> PlannedStage:
     rounded = None if seconds is None else round(seconds, 1)
     return PlannedStage(name=name, seconds=rounded, disk_mib=round(disk_mib, 1), finished=finished)
 
@@ -112,14 +143,14 @@ def _data_mib(dataset: Dataset) -> float:
     return sum(split.inputs.nbytes + split.labels.nbytes for split in splits) / _MIB
 
 
-def _teacher_stages(run: Run, dataset: Dataset) -> list[PlannedStage]:
+def _teacher_stages(run: Run, dataset: Dataset, earlier: _Earlier) -> list[PlannedStage]:
     section: TeacherSection = run.recipe.teacher
     if section.kind == "none":
         return []
     views = run.recipe.data.augment.teacher_views if dataset.input.kind == "image" else 1
     rows = views * len(dataset.train) + len(dataset.validation) + len(dataset.test)
     if section.kind != "train":
-        return [_stage(run, "teacher cache", None, 0.0, "cache")]
+        return [_stage("teacher cache", None, 0.0, earlier.finished("cache", "data", "teacher"))]
     arch = section.arch or teacher_arch(run.recipe.student.family, dataset.input)
     teacher = build_student(
         run.recipe.student.model_copy(update={"kind": "family"}),
@@ -133,12 +164,17 @@ def _teacher_stages(run: Run, dataset: Dataset) -> list[PlannedStage]:
     step, forward = _timed(teacher, dataset, run.recipe.train.batch_size)
     stored = rows * (teacher.embedding_dim + len(dataset.classes)) * (2 if section.cache_dtype == "float16" else 4)
     return [
-        _stage(run, f"teacher {arch}", step * len(dataset.train) * epochs, _weights_mib(teacher), "teacher"),
-        _stage(run, "teacher cache", forward * rows, stored / _MIB, "cache"),
+        _stage(
+            f"teacher {arch}",
+            step * len(dataset.train) * epochs,
+            weights_mib(teacher),
+            earlier.finished("teacher", *_TEACHER),
+        ),
+        _stage("teacher cache", forward * rows, stored / _MIB, earlier.finished("cache", *_TEACHER)),
     ]
 
 
-def _student_stage(run: Run, dataset: Dataset, arch: str, name: str, place: str) -> PlannedStage:
+def _student_stage(run: Run, dataset: Dataset, arch: str, role: str, finished: bool) -> PlannedStage:
     student = build_student(
         run.recipe.student,
         dataset.input,
@@ -149,11 +185,8 @@ def _student_stage(run: Run, dataset: Dataset, arch: str, name: str, place: str)
         allow_code=run.allow_code,
     )
     step, _ = _timed(student, dataset, run.recipe.train.batch_size)
-    return _stage(run, name, step * len(dataset.train) * run.recipe.train.epochs, _weights_mib(student), place)
-
-
-def _weights_mib(module: nn.Module) -> float:
-    return sum(int(tensor.nbytes) for tensor in module.state_dict().values()) / _MIB
+    seconds = step * len(dataset.train) * run.recipe.train.epochs
+    return _stage(f"{role} {arch}", seconds, weights_mib(student), finished)
 
 
 def _timed(network: nn.Module, dataset: Dataset, batch_size: int) -> tuple[float, float]:

@@ -66,8 +66,9 @@ def _latency(limit: float, measurement: Measurement | None) -> LimitVerdict:
     reason = ""
     if not measurement.stable:
         # The bounds suppose that samples come from one distribution. Without a settled warm-up that is not known, so
-        # only what holds for every single sample decides.
-        inside, outside = asked.maximum <= limit, asked.minimum > limit
+        # only what holds for every single sample decides, and only when there are enough of them for a bound.
+        inside = asked.upper_bound is not None and asked.maximum <= limit
+        outside = asked.lower_bound is not None and asked.minimum > limit
         verdict = "pass" if inside else "fail" if outside else "inconclusive"
         reason = f"never settled; every run was {'within' if inside else 'over'} the limit"
         if verdict == "inconclusive":

@@ -139,7 +139,7 @@ def _explain(run: Run, outcome: Shipped, limits: Sequence[LimitVerdict]) -> tupl
     for limit in limits:
         if limit.name == "latency_ms" and limit.verdict in ("fail", "inconclusive") and measurement is not None:
             asked = measurement.asked
-            decided = asked.upper_bound or asked.maximum
+            decided = asked.upper_bound if measurement.stable and asked.upper_bound is not None else asked.maximum
             if limit.verdict == "fail":
                 over = (asked.value or asked.maximum) / limit.limit - 1
                 why.append(f"{over:.0%} over the limit after {asked.samples:,} runs")

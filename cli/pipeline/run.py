@@ -32,7 +32,7 @@ from distill.training import TrainResult, evaluate_logits, train
 from export import Candidate, Plan, plan, write_bundle
 from profiles import artifact
 from profiles.device import Target, resolve_target
-from profiles.errors import InputError
+from profiles.errors import EdgestillError, InputError
 from profiles.measure import load_measurement, measure, save_measurement
 from profiles.measurement import Measurement
 from profiles.metrics import Difference, Metric, difference, evaluate
@@ -50,7 +50,7 @@ MEASURED_SAMPLES = 64
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained network: `key` is its artefact's, `objective_name` says what it learned from, kind by kind."""
+    """A trained network: `key` is the hash of its weights, `objective_name` says what it learned from, kind by kind."""
 
     student: Student
     objective: Composition
@@ -231,7 +231,7 @@ class Run:
             )
             stage["cached"] = before is not None and before == _manifest_time(folder)
         found: set[Need] = {"labels"}
-        if cache.train_logits is not None and cache.num_logits == len(self.dataset.classes):
+        if cache.train_logits is not None:
             found.add("logits")
         if cache.train_embedding is not None:
             found.add("embedding")
@@ -344,7 +344,9 @@ class Run:
                 else None,
             )
             stage["cached"] = before is not None and before == _manifest_time(folder)
-        key = artifact.read_manifest(folder, "student").key
+        files = artifact.read_manifest(folder, "student").files
+        # the weights themselves: the same settings give others on another device or version
+        key = artifact.content_key(files["student.safetensors"], files["objective.safetensors"])
         trained = Trained(student, objective, result, key, objective_name(objectives))
         self._trained[role, name] = trained
         return trained
@@ -405,9 +407,9 @@ class Run:
         return evaluate(self.dataset.task, logits, split.labels, split.mask, seed=self.recipe.seed)
 
     def export(self) -> dict[str, Plan]:
-        """Every target's candidates."""
-        self.prepare_folder()
-        return {target.name: self.plan(target) for target in self.targets}
+        """Every target's candidates; empty in the processes of a torchrun that only help training."""
+        self.distill()
+        return {target.name: self.plan(target) for target in self.targets} if self.is_main else {}
 
     def measurements(self, target: Target, found: Plan, *, fresh: bool = False) -> dict[str, Measurement]:
         """Latency of every usable candidate, interleaved, on this machine; empty for a target that is another device.
@@ -447,8 +449,12 @@ class Run:
 
     def bench(self) -> dict[str, dict[str, Measurement]]:
         """Measures every candidate of every target that is this machine anew; empty for other devices."""
-        self.prepare_folder()
-        return {target.name: self.measurements(target, self.plan(target), fresh=True) for target in self.targets}
+        plans = self.export()
+        return {
+            target.name: self.measurements(target, plans[target.name], fresh=True)
+            for target in self.targets
+            if target.name in plans
+        }
 
     def ship(self, target: Target) -> Shipped:
         """Exports, measures where the device is attached, chooses on validation, and bundles one target's student."""
@@ -480,7 +486,8 @@ class Run:
                     name=candidate.name,
                     validation=candidate.validation,
                     size_bytes=candidate.size_bytes or 0,
-                    expected_ms=rooflines[candidate.name].bound_ms,
+                    # with a missing fact the bound holds, but two such bounds say nothing about which is faster
+                    expected_ms=None if rooflines[candidate.name].missing else rooflines[candidate.name].bound_ms,
                     measured_ms=measured[candidate.name].asked.p50 if candidate.name in measured else None,
                 )
                 for candidate in wanted
@@ -515,11 +522,22 @@ class Run:
         from cli.report.schema import to_json
 
         self.distill()
-        shipped = [self.ship(target) for target in self.targets]
+        shipped = [self._try_to_ship(target) for target in self.targets]
         report = build_report(self, shipped, require_measured=require_measured)
         with artifact.explain_os_errors(self.folder):
             artifact.write_text(self.folder / "report.json", to_json(report))
         return report
+
+    def _try_to_ship(self, target: Target) -> Shipped:
+        """A target that fails must not take the others' results with it; its row says what went wrong."""
+        try:
+            return self.ship(target)
+        except InputError:
+            raise
+        except EdgestillError as error:
+            details = "; ".join(part for part in (error.evidence, error.fix) if part)
+            text = f"{error.message} ({details})" if details else error.message
+            return Shipped(target, self.arch_of(target), error=" ".join(text.split()))
 
     # -- what the report refers to -----------------------------------------------------------------------------------
 
@@ -542,14 +560,16 @@ class Run:
             plain = self.plain_student(arch)
             if plain is not None:
                 metric = MetricValue.of(self._metric(self.test_logits(plain), test), "PyTorch")
-                rows.append(ReferenceRow(role="no teacher", arch=arch, size_mib=_mib(plain.student), metric=metric))
+                rows.append(
+                    ReferenceRow(role="no teacher", arch=arch, size_mib=weights_mib(plain.student), metric=metric)
+                )
         return tuple(rows)
 
     def _teacher_row(self, cache: TeacherCache) -> ReferenceRow:
         kind = self.recipe.teacher.kind
         trained = self._trained.get(("teacher", "teacher"))
         arch = trained.student.arch if trained is not None else kind
-        size = _mib(trained.student) if trained is not None else None
+        size = weights_mib(trained.student) if trained is not None else None
         logits = cache.test_logits
         if logits is None or cache.num_logits != len(self.dataset.classes):
             return ReferenceRow(role="teacher", arch=arch, size_mib=size, note="gives no class logits")
@@ -609,7 +629,7 @@ def _spread(count: int, wanted: int, seed: int) -> Array:
     return np.sort(np.random.default_rng(seed).choice(count, wanted, replace=False))
 
 
-def _mib(module: nn.Module) -> float:
+def weights_mib(module: nn.Module) -> float:
     """Size of a module's weights and buffers in MiB."""
     return sum(int(tensor.nbytes) for tensor in module.state_dict().values()) / 2**20
 

@@ -241,7 +241,9 @@ def test_a_reader_that_leaves_early_causes_no_traceback() -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_ctrl_c_ends_with_130_and_one_line(tmp_path: Any) -> None:
-    command = [sys.executable, "-c", "from cli.app import main; main()", "init", "--out", str(tmp_path / "a.toml")]
+    # a shell without job control starts what runs in its background with Ctrl-C ignored, and children inherit that
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from cli.app import main; main()"
+    command = [sys.executable, "-c", code, "init", "--out", str(tmp_path / "a.toml")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         assert process.stderr.read(1) == "Y"  # the first question: it waits for an answer now

@@ -77,6 +77,24 @@ def test_when_nothing_keeps_the_metric_the_most_accurate_one_is_shipped_and_fail
     assert "no precision keeps the metric" in choice.why[0]
 
 
+def test_what_was_not_measured_is_not_shipped_before_what_was() -> None:
+    options = [option("fp32", 0.90), option("int8", 0.895, measured=0.6)]
+    choice = choose(options, ANY, FP32, {})
+    assert choice.name == "int8"
+    assert choice.rejected == {"fp32": "was not measured"}
+
+
+def test_a_peak_that_is_not_known_is_not_the_fastest() -> None:
+    options = [
+        option("fp32", 0.90, expected=1.0, size=3),
+        option("fp16", 0.90, expected=0.3),
+        option("int8", 0.90, size=2),
+    ]
+    choice = choose(options, ANY, FP32, {})
+    assert choice.name == "fp16"
+    assert "not all of the device's peaks are known" in choice.why[0]
+
+
 def test_where_nothing_ran_the_lower_bound_decides_and_is_called_what_it_is() -> None:
     options = [
         option("fp32", 0.90, expected=1.0),

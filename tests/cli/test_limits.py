@@ -6,6 +6,7 @@ import pytest
 
 from cli.pipeline.limits import judge
 from profiles.device import TargetSection
+from profiles.measurement import Latency, Measurement
 from profiles.metrics import Difference, Metric
 
 
@@ -43,6 +44,59 @@ def test_what_onnx_runtime_computed_here_cannot_pass_a_limit_of_another_device()
 def test_a_file_size_is_known_without_the_device(size: float, expected: str) -> None:
     section = TargetSection(name="a", file_size_mib=2)
     assert verdicts(section, size=size, on_device=False) == {"file_size_mib": expected}
+
+
+def latency(samples: list[float], *, stable: bool, enough: bool = True) -> Measurement:
+    clock = Latency(
+        scope="end_to_end",
+        samples=len(samples),
+        mean=sum(samples) / len(samples),
+        minimum=min(samples),
+        maximum=max(samples),
+        p50=None,
+        p90=None,
+        p95=None,
+        p99=None,
+        p99_9=None,
+        percentile=99,
+        value=max(samples),
+        upper_bound=max(samples) if enough else None,
+        lower_bound=min(samples) if enough else None,
+        bound_confidence=0.99,
+        outliers=0,
+        lag1=None,
+    )
+    return Measurement.model_construct(
+        end_to_end=clock,
+        compute=clock,
+        scope="end_to_end",
+        stable=stable,
+        verdict="inconclusive",
+        warnings=("drifted",),
+    )
+
+
+@pytest.mark.parametrize(
+    ("samples", "enough", "expected"),
+    [
+        ([1.0, 2.0], True, "pass"),
+        ([11.0, 12.0], True, "fail"),
+        ([1.0, 12.0], True, "inconclusive"),
+        ([1.0, 2.0], False, "inconclusive"),
+        ([11.0, 12.0], False, "inconclusive"),
+    ],
+)
+def test_what_never_settled_is_judged_by_every_single_run(samples: list[float], enough: bool, expected: str) -> None:
+    (verdict,) = judge(
+        TargetSection(name="a", latency_ms=10),
+        measurement=latency(samples, stable=False, enough=enough),
+        size_mib=1,
+        metric=None,
+        drop=None,
+        on_device=True,
+    )
+    assert verdict.verdict == expected
+    assert "never settled" in verdict.reason
 
 
 def test_a_target_without_limits_has_no_verdicts() -> None:

@@ -17,6 +17,9 @@ from cli.pipeline import Run
 from cli.recipe import load_recipe
 from cli.report.schema import load_report
 from distill.data.make_fashion_mnist_small import PACKAGED
+from export import Plan
+from profiles.device import Target
+from profiles.errors import EdgestillError
 
 RECIPE = """
 name = "small"
@@ -159,6 +162,25 @@ def test_another_limit_changes_the_verdict_and_trains_nothing(finished: Path, cl
     Run(load_recipe(str(write_recipe(clothes))), finished).report()
 
 
+def test_a_target_that_fails_does_not_take_the_others_with_it(
+    finished: Path, clothes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Run.plan
+
+    def broken_for_rtx(run: Run, target: Target) -> Plan:
+        if target.name == "rtx":
+            raise EdgestillError("the graph diverges", evidence="node Conv_3")
+        return plan(run, target)
+
+    monkeypatch.setattr(Run, "plan", broken_for_rtx)
+    report = Run(load_recipe(str(write_recipe(clothes))), finished).report()
+    rows = {row.name: row for row in report.targets}
+    assert rows["rtx"].verdict == "error"
+    assert "Conv_3" in (rows["rtx"].error or "")
+    assert rows["here"].verdict == "pass"
+    assert report.exit_status == 1
+
+
 def test_the_report_command_reads_what_the_run_wrote(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert edgestill("report", str(finished), "--json") == 0
     assert json.loads(capsys.readouterr().out)["name"] == "small"
@@ -177,6 +199,14 @@ def test_stages_by_themselves(finished: Path, capsys: pytest.CaptureFixture[str]
     assert json.loads(capsys.readouterr().out)["measurement"]["input_source"] == "golden sample"
 
 
+@pytest.mark.parametrize("option", ["--batch=8", "--latency-ms=0.0001", "--threads=2", "--sweep"])
+def test_bench_refuses_options_that_a_run_would_ignore(
+    finished: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert edgestill("-q", "bench", str(finished), option) == 2
+    assert option.split("=", maxsplit=1)[0] in capsys.readouterr().err
+
+
 def test_a_dry_run_estimates_and_writes_nothing(
     clothes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -191,6 +221,19 @@ def test_a_dry_run_estimates_and_writes_nothing(
         "student conv-w8-d1-k3",
     }
     assert not out.exists()
+
+
+def test_a_dry_run_on_a_finished_folder_tells_what_a_change_costs(
+    finished: Path, clothes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    recipe = str(write_recipe(clothes))
+    dry = ["-q", "run", recipe, "--out", str(finished), "--dry-run", "--json"]
+    assert edgestill(*dry) == 0
+    assert all(stage["finished"] for stage in json.loads(capsys.readouterr().out)["stages"])
+    assert edgestill(*dry, "--set", "data.train_size=300", "--set", "train.epochs=50") == 0
+    assert not any(stage["finished"] for stage in json.loads(capsys.readouterr().out)["stages"])
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
 
 
 def unwritable(folder: Path) -> Path:
