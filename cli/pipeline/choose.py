@@ -105,7 +105,7 @@ def _fastest_measured(
         else:
             slower = difference is not None and difference.low > 0
             rejected[option.name] = f"{share:.0%} slower than {best.name}" if slower else f"not faster than {best.name}"
-            why.append(f"{best.name}, not {option.name}: {rejected[option.name]}")
+            why.append(f"{best.name}, not {option.name}: {option.name} is {rejected[option.name]}")
     return Choice(best.name, rejected, tuple(why))
 
 

@@ -13,6 +13,7 @@ from cli.report.words import (
     LIMIT_TITLES,
     NOT_THE_DEVICE,
     VERDICT_WORDS,
+    bound_words,
     date,
     duration,
     engine_words,
@@ -159,13 +160,13 @@ def _targets(report: Report) -> str:
 
 
 def _footnotes(report: Report) -> str:
-    confidences = {row.latency.confidence for row in report.targets if row.latency is not None}
+    bound = bound_words(row.latency for row in report.targets if row.latency is not None)
     spreads = {row.metric.confidence for row in report.targets if row.metric is not None}
     timed = scopes(report)
     notes = [f"{what}: {', '.join(names)}" for what, names in timed.items()]
     if len(timed) == 1:
         notes = [f"{next(iter(timed))}, one query in flight"]
-    said = [f"bound: {plain_number(min(confidences) * 100)} % confidence"] if confidences else []
+    said = [bound] if bound else []
     said += [f"±: {plain_number(min(spreads) * 100)} %"] if spreads else []
     notes += ["; ".join(said)] if said else []
     notes += [f"distilling {entry.arch} bought {points(entry.difference, '−')}" for entry in report.bought]

@@ -7,7 +7,6 @@ by shape and word as well as by colour; without UTF-8 the marks, the plot and al
 from __future__ import annotations
 
 import io
-import math
 import os
 import re
 import shutil
@@ -28,6 +27,7 @@ from cli.report.words import (
     LIMIT_TITLES,
     NOT_THE_DEVICE,
     VERDICT_WORDS,
+    bound_words,
     counts_line,
     date,
     device_words,
@@ -305,9 +305,7 @@ def _footnotes(report: Report, style: Style) -> list[Text]:
     latencies = [row.latency for row in report.targets if row.latency is not None]
     notes: list[str] = []
     timed = scopes(report)
-    # rounded down: several looks split the error probability, which gives odd figures such as 0.99833
-    sure = math.floor(min((latency.confidence for latency in latencies), default=0.0) * 1000) / 10
-    bound = f"bound: {plain_number(sure)} % confidence" if latencies else ""
+    bound = bound_words(latencies)
     plus_minus = "+-" if style.ascii else "±"
     confidences = {row.metric.confidence for row in report.targets if row.metric is not None}
     spread = f"{plus_minus}: {plain_number(min(confidences) * 100)} %" if confidences else ""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shlex
+from collections.abc import Iterable
 from datetime import datetime
 
 from rich.cells import cell_len
@@ -112,6 +114,14 @@ def subject_line(report: Report) -> str:
 def scope_words(latency: LatencyValue) -> str:
     """What was timed: "end to end, batch 1"."""
     return f"{'end to end' if latency.scope == 'end_to_end' else 'compute only'}, batch {latency.batch}"
+
+
+def bound_words(latencies: Iterable[LatencyValue]) -> str:
+    """ "bound: 99.8 % confidence"; rounded down, as splitting the error over several looks gives odd figures."""
+    confidences = [latency.confidence for latency in latencies]
+    return (
+        f"bound: {plain_number(math.floor(round(min(confidences) * 1000, 6)) / 10)} % confidence" if confidences else ""
+    )
 
 
 def scopes(report: Report) -> dict[str, list[str]]:

@@ -36,7 +36,11 @@ class Plain(nn.Module):
     def __init__(self, width: int = 8, classes: int = 3) -> None:
         super().__init__()
         self.features = nn.Sequential(
-            nn.Conv2d(1, width, 3, stride=2, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
+            nn.Conv2d(1, width, 3, stride=2, padding=1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
         )
         self.classifier = nn.Linear(4 * width, classes)
 
@@ -73,9 +77,8 @@ def test_texts_with_several_partly_unknown_labels(tmp_path: Path) -> None:
     lines = ["text,good,long,funny"]
     for _ in range(240):
         present = generator.random(3) < 0.5
-        text = " ".join(
-            generator.choice((words[name] if here else "the a film it").split()) for name, here in zip(words, present)
-        )
+        spoken = [words[name] if here else "the a film it" for name, here in zip(words, present, strict=True)]
+        text = " ".join(generator.choice(choices.split()) for choices in spoken)
         labels = ["" if generator.random() < 0.1 else str(int(here)) for here in present]
         lines.append(f"{text},{','.join(labels)}")
     (tmp_path / "films.csv").write_text("\n".join(lines) + "\n")
