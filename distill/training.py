@@ -41,13 +41,17 @@ from profiles.section import Section
 _WINDOW = 50
 """Steps between two looks at the losses; the only moments inside an epoch at which the host waits for the device."""
 _CHECKPOINT = "checkpoint.pt"
+_TENSORBOARD = "tensorboard"
+_FORM = 1
+"""Raise when the way a student is trained changes, so that older artefacts are made anew."""
 
 
 class TrainResult(Section):
     """What came out of one training.
 
     metric: primary metric of the task on the validation split, of the kept epoch. seconds: all epochs with their
-    validation. samples_per_second: training steps only. history: one record per epoch, as in metrics.jsonl.
+    validation, and before them the fit of what objectives fit first (EC's transform). samples_per_second: training
+    steps only. history: one record per epoch, as in metrics.jsonl.
     """
 
     arch: str
@@ -120,9 +124,11 @@ def train(
     with _stop_requests() as stop, progress.task(title, remaining) as task:
         while run.epoch < section.epochs:
             run.train_epoch(task, stop)
-            if run.epoch % section.checkpoint_every == 0 or stop.requested or run.epoch == section.epochs:
+            # agreed on first: a signal may reach one process only, and all of them must save or none
+            asked = processes.any(stop.requested)
+            if run.epoch % section.checkpoint_every == 0 or asked or run.epoch == section.epochs:
                 run.save()
-            if run.epoch < section.epochs and processes.any(stop.requested):
+            if run.epoch < section.epochs and asked:
                 raise _interrupted(folder, run)
     if teacher_fingerprint is not None and teacher_fingerprint() != before:
         raise EdgestillError("the frozen teacher changed during training", where=str(folder))
@@ -206,7 +212,7 @@ class Run:
         self.student_parameters = [p for p in student.parameters() if p.requires_grad]
         self.average = _Average(student, section.ema) if section.ema is not None else None
         self.bf16 = _bf16(section, self.device)
-        self.writer = _tensorboard(self.partial) if section.tensorboard and processes.is_main else None
+        self.writer: Any = None
 
         self.epoch = 0
         self.step_in_epoch = 0
@@ -405,8 +411,12 @@ class Run:
         if state is not None and state["key"] != self.key:
             progress.note(f"{self.partial} holds a training with other settings; starting anew")
             state = None
+        if self.processes.is_main:
+            self._open_events(state)
         if state is None:
+            started = time.perf_counter()
             self.objective.prepare(self.data.fit_data(self.device))
+            self.seconds = time.perf_counter() - started
         else:
             self.student.load_state_dict(state["student"])
             self.objective.load_state_dict(state["objective"])
@@ -423,6 +433,16 @@ class Run:
             self.processes.synchronise(self.objective)
         compiled: nn.Module = torch.compile(self.student) if self.section.compile else self.student  # type: ignore[assignment]
         self.forward = self.processes.wrap(compiled)
+
+    def _open_events(self, state: dict[str, Any] | None) -> None:
+        """The TensorBoard writer, if the recipe wants one; events of a discarded training are removed."""
+        folder = self.partial / _TENSORBOARD
+        if state is None and folder.exists():
+            with explain_os_errors(folder):
+                shutil.rmtree(folder)
+        if self.section.tensorboard:
+            # epochs after the checkpoint are trained again; their older events no longer count
+            self.writer = _tensorboard(folder, None if state is None else state["epoch"] + 1)
 
     def save(self) -> None:
         """Writes checkpoint and metrics; the main process does it for all."""
@@ -455,6 +475,7 @@ class Run:
 
     def finish(self) -> TrainResult:
         """Loads the best weights and writes the artefact; the working folder goes."""
+        self.processes.unwrap()
         self.student.load_state_dict(self.best["student"])
         self.objective.load_state_dict(self.best["objective"])
         self.student.to("cpu").to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
@@ -486,7 +507,7 @@ class Run:
                 (folder / "train.json").write_text(self.section.model_dump_json(indent=2) + "\n", encoding="utf-8")
                 if self.writer is not None:
                     self.writer.close()
-                    shutil.copytree(self.partial / "tensorboard", folder / "tensorboard")
+                    shutil.copytree(self.partial / _TENSORBOARD, folder / _TENSORBOARD)
             shutil.rmtree(self.partial, ignore_errors=True)
         self.processes.barrier()
         return result
@@ -625,7 +646,7 @@ def _copy(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 
-def _tensorboard(partial: Path) -> Any:
+def _tensorboard(folder: Path, purge_step: int | None) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -635,7 +656,7 @@ def _tensorboard(partial: Path) -> Any:
             evidence=str(error),
             fix="pip install 'edgestill[tensorboard]', or tensorboard = false; metrics.jsonl is always written",
         ) from error
-    return SummaryWriter(str(partial / "tensorboard"))
+    return SummaryWriter(str(folder), purge_step=purge_step)
 
 
 def _check(section: TrainSection, objective: Composition, dataset: Dataset) -> None:
@@ -644,12 +665,9 @@ def _check(section: TrainSection, objective: Composition, dataset: Dataset) -> N
     Raises:
         InputError: mixup or class weights that do not fit objective or data, or empty splits.
     """
-    if section.mixup:
-        objective.check_mixup()
-        if dataset.input.kind != "image":
-            raise InputError(
-                "mixup needs images", where="train.mixup", evidence="the inputs are tokens", fix="mixup = 0"
-            )
+    objective.check_mixup(section.mixup)
+    if section.mixup and dataset.input.kind != "image":
+        raise InputError("mixup needs images", where="train.mixup", evidence="the inputs are tokens", fix="mixup = 0")
     if isinstance(section.class_weights, tuple) and len(section.class_weights) != len(dataset.classes):
         raise InputError(
             f"{len(section.class_weights)} class weights for {len(dataset.classes)} classes",
@@ -674,6 +692,7 @@ def _key(
     """Hash of everything that decides the weights."""
     return content_key(
         "student",
+        _FORM,
         student.arch,
         {name: value.detach().cpu().numpy() for name, value in student.state_dict().items()},
         {name: value.detach().cpu().numpy() for name, value in objective.state_dict().items()},

@@ -13,7 +13,7 @@ from distill.objectives.cosine_difference import CosineDifference
 from distill.objectives.distance_correlation import DistanceCorrelation
 from distill.objectives.embedding_compression import EmbeddingCompression
 from distill.objectives.kd import KD
-from distill.objectives.section import AnyObjective, Need, check_needs, resolve_hard_weight
+from distill.objectives.section import AnyObjective, Need, check_mixup, check_needs, resolve_hard_weight
 from distill.objectives.supervised import Supervised
 from distill.outputs import Batch, StudentOutput, TeacherOutput
 from profiles.errors import InputError
@@ -73,20 +73,9 @@ class Composition(nn.Module):
             for name, value in self._at(position).logs().items()
         }
 
-    def check_mixup(self) -> None:
-        """Refuses mixup where mixing cached outputs is not sound.
-
-        Raises:
-            InputError: an objective matches embeddings; the embedding of a mixed image is not the mixed embedding.
-        """
-        for section in self.sections:
-            if not section.mixup:
-                raise InputError(
-                    f'mixup cannot be used with objective "{section.kind}"',
-                    where="train.mixup",
-                    evidence="the teacher's embedding of a mixed image is not the mixture of the cached embeddings",
-                    fix="mixup = 0",
-                )
+    def check_mixup(self, mixup: float) -> None:
+        """As `distill.objectives.section.check_mixup`, for these objectives."""
+        check_mixup(self.sections, mixup)
 
     def _at(self, position: int) -> Objective:
         return cast(Objective, self.objectives[position])

@@ -210,6 +210,26 @@ def check_needs(sections: tuple[AnyObjective, ...], available: frozenset[Need]) 
         )
 
 
+def check_mixup(sections: tuple[AnyObjective, ...], mixup: float) -> None:
+    """Refuses mixup where mixing cached outputs is not sound, before anything is trained.
+
+    Args:
+        sections: the recipe's objectives.
+        mixup: `train.mixup`; 0 is off, and fits everything.
+
+    Raises:
+        InputError: an objective matches embeddings; the embedding of a mixed image is not the mixed embedding.
+    """
+    for section in sections:
+        if mixup and not section.mixup:
+            raise InputError(
+                f'mixup cannot be used with objective "{section.kind}"',
+                where="train.mixup",
+                evidence="the teacher's embedding of a mixed image is not the mixture of the cached embeddings",
+                fix="mixup = 0",
+            )
+
+
 def _plural(need: str) -> str:
     return {"embedding": "embeddings"}.get(need, need)
 

@@ -19,6 +19,7 @@ from distill.objectives.section import (
     KDSection,
     ObjectiveSections,
     SupervisedSection,
+    check_mixup,
     check_needs,
     describe_objectives,
     resolve_hard_weight,
@@ -162,9 +163,16 @@ def test_two_objectives_that_change_the_head_are_refused(monkeypatch) -> None:
 @pytest.mark.parametrize("kind", ["ec", "distance_correlation", "cosine_difference"])
 def test_mixup_is_refused_where_mixed_embeddings_would_be_wrong(kind: str) -> None:
     with pytest.raises(InputError) as error:
-        build_objective(READ(kind), DATA, cache(), student_dim=6).check_mixup()
+        build_objective(READ(kind), DATA, cache(), student_dim=6).check_mixup(0.2)
     assert error.value.where == "train.mixup"
-    build_objective(READ("kd"), DATA, cache(), student_dim=6).check_mixup()
+    build_objective(READ("kd"), DATA, cache(), student_dim=6).check_mixup(0.2)
+
+
+def test_mixup_is_checked_before_there_is_a_teacher() -> None:
+    with pytest.raises(InputError, match='objective "embedding_compression"'):
+        check_mixup((*READ("kd"), *READ("ec")), 0.2)
+    check_mixup(READ("ec"), 0.0)
+    check_mixup(READ("kd"), 0.2)
 
 
 def test_every_objective_is_described_by_its_own_fields() -> None:

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import signal
+import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill import training
 from distill.data.section import AugmentSection
+from distill.objectives.embedding_compression import EmbeddingCompression
 from distill.train_section import TrainSection
 from distill.training import evaluate_logits, learning_rate, read_result
 from profiles.artifact import verify
@@ -301,6 +303,50 @@ def test_tensorboard_writes_events_that_can_be_read(tmp_path: Path) -> None:
     assert [event.value for event in events.Scalars("loss/kd")] == pytest.approx(
         [record["loss/kd"] for record in result.history]
     )
+
+
+def test_events_of_a_discarded_training_are_not_in_the_new_artefact(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with pytest.raises(Interrupted):
+        Case("kd", seed=1).with_(tensorboard=True, epochs=5).run(tmp_path / "student", progress=StopAfter(20))
+    assert list((tmp_path / "student.partial/tensorboard").iterdir())
+    result, _, _ = Case("kd").with_(tensorboard=True).run(tmp_path / "student")
+    assert len(list((tmp_path / "student/tensorboard").iterdir())) == 1
+    events = accumulator.EventAccumulator(str(tmp_path / "student/tensorboard"))
+    events.Reload()
+    assert [event.value for event in events.Scalars("loss/kd")] == pytest.approx(
+        [record["loss/kd"] for record in result.history]
+    )
+
+
+def test_events_of_a_resumed_training_are_one_curve(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    case = Case("kd").with_(tensorboard=True, epochs=3)
+    with pytest.raises(Interrupted):
+        case.run(tmp_path / "student", progress=StopAfter(8))
+    result, _, _ = case.run(tmp_path / "student")
+    events = accumulator.EventAccumulator(str(tmp_path / "student/tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss/kd")] == [1, 2, 3]
+    assert [event.value for event in events.Scalars("loss/kd")] == pytest.approx(
+        [record["loss/kd"] for record in result.history]
+    )
+
+
+def test_the_time_of_fitting_an_objective_is_part_of_the_training_time(tmp_path: Path, monkeypatch) -> None:
+    fit = EmbeddingCompression._fit
+
+    def slow(self: Any, *arguments: Any) -> None:
+        time.sleep(0.7)
+        fit(self, *arguments)
+
+    case = Case("ec")
+    quick = case.run(tmp_path / "quick")[0].seconds
+    monkeypatch.setattr(EmbeddingCompression, "_fit", slow)
+    # stopped and resumed: fitted once, counted once
+    with pytest.raises(Interrupted):
+        case.run(tmp_path / "slow", progress=StopAfter(3))
+    assert 0.7 < case.run(tmp_path / "slow")[0].seconds < 1.4 + quick
 
 
 def test_a_batch_larger_than_the_data_is_the_whole_data(tmp_path: Path) -> None:

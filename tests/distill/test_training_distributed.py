@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from distill.training import read_result
-from tests.distill.distributed_training import CASES
+from tests.distill.distributed_training import CASES, layers
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,8 +24,8 @@ def torchrun(case: str, folder: Path, *arguments: str) -> subprocess.CompletedPr
 
 @pytest.mark.slow
 def test_two_ranks_get_the_loss_curve_of_one_process(tmp_path: Path) -> None:
-    """The same global batch, objective parameters and batch-coupled distances included; students without BatchNorm."""
-    cases = ["kd", "ec", "mix"]
+    """The same global batch: objective parameters, batch-coupled distances and BatchNorm's statistics included."""
+    cases = ["kd", "ec", "mix", "conv", "inverted"]
     done = torchrun(",".join(cases), tmp_path / "together")
     assert done.returncode == 0, done.stderr
     for case in cases:
@@ -38,13 +38,16 @@ def test_two_ranks_get_the_loss_curve_of_one_process(tmp_path: Path) -> None:
                 assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), (case, name)
         ranks = [json.loads((tmp_path / f"together/{case}-rank{rank}.json").read_text()) for rank in range(2)]
         assert ranks[0] == ranks[1]
+        assert ranks[0]["layers"] == layers(net)  # nothing of the synchronised layers is left in the student
+        assert ranks[0]["timeout_hours"] == 6  # the main process may build a cache for long while the others wait
         state = {**net.state_dict(), **{f"objective.{name}": value for name, value in objective.state_dict().items()}}
         for name, value in state.items():
-            assert ranks[0][name] == pytest.approx(value.flatten().tolist(), rel=1e-3, abs=1e-4), (case, name)
+            assert ranks[0]["state"][name] == pytest.approx(value.flatten().tolist(), rel=1e-3, abs=1e-4), (case, name)
 
 
 @pytest.mark.slow
-def test_interrupted_ranks_agree_on_a_checkpoint_and_go_on(tmp_path: Path) -> None:
+def test_ranks_of_which_one_is_interrupted_agree_on_a_checkpoint_and_go_on(tmp_path: Path) -> None:
+    """The signal comes in an epoch that ends without a checkpoint of its own."""
     alone, _, _ = CASES["ec"].run(tmp_path / "alone")
     stopped = torchrun("ec", tmp_path / "together", "3")
     assert stopped.returncode != 0

@@ -18,7 +18,8 @@ from distill.data.dataset import Dataset, InputSpec, Split, Task
 from distill.data.section import AugmentSection
 from distill.objectives.compose import Composition, build_objective
 from distill.objectives.section import ObjectiveSections
-from distill.students import Student
+from distill.students import Student, build_student
+from distill.students.section import StudentSection
 from distill.train_section import TrainSection
 from distill.training import TrainResult, train
 from profiles.progress import Silent
@@ -119,6 +120,8 @@ class Case:
     seed: int = 0
     norm: bool = True
     views: int = 2
+    arch: str | None = None
+    """A student of the shipped families instead of the toy."""
 
     def with_(self, **train_keys: Any) -> Case:
         """The same with other keys of `[train]`."""
@@ -126,11 +129,19 @@ class Case:
 
     def build(self) -> tuple[Student, Composition, Cache]:
         """Fresh student and objective, and the teacher's outputs."""
-        net = student(self.seed, self.norm, self.data.input.kind == "tokens")
+        if self.arch is None:
+            net = student(self.seed, self.norm, self.data.input.kind == "tokens")
+        else:
+            net = build_student(StudentSection(arch=self.arch), self.data.input, 4, seed=self.seed, base=Path())
         teacher = cache(self.data, self.views)
         sections = TypeAdapter(ObjectiveSections).validate_python(self.objective)
         objective = build_objective(
-            sections, self.data, teacher, student_dim=12, hard_weight=self.section.hard_weight, seed=self.seed
+            sections,
+            self.data,
+            teacher,
+            student_dim=net.embedding_dim,
+            hard_weight=self.section.hard_weight,
+            seed=self.seed,
         )
         return net, objective, teacher
 
