@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from export.availability import available, refusal_of
     from export.bundle import write_bundle
     from export.candidate import Candidate, Engine, Plan, Rung
     from export.own import export_model, parse_example
@@ -15,13 +16,26 @@ _HOMES = {
     "Engine": "candidate",
     "Plan": "candidate",
     "Rung": "candidate",
+    "available": "availability",
     "export_model": "own",
     "parse_example": "own",
     "plan": "planning",
+    "refusal_of": "availability",
     "write_bundle": "bundle",
 }
 
-__all__ = ["Candidate", "Engine", "Plan", "Rung", "export_model", "parse_example", "plan", "write_bundle"]
+__all__ = [
+    "Candidate",
+    "Engine",
+    "Plan",
+    "Rung",
+    "available",
+    "export_model",
+    "parse_example",
+    "plan",
+    "refusal_of",
+    "write_bundle",
+]
 
 
 def __getattr__(name: str) -> Any:

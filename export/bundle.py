@@ -13,8 +13,8 @@ import onnx
 from numpy.typing import NDArray
 
 from export import parity
-from export.candidate import Candidate, Engine, Plan
-from export.planning import ENGINE, GRAPH, STATIC_ENGINE
+from export.candidate import GRAPH, Candidate, Engine, Plan
+from export.planning import ENGINE, STATIC_ENGINE
 from profiles.artifact import content_key, create, current, write_text
 from profiles.device import Device, Stack
 from profiles.errors import InputError
@@ -24,6 +24,8 @@ KIND = "bundle"
 BUNDLE_VERSION = 1
 GOLDEN_TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "int8": 1e-1}
 """Share of the largest golden logit. Another processor sums in another order and, in INT8, rounds at other places."""
+IN_GRAPH = {"image": "cast to float and normalisation", "tokens": "nothing but the embedding lookup"}
+"""What the student's first layer does to the prepared sample, by the kind of the data."""
 
 
 def write_bundle(
@@ -49,7 +51,8 @@ def write_bundle(
         name: of the target.
         golden: one or a few real held-out samples (N, ...), or such an array per input name.
         exclusive: classes exclude each other: `infer.py` prints a softmax, else sigmoids.
-        preprocessing: what was done to the raw data before the graph; "resize" is the rule of image data.
+        preprocessing: what was done to the raw data before the graph. Its "kind" ("image" or "tokens") says what
+            `infer.py` reads besides arrays; None: arrays only.
         metric: of this candidate on the test split.
         tokenizer: the JSON file of token data.
         licence: notes on the data's and the teacher's licences.
@@ -100,7 +103,7 @@ def write_bundle(
         if tokenizer is not None:
             shutil.copyfile(tokenizer, temporary / "tokenizer.json")
         write_text(temporary / "infer.py", template)
-        write_text(temporary / "README.txt", _readme(name, device, stack, candidate, engines))
+        write_text(temporary / "README.txt", _readme(name, device, stack, candidate, engines, info["preprocessing"]))
     return folder
 
 
@@ -150,7 +153,7 @@ def _info(
         "stack": json.loads(stack.model_dump_json(exclude={"evidence"})),
         "exclusive": exclusive,
         "classes": len(labels),
-        "preprocessing": {**dict(preprocessing or {}), "in_graph": "cast to float and normalisation"},
+        "preprocessing": _preprocessing(preprocessing),
         "calibration_sha256": plan.calibration_sha256 if candidate.precision == "int8" else None,
         "metric": json.loads(metric.model_dump_json()) if metric is not None else None,
         "validation": json.loads(candidate.validation.model_dump_json()) if candidate.validation is not None else None,
@@ -159,6 +162,12 @@ def _info(
         "licence": licence,
         "facts": dict(facts or {}),
     }
+
+
+def _preprocessing(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What was given, and what the graph does by itself where that is known."""
+    known = dict(given or {})
+    return {**known, "in_graph": IN_GRAPH[known["kind"]]} if known.get("kind") in IN_GRAPH else known
 
 
 def _value(entry: onnx.ValueInfoProto) -> dict[str, Any]:
@@ -170,12 +179,24 @@ def _value(entry: onnx.ValueInfoProto) -> dict[str, Any]:
     }
 
 
-def _readme(name: str, device: Device, stack: Stack, candidate: Candidate, engines: Sequence[Engine]) -> str:
+def _readme(
+    name: str,
+    device: Device,
+    stack: Stack,
+    candidate: Candidate,
+    engines: Sequence[Engine],
+    preprocessing: Mapping[str, Any],
+) -> str:
+    raw = {
+        "image": ["python infer.py photo.jpg       the same for an image; needs Pillow"],
+        "tokens": ["python infer.py texts.txt       the same for texts, one per line; needs tokenizers"],
+    }
     lines = [
         f"{name}: {candidate.name} for {device.title}, {stack.name} ({stack.runtime} {stack.runtime_version})",
         "",
         "python infer.py --selftest      checks this folder on the device: PASS or FAIL",
         "python infer.py samples.npy     prints the classes of your own samples",
+        *raw.get(preprocessing.get("kind", ""), []),
         "",
         "It needs NumPy and "
         + ("onnxruntime." if stack.runtime == "onnxruntime" else "TensorRT, or onnxruntime for a check."),

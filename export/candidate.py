@@ -11,6 +11,9 @@ from profiles.device import Precision
 from profiles.metrics import Difference, Metric
 from profiles.section import Section
 
+GRAPH = "model.onnx"
+"""The graph's file in every artefact and bundle."""
+
 
 class Rung(Section):
     """One step of the parity ladder: a graph against the PyTorch model in FP32, on real held-out samples."""
@@ -112,7 +115,13 @@ class Plan(Section):
     candidates: tuple[Candidate, ...]
     seconds: float
     reused: tuple[str, ...] = ()
-    """Candidates whose files and figures were there already."""
+    """Candidates whose files, engines and figures were there already."""
+
+    @property
+    def all_reused(self) -> bool:
+        """Every candidate that has a file was there already; False when none has a file."""
+        made = [candidate.name for candidate in self.candidates if candidate.file is not None]
+        return bool(made) and set(made) <= set(self.reused)
 
     @property
     def usable(self) -> tuple[Candidate, ...]:

@@ -4,6 +4,7 @@
 python infer.py --selftest            runs the golden sample and compares with what was computed at export
 python infer.py samples.npy           one sample or a batch, as the manifest says: dtype and shape of the input
 python infer.py photo.jpg             images only; needs Pillow
+python infer.py texts.txt             texts only, one per line; needs tokenizers
 python infer.py --engine model.engine samples.npy
 """
 # ruff: noqa: T201, UP031, RUF005, PTH100, PTH110, PTH118, PTH119, PTH120, PTH123
@@ -15,6 +16,7 @@ import ctypes.util
 import json
 import os
 import sys
+import zipfile
 
 import numpy as np
 
@@ -153,26 +155,67 @@ def load_cuda():
 
 
 def read_samples(path, info):
-    """{input name: array with a batch} from .npy, .npz or an image."""
+    """{input name: array with a batch} from .npy, .npz, an image or a text file, as the data's kind is."""
     specs = info["inputs"]
-    if path.endswith(".npz"):
-        with np.load(path) as stored:
-            found = {name: stored[name] for name in stored.files}
-    elif path.endswith(".npy"):
-        found = {specs[0]["name"]: np.load(path)}
-    else:
-        found = {specs[0]["name"]: read_image(path, specs[0]["shape"][1:], info["preprocessing"])}
+    first, preprocessing = specs[0]["name"], info["preprocessing"]
+    kind = preprocessing.get("kind")
+    try:
+        if path.endswith(".npz"):
+            with np.load(path) as stored:
+                found = {name: stored[name] for name in stored.files}
+        elif path.endswith(".npy"):
+            found = {first: np.load(path)}
+        elif kind == "image":
+            found = {first: read_image(path, specs[0]["shape"][1:], preprocessing)}
+        elif kind == "tokens" and path.endswith(".txt"):
+            found = {first: read_texts(path, specs[0]["shape"][1], preprocessing)}
+        else:
+            more = ", or texts as .txt, one per line" if kind == "tokens" else ""
+            sys.exit("%s cannot be read: this model takes arrays as .npy or .npz%s" % (path, more))
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        sys.exit("%s cannot be read: %s" % (path, error))
     inputs = {}
     for spec in specs:
         if spec["name"] not in found:
             sys.exit("%s lacks the input %s" % (path, spec["name"]))
         array = found[spec["name"]]
+        if array.dtype.kind not in "biuf":
+            sys.exit("%s holds %s, the model takes %s" % (path, array.dtype, spec["dtype"]))
         if array.ndim == len(spec["shape"]) - 1:
             array = array[None]
         if list(array.shape[1:]) != spec["shape"][1:]:
             sys.exit("%s has shape %s, the model takes %s" % (path, list(array.shape), spec["shape"]))
+        if kind == "tokens" and array.size and not 0 <= array.min() <= array.max() < preprocessing["vocabulary"]:
+            sys.exit("%s has token ids outside 0 to %d" % (path, preprocessing["vocabulary"] - 1))
         inputs[spec["name"]] = np.ascontiguousarray(array.astype(spec["dtype"]))
     return inputs
+
+
+def read_texts(path, length, preprocessing):
+    """int64 (texts, length): one text per line, its first tokens, padded, as the training data was."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        sys.exit("texts need tokenizers (pip install tokenizers); token ids as .npy do not")
+    with open(path, encoding="utf-8-sig") as file:
+        texts = [line.rstrip("\n") for line in file]
+    if not texts:
+        sys.exit("%s holds no text" % path)
+    stored = os.path.join(HERE, "tokenizer.json")
+    if not os.path.exists(stored):
+        sys.exit("tokenizer.json is missing here; give token ids as .npy")
+    tokenizer = Tokenizer.from_file(stored)
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(length)
+    padding = preprocessing["pad_id"]
+    unknown = [tokenizer.token_to_id(name) for name in ("[UNK]", "<unk>")]
+    # a text without any token is one unknown token, as in training
+    empty = [([entry for entry in unknown if entry is not None] + [padding])[0]]
+    tokens = np.full((len(texts), length), padding, np.int64)
+    for row, encoding in enumerate(tokenizer.encode_batch(texts)):
+        ids = encoding.ids or empty
+        tokens[row, : len(ids)] = ids
+    return tokens
 
 
 def read_image(path, shape, preprocessing):
@@ -233,7 +276,7 @@ def print_classes(logits, info, count):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", nargs="?", help=".npy, .npz or an image")
+    parser.add_argument("input", nargs="?", help=".npy, .npz, an image, or a .txt of one text per line")
     parser.add_argument("--selftest", action="store_true", help="check the golden sample; exit status 0 or 1")
     parser.add_argument("--engine", help="a TensorRT engine in place of the ONNX graph")
     parser.add_argument("--runtime", choices=["auto", "onnxruntime", "tensorrt"], default="auto")

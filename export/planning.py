@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from export import parity, tensorrt
-from export.candidate import Candidate, Engine, Plan, Rung
+from export.availability import EXPORTED, available, refusal_of
+from export.candidate import GRAPH, Candidate, Engine, Plan, Rung
 from export.onnx import DEFAULT_IR, choose_opset, export_graph, graph_opset, own_version, save
 from export.parity import DifferenceOf, Limits, Samples, spread, take
 from export.precision import computed_in_int8, quantization_for, quantize, to_fp16
@@ -30,7 +31,6 @@ from profiles.errors import EdgestillError, InputError
 from profiles.metrics import Metric
 from profiles.progress import Progress, Silent
 
-GRAPH = "model.onnx"
 ENGINE = "model.engine"
 STATIC_ENGINE = "model-batch1.engine"
 _SCORED = "scored.onnx"
@@ -66,7 +66,8 @@ def plan(
         model: in eval mode, on the CPU; forward(x, ...) returns logits (N, C).
         held_out: real validation samples (N, ...), uint8 images or int64 tokens, or one such array per input name.
         calibration: real training samples of the same form for the INT8 ranges; None: INT8 is refused.
-        folder: artefacts of this student and dialect, one subfolder each, shared by the targets that want the same.
+        folder: artefacts of this student, one subfolder for each form that differs from target to target, so that
+            targets which want the same share it and others do not overwrite it.
         model_key: hash of the weights and of the validation data that `score` uses.
         batch: of the target.
         precisions: "auto" for all that device and stack support, or those asked for; FP32 is always made.
@@ -115,7 +116,7 @@ def plan(
     candidates = []
     with progress.task("export", total=len(steps), unit="graphs") as task:
         for name, precision, build in steps:
-            reason = work.refuse_early(precision)
+            reason = refusal_of(precision, device, stack, calib is not None)
             try:
                 candidate = Candidate(name=name, precision=precision, refused=reason) if reason else build()
             except EdgestillError as error:
@@ -144,16 +145,14 @@ def plan(
 
 
 def _wanted(precisions: Sequence[str], device: Device, stack: Stack) -> set[str]:
-    exported = ("fp32", "fp16", "int8")
     if "auto" in precisions:
-        return set(exported)
+        return set(EXPORTED)
     for precision in precisions:
-        if precision not in exported:
+        if precision not in EXPORTED:
             raise InputError(
-                f"there is no export for {precision.upper()}",
+                str(refusal_of(precision, device, stack)),
                 where="target.precision",
-                evidence=device.why_not(precision) if precision in ("tf32", "bf16", "fp8", "fp4") else None,  # type: ignore[arg-type]
-                fix="precision = " + ", ".join(f'"{name}"' for name in ("auto", *exported)),
+                fix="precision = " + ", ".join(f'"{name}"' for name in ("auto", *available(device, stack))),
             )
     return set(precisions)
 
@@ -207,25 +206,6 @@ class _Work:
     def batches(self) -> tuple[int, ...]:
         return tuple(sorted({1, 2, self.batch}))
 
-    def refuse_early(self, precision: Precision) -> str | None:
-        """What is known before anything is built."""
-        if precision == "fp32":
-            return None
-        if reason := self.device.why_not(precision):
-            return f"{self.device.title} cannot compute in {precision.upper()}: {reason}"
-        if self.stack.dialect == "weak-tensorrt":
-            return (
-                f"TensorRT {self.stack.runtime_version} knows weak typing only, so its builder "
-                f"chooses {precision.upper()} by a flag and not by the graph; on the device: "
-                f"trtexec --onnx={GRAPH} --{precision}"
-                + (" --calib=<cache> (its own calibration)" if precision == "int8" else "")
-            )
-        if precision == "fp16" and self.stack.runtime == "onnxruntime" and self.device.kind == "cpu":
-            return "ONNX Runtime computes FP16 graphs in FP32 on a CPU"
-        if precision == "int8" and self.calibration is None:
-            return "INT8 needs real samples to measure its ranges on, and none were given"
-        return None
-
     def fp32(self) -> Candidate:
         def make(folder: Path) -> Candidate:
             graph = folder / GRAPH
@@ -275,12 +255,10 @@ class _Work:
 
     def int8(self, name: str, *, half: bool) -> Candidate:
         form = quantization_for(self.device, self.stack)
-        # another processor's integer kernels differ from this one's (S8S8 saturates on x86 without VNNI)
-        native = self.stack.runtime == "onnxruntime" and self.device.name == THIS_MACHINE
 
         def make(folder: Path) -> Candidate:
             graph = folder / GRAPH
-            assert self.calibration_samples is not None  # refuse_early saw to it
+            assert self.calibration_samples is not None  # refusal_of saw to it
             made = folder / "quantized.onnx" if half else graph
             quantize(
                 self.base / GRAPH,
@@ -293,7 +271,7 @@ class _Work:
             if half:
                 to_fp16(made, graph)
                 made.unlink()
-            scored = None if native else folder / _SCORED
+            scored = None if self.native else folder / _SCORED
             if scored is not None:
                 parity.emulate(graph, scored)
                 if half:
@@ -303,7 +281,7 @@ class _Work:
             rung = self.judge(rung, checked, _INT8_DIVERGENCE)
             return self.describe(name, "int8", graph, (rung,), scored=scored, form=str(form))
 
-        return self.artefact(name, "int8", make, repr(form), native)
+        return self.artefact(name, "int8", make)
 
     @property
     def float_inputs(self) -> bool:
@@ -312,9 +290,15 @@ class _Work:
         return images and self.stack.dialect == "weak-tensorrt" and version_of(self.stack) < (8, 5)
 
     @property
+    def native(self) -> bool:
+        """This machine's integer kernels are the target's: other processors' differ (S8S8 saturates on x86 without
+        VNNI)."""
+        return self.stack.runtime == "onnxruntime" and self.device.name == THIS_MACHINE
+
+    @property
     def base(self) -> Path:
         """Folder of the FP32 graph."""
-        return self.place("fp32")
+        return self.place("fp32", "fp32")
 
     @property
     def first_samples(self) -> dict[str, NDArray[Any]]:
@@ -393,7 +377,7 @@ class _Work:
         if candidate.file is None:
             return candidate
         model = onnx.load(str(candidate.file), load_external_data=False)
-        findings = preflight(model, self.device, self.stack)
+        findings = preflight(model, self.device, self.stack, batch=self.batch)
         reasons = [candidate.refused, refusal(findings)]
         notes = [f"{found.message}: {found.fact}" for found in findings if found.level == "note"]
         checked = candidate.model_copy(
@@ -418,11 +402,19 @@ class _Work:
             integer, total = computed_in_int8(parity.optimised_graph(graph, Path(folder) / "optimised.onnx"))
         return f"int8: {integer} of {total} Conv, Gemm and MatMul nodes in ONNX Runtime's optimised graph"
 
-    def place(self, name: str) -> Path:
-        larger = f"-b{self.batch}" if self.batch > 2 else ""
-        return self.folder / f"{name}-opset{self.opset}{larger}"
+    def form(self, precision: Precision) -> tuple[Any, ...]:
+        """What of a graph differs between devices and stacks of one dialect, besides its opset and batch."""
+        ir = min(self.stack.max_ir, DEFAULT_IR)
+        if precision == "int8":
+            return (ir, repr(quantization_for(self.device, self.stack)), self.native)
+        return (ir, self.float_inputs if precision == "fp32" else None)
 
-    def artefact(self, name: str, precision: Precision, make: Callable[[Path], Candidate], *extra: Any) -> Candidate:
+    def place(self, name: str, precision: Precision) -> Path:
+        """The candidate's folder. Its form is part of the name: two devices' graphs lie side by side."""
+        larger = f"-b{self.batch}" if self.batch > 2 else ""
+        return self.folder / f"{name}-opset{self.opset}{larger}-{content_key(*self.form(precision))[:8]}"
+
+    def artefact(self, name: str, precision: Precision, make: Callable[[Path], Candidate]) -> Candidate:
         """The candidate from its folder when that was made from the same, else made now."""
         key = content_key(
             _FORMS,
@@ -430,8 +422,7 @@ class _Work:
             self.model_key,
             self.section.model_copy(update={"engines": True}),
             self.opset,
-            min(self.stack.max_ir, DEFAULT_IR),
-            self.float_inputs if precision == "fp32" else None,
+            list(self.form(precision)),
             {key: array_hash(array) for key, array in self.samples.items()},
             self.calibration_hash if precision == "int8" else None,
             self.metadata,
@@ -439,9 +430,8 @@ class _Work:
             self.score is not None,
             self.difference is not None,
             tool_versions(),
-            *extra,
         )
-        folder = self.place(name)
+        folder = self.place(name, precision)
         manifest = current(folder, "graph", key)
         if manifest is not None:
             candidate = Candidate.model_validate(manifest.info["candidate"])
@@ -487,12 +477,15 @@ class _Work:
         capability = self.device.compute_capability
         if capability is None or candidate.file is None:
             raise EdgestillError("an engine needs a GPU", evidence=f"{self.device.title} has no compute capability")
-        folder = self.folder / f"{candidate.name}-opset{self.opset}-sm{capability.replace('.', '')}-b{self.batch}"
+        place = self.place(candidate.name, candidate.precision).name
+        folder = self.folder / f"{place}-sm{capability.replace('.', '')}-b{self.batch}"
         key = content_key(_FORMS, candidate.sha256, str(adapter), capability, self.batch)
         manifest = current(folder, "engine", key)
         if manifest is not None:
             found = [Engine.model_validate(entry) for entry in manifest.info["engines"]]
             return [engine.model_copy(update={"file": folder / engine.file}) for engine in found]
+        if candidate.name in self.reused:
+            self.reused.remove(candidate.name)
         said = tensorrt.graph_precision(onnx.load(str(candidate.file), load_external_data=False))
         shapes = {ENGINE: (1, self.batch, self.batch)} | ({STATIC_ENGINE: (1, 1, 1)} if self.batch > 1 else {})
         info: dict[str, Any] = {"device": self.device.name, "stack": self.stack.name}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +30,9 @@ _TENSORRT_8 = frozenset(
     Tan Tanh ThresholdedRelu Tile TopK Transpose Unsqueeze Upsample Where Xor
     """.split()  # noqa: SIM905
 )
+
+
+_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 class Finding(Section):
@@ -66,8 +70,12 @@ def graph_precisions(model: onnx.ModelProto) -> tuple[Precision, ...]:
     return tuple(found)
 
 
-def preflight(graph: Path | onnx.ModelProto, device: Device, stack: Stack) -> tuple[Finding, ...]:
-    """Everything that the device or the stack refuses in the graph, and what is worth knowing; empty: nothing found."""
+def preflight(graph: Path | onnx.ModelProto, device: Device, stack: Stack, *, batch: int = 1) -> tuple[Finding, ...]:
+    """Everything that the device or the stack refuses in the graph, and what is worth knowing; empty: nothing found.
+
+    Args:
+        batch: of the target; the activations grow with it.
+    """
     model = onnx.load(str(graph), load_external_data=False) if isinstance(graph, Path) else graph
     findings: list[Finding] = []
 
@@ -83,14 +91,49 @@ def preflight(graph: Path | onnx.ModelProto, device: Device, stack: Stack) -> tu
         if reason := device.why_not(precision):
             refuse(f"{device.title} cannot compute in {precision.upper()}", reason)
     weights = sum(_tensor_bytes(tensor) for tensor in model.graph.initializer)
-    if device.memory_gib is not None and weights > device.memory_gib * 2**30:
+    activations = activation_bytes(model, batch)
+    if device.memory_gib is not None and weights + activations > device.memory_gib * 2**30:
         refuse(
             "the model does not fit the memory",
-            f"{weights / 2**30:.1f} GiB of weights, {device.memory_gib:g} GiB of memory",
+            f"{weights / 2**30:.1f} GiB of weights and at least {activations / 2**30:.1f} GiB of activations at batch "
+            f"{batch}, {device.memory_gib:g} GiB of memory",
         )
     if stack.runtime != "onnxruntime":
         findings += _tensorrt(model, stack, precisions)
     return tuple(findings)
+
+
+def activation_bytes(model: onnx.ModelProto, batch: int) -> int:
+    """A lower bound of the bytes that the activations of `batch` samples take at once: the inputs of the graph and the
+    largest output of a node with weights (convolution, matrix product), which no runtime fuses away.
+
+    Such an output counts one byte per value in a graph that is quantised, where it may exist in INT8 only. A shape
+    that cannot be inferred counts nothing.
+    """
+    sized = onnx.ModelProto()
+    sized.CopyFrom(model)
+    for entry in sized.graph.input:
+        dims = entry.type.tensor_type.shape.dim
+        if dims and dims[0].dim_param:
+            dims[0].dim_value = batch
+    # shapes that were inferred for any batch would be kept
+    del sized.graph.value_info[:]
+    for entry in sized.graph.output:
+        entry.type.tensor_type.ClearField("shape")
+    graph = onnx.shape_inference.infer_shapes(sized, data_prop=True).graph
+    quantized = any(node.op_type == "DequantizeLinear" for node in graph.node)
+    constants = {tensor.name for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant" or (node.op_type == "DequantizeLinear" and node.input[0] in constants):
+            constants.update(node.output)
+    entries = {entry.name: entry for entry in (*graph.value_info, *graph.output)}
+    largest = 0
+    for node in graph.node:
+        if node.op_type in _WEIGHTED and len(node.input) > 1 and node.input[1] in constants:
+            entry = entries.get(node.output[0])
+            if entry is not None:
+                largest = max(largest, _value_bytes(entry, 1 if quantized else None))
+    return largest + sum(_value_bytes(entry) for entry in graph.input if entry.name not in constants)
 
 
 def refusal(findings: tuple[Finding, ...]) -> str | None:
@@ -142,6 +185,15 @@ def _tensorrt(model: onnx.ModelProto, stack: Stack, precisions: tuple[Precision,
             )
         )
     return findings
+
+
+def _value_bytes(entry: onnx.ValueInfoProto, itemsize: int | None = None) -> int:
+    """Bytes of a value; 0 when a dimension is not known."""
+    kind = entry.type.tensor_type
+    if not kind.HasField("shape") or any(not dim.HasField("dim_value") for dim in kind.shape.dim):
+        return 0
+    count = math.prod(int(dim.dim_value) for dim in kind.shape.dim)
+    return count * (_itemsize(kind.elem_type) if itemsize is None else itemsize)
 
 
 def _tensor_bytes(tensor: TensorProto) -> int:

@@ -11,12 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from numpy.typing import NDArray
 
 import export
-from export import Plan, write_bundle
+from distill.data.text import encode, train_tokenizer
+from export import Plan, plan, write_bundle
 from profiles.artifact import verify
 from profiles.errors import InputError
 from tests.export.conftest import IMAGES, device_and_stack, score
+from tests.export.models import TinyText
 
 LABELS = ("first", "second", "third", "fourth")
 WHEELS = Path(os.environ.get("EDGESTILL_TEST_WHEELS", Path(__file__).parents[2] / ".wheels"))
@@ -33,13 +37,16 @@ def bundle_of(plan: Plan, name: str, folder: Path, **options: Any) -> Path:
         stack=stack,
         golden=IMAGES[:1],
         labels=LABELS,
-        preprocessing={"resize": "stretch", "color": "grey"},
+        preprocessing={"kind": "image", "resize": "stretch", "color": "grey"},
         licence="MIT",
         **options,
     )
 
 
-def run_infer(folder: Path, *arguments: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
+def run_infer(
+    folder: Path, *arguments: str, python: str = sys.executable, path: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`path`: a folder whose modules come before the installed ones."""
     return subprocess.run(
         [python, str(folder / "infer.py"), *arguments],
         capture_output=True,
@@ -47,6 +54,7 @@ def run_infer(folder: Path, *arguments: str, python: str = sys.executable) -> su
         timeout=120,
         cwd=folder,
         check=False,
+        env=os.environ | ({"PYTHONPATH": str(path)} if path is not None else {}),
     )
 
 
@@ -103,6 +111,89 @@ def test_wrong_shape_is_said_and_not_a_traceback(cpu_bundle: Path, tmp_path: Pat
     assert found.returncode == 1
     assert "the model takes" in found.stderr
     assert "Traceback" not in found.stderr
+
+
+def test_unknown_missing_and_damaged_files_are_said_in_a_sentence(cpu_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "empty.npy").touch()
+    (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04")
+    np.save(tmp_path / "words.npy", np.full((1, 1, 16, 16), "a"))
+    for name in ("notes.txt", "missing.png", "empty.npy", "cut.npz", "words.npy"):
+        found = run_infer(cpu_bundle, str(tmp_path / name))
+        assert found.returncode == 1, name
+        assert name in found.stderr
+        assert len(found.stderr.splitlines()) == 1, found.stderr
+
+
+TEXTS = ["One small step", "b a b a b a b a b a b a b a b a", "", "unheard words"]
+
+
+@pytest.fixture(scope="module")
+def text_bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, NDArray[Any]]:
+    """A bundle of a text model, and the tokens that the data room makes of TEXTS."""
+    folder = tmp_path_factory.mktemp("text")
+    tokenizer = train_tokenizer(["a b a b", "one small step", "one a step b small"] * 4, 50)
+    tokens = encode(tokenizer, TEXTS, 12)
+    tokenizer.enable_padding(length=12, pad_id=0, pad_token="[PAD]")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    torch.manual_seed(0)
+    device, stack = device_and_stack("this-machine")
+    made = plan(
+        TinyText().eval(),
+        held_out=tokens,
+        calibration=None,
+        stack=stack,
+        device=device,
+        folder=folder / "graphs",
+        model_key="text",
+        input_name="tokens",
+        precisions=("fp32",),
+    )
+    return write_bundle(
+        folder / "bundle",
+        made,
+        made["fp32"],
+        name="texts",
+        device=device,
+        stack=stack,
+        golden=tokens[:1],
+        preprocessing={"kind": "tokens", "length": 12, "pad_id": 0, "vocabulary": 50},
+        tokenizer=folder / "tokenizer.json",
+    ), tokens
+
+
+def test_texts_become_the_tokens_of_the_training_data(text_bundle: tuple[Path, NDArray[Any]], tmp_path: Path) -> None:
+    folder, tokens = text_bundle
+    assert json.loads((folder / "manifest.json").read_text())["info"]["preprocessing"]["in_graph"].startswith("nothing")
+    assert "texts.txt" in (folder / "README.txt").read_text()
+    (tmp_path / "some.txt").write_text("".join(f"{text}\n" for text in TEXTS), encoding="utf-8")
+    np.save(tmp_path / "some.npy", tokens)
+    texts, ids = (run_infer(folder, str(tmp_path / name)) for name in ("some.txt", "some.npy"))
+    assert texts.returncode == 0, texts.stderr
+    assert texts.stdout == ids.stdout
+    assert len(set(texts.stdout.splitlines())) == len(TEXTS)
+
+
+def test_what_a_text_bundle_cannot_read_is_said_in_a_sentence(
+    text_bundle: tuple[Path, NDArray[Any]], tmp_path: Path
+) -> None:
+    folder, tokens = text_bundle
+    (tmp_path / "some.txt").write_text("one step\n")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "photo.jpg").touch()
+    np.save(tmp_path / "beyond.npy", tokens + 50)
+    (tmp_path / "without").mkdir()
+    (tmp_path / "without" / "tokenizers.py").write_text("raise ImportError")
+    for name, path, message in (
+        ("some.txt", tmp_path / "without", "pip install tokenizers"),
+        ("empty.txt", None, "holds no text"),
+        ("photo.jpg", None, "texts as .txt"),
+        ("beyond.npy", None, "token ids outside 0 to 49"),
+    ):
+        found = run_infer(folder, str(tmp_path / name), path=path)
+        assert found.returncode == 1
+        assert message in found.stderr
+        assert len(found.stderr.splitlines()) == 1, found.stderr
 
 
 @pytest.mark.parametrize("name", ["fp32", "fp16", "int8-fp16", "int8-fp32"])

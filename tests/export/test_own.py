@@ -105,6 +105,32 @@ def test_weights_are_loaded_and_must_fit(tmp_path: Path) -> None:
         )
 
 
+class Scaled(nn.Module):
+    """The factor is in the code that runs and in no weight."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+        self.head = nn.Linear(6, 3)
+        nn.init.ones_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.head(features * self.factor)
+
+
+def test_changed_code_with_the_same_weights_is_exported_anew(tmp_path: Path) -> None:
+    device, stack = device_and_stack("this-machine")
+    for factor in (1.0, -2.0):
+        made, bundles = export_model(
+            Scaled(factor), EXAMPLES[:1], device=device, stack=stack, folder=tmp_path, precisions=("fp32",)
+        )
+        assert not made.all_reused
+        with np.load(bundles[0] / "golden.npz") as golden:
+            expected = factor * golden["input_features"].sum(1)
+            np.testing.assert_allclose(golden["output"][:, 0], expected, rtol=1e-4)
+
+
 def test_samples_that_do_not_fit_are_named(tmp_path: Path) -> None:
     device, stack = device_and_stack("this-machine")
     wrong = samples() | {"tokens": np.zeros((64, 9), np.int64)}

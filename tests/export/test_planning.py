@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export import Plan
+from export import Plan, plan
 from export.section import ExportSection
 from profiles.artifact import verify
+from profiles.device import Device
 from profiles.errors import EdgestillError, InputError
-from tests.export.conftest import IMAGES, plan_for
-from tests.export.models import TinyText
+from tests.export.conftest import IMAGES, device_and_stack, plan_for
+from tests.export.models import TinyText, calibration, trained
 
 
 def test_cpu_plan_has_fp32_and_int8_and_says_why_not_fp16(cpu_plan: Plan) -> None:
@@ -46,7 +47,26 @@ def test_finished_plan_is_not_made_again_and_another_model_is(tmp_path: Path) ->
     assert plan_for("this-machine", tmp_path, **options).reused == ()
     again = plan_for("raspberry-pi-5", tmp_path, **options)
     assert again.reused == ("fp32",)
-    assert plan_for("this-machine", tmp_path, model_key="other", **options).reused == ()
+    assert again.all_reused
+    assert not plan_for("this-machine", tmp_path, model_key="other", **options).all_reused
+
+
+def test_devices_of_one_dialect_do_not_overwrite_each_other(tmp_path: Path) -> None:
+    device, stack = device_and_stack("this-machine")
+    stack = stack.model_copy(update={"dialect": "qdq-u8s8"})
+    new = device.model_copy(update={"name": "new", "isa": ("avx2", "vnni")})
+    old = device.model_copy(update={"name": "old", "isa": ("avx2",)})
+
+    def made(on: Device) -> Plan:
+        return plan(
+            trained(), held_out=IMAGES, calibration=calibration(), stack=stack, device=on, folder=tmp_path,
+            model_key="tiny",
+        )  # fmt: skip
+
+    first, second, again = made(new), made(old), made(new)
+    assert (first.all_reused, again.all_reused) == (False, True)
+    assert second.reused == ("fp32",)
+    assert second["int8"].file != first["int8"].file == again["int8"].file
 
 
 def test_int8_without_real_samples_is_refused(tmp_path: Path) -> None:

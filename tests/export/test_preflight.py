@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from export.preflight import graph_precisions, preflight, refusal
+from export.preflight import activation_bytes, graph_precisions, preflight, refusal
 from tests.export.conftest import device_and_stack
 
 
@@ -68,6 +68,15 @@ def test_opset_and_ir_version_beyond_the_stack_are_refused() -> None:
 
 def test_operator_that_tensorrt_8_does_not_know_is_named() -> None:
     assert "HardSwish" in reason(tiny_graph(operator="HardSwish", opset=14), "jetson-nano")
+
+
+def test_activations_of_a_large_batch_are_refused_and_of_a_small_one_pass(fp32_graph: Path) -> None:
+    device, stack = device_and_stack("jetson-orin-nano")
+    # per sample: 256 pixels of one byte, and 8 channels of 8 x 8 in FP32
+    assert activation_bytes(onnx.load(str(fp32_graph)), 3) == 3 * (256 + 4 * 8 * 64)
+    assert refusal(preflight(fp32_graph, device, stack, batch=1024)) is None
+    refused = str(refusal(preflight(fp32_graph, device, stack, batch=2**22)))
+    assert "at least 9.0 GiB of activations at batch 4194304, 8 GiB of memory" in refused
 
 
 def test_model_larger_than_the_memory_is_refused(tmp_path: Path) -> None:
