@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from cli.pipeline.choose import Choice, Option, choose
@@ -21,15 +20,22 @@ from cli.recipe import LoadedRecipe, Recipe, to_toml
 from cli.report.schema import Bought, MetricValue, ReferenceRow, Report, Stage
 from cli.report.schema import Difference as ReportedDifference
 from distill.data import Dataset, Split, load_dataset
-from distill.distribution import default_device
+from distill.distribution import default_device, join_processes
 from distill.objectives.compose import Composition, build_objective, head_size
-from distill.objectives.section import AnyObjective, Need, SupervisedSection, check_needs
+from distill.objectives.section import (
+    AnyObjective,
+    Need,
+    SupervisedSection,
+    check_mixup,
+    check_needs,
+    resolve_hard_weight,
+)
 from distill.students import Student, build_student, default_arch, parse_arch, teacher_arch
 from distill.students.arch import check_family
 from distill.students.section import StudentSection
 from distill.teachers import ModuleTeacher, Teacher, TeacherCache, build_cache, load_teacher
 from distill.training import TrainResult, evaluate_logits, train
-from export import Candidate, Plan, plan, write_bundle
+from export import Candidate, Plan, available, plan, refusal_of, write_bundle
 from profiles import artifact
 from profiles.device import Target, resolve_target
 from profiles.errors import EdgestillError, InputError
@@ -142,9 +148,7 @@ class Run:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             yield
             return
-        from accelerate import PartialState
-
-        with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
+        with join_processes().main_process_first():
             yield
 
     # -- stages ------------------------------------------------------------------------------------------------------
@@ -255,13 +259,26 @@ class Run:
             found.setdefault(self.arch_of(target), []).append(target)
         return found
 
-    def check_students(self) -> None:
-        """Builds every student once, so that an impossible one is refused before the teacher is trained.
+    def check(self) -> None:
+        """Refuses what cannot work before the teacher is trained; builds every student once.
 
         Raises:
-            InputError: an architecture that does not exist or reads another kind of input, or a student of the user's
-                that cannot be built; names the recipe key.
+            InputError: objectives that do not go together with each other or with mixup, a precision that a target
+                cannot get, an architecture that does not exist or reads another kind of input, or a student of the
+                user's that cannot be built; names the recipe key.
         """
+        resolve_hard_weight(self.recipe.objective, self.recipe.train.hard_weight)
+        check_mixup(self.recipe.objective, self.recipe.train.mixup)
+        for index, target in enumerate(self.targets):
+            refused = refusal_of(target.section.precision, target.device, target.stack)
+            if refused is not None:
+                raise InputError(
+                    f"{target.name} cannot get {target.section.precision.upper()}",
+                    where=f"{self.loaded.origin}, target[{index}] ({target.name}).precision",
+                    evidence=refused,
+                    fix="precision = "
+                    + ", ".join(f'"{name}"' for name in ("auto", *available(target.device, target.stack))),
+                )
         student = self.recipe.student
         for index, target in enumerate(self.targets):
             if target.section.arch is None:
@@ -291,7 +308,7 @@ class Run:
     def distill(self) -> dict[str, Trained]:
         """Trains every distinct student, and its plain twin."""
         self.prepare_folder()
-        self.check_students()
+        self.check()
         trained = {arch: self.student(arch) for arch in self.archs}
         for arch in self.archs:
             self.plain_student(arch)
@@ -396,7 +413,7 @@ class Run:
                 metadata={"labels": list(dataset.classes), "preprocessing": dataset.preprocessing},
                 progress=self.progress,
             )
-            stage["cached"] = len(found.reused) == len(found.usable)
+            stage["cached"] = found.all_reused
         return found
 
     def outputs(self, file: Path, split: Split) -> Array:

@@ -143,7 +143,6 @@ def test_a_network_of_ones_own_teaches_another(tmp_path: Path) -> None:
     (tmp_path / "my_networks.py").write_text(MODULES)
     recipe = """
 objective = [{kind = "kd"}, {kind = "distance_correlation", weight = 0.5}]
-train.hard_weight = 0.5
 [data]
 source = "npz"
 path = "clothes.npz"
@@ -161,13 +160,13 @@ latency_ms = 500
 name = "rtx"
 device = "rtx-4060-laptop"
 """
-    recipe = recipe.replace("train.hard_weight = 0.5\n", "")
+    weight = ("--set", "train.hard_weight=0.5")
     path = tmp_path / "own.toml"
     path.write_text(recipe)
-    refused = edgestill("-q", "run", str(path), "--out", str(tmp_path / "refused"))
+    refused = edgestill("-q", "run", str(path), "--out", str(tmp_path / "refused"), *weight)
     assert refused.status == 2
     assert "--allow-code" in refused.err
-    report = finish(tmp_path, recipe, "--allow-code", "--set", "train.hard_weight=0.5")
+    report = finish(tmp_path, recipe, "--allow-code", *weight)
     assert {row.name: row.verdict for row in report.targets} == {"here": "pass", "rtx": "not measured"}
     selftest(tmp_path / "run" / "bundles" / "here")
 
