@@ -101,7 +101,6 @@ def _libraries() -> Iterator[Check]:
         ("sympy", "sympy"),
         ("datasets", "datasets"),
         ("accelerate", "accelerate"),
-        ("torchmetrics", "torchmetrics"),
         ("scipy", "scipy"),
         ("tokenizers", "tokenizers"),
     ):

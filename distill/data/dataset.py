@@ -47,8 +47,8 @@ class Split:
     inputs: (N, *shape), see InputSpec. labels: int64 (N,) for multiclass, uint8 (N, C) of 0/1 for multilabel.
     mask: bool (N, C), True where a multilabel label is known; None when all are. texts: the raw texts of token data.
     rows: int64 (N,), each sample's row in the split of the source that it came from (the whole source, where the splits
-    were made here), to line it up with arrays of the user's. source: which split of the source that is; source_size: how
-    many samples that has. None where the source is not known.
+    were made here), to line it up with arrays of the user's. source: which split of the source that is; source_size:
+    how many samples that has. None where the source is not known.
     """
 
     inputs: np.ndarray[Any, Any]
@@ -68,7 +68,8 @@ class Dataset:
     """Three splits that share classes and input shape.
 
     key: hash of content and preprocessing. preprocessing: resize rule, size, colour order and so on, as they go into
-    manifests. tokenizer: the `tokenizers` JSON file of token data.
+    manifests. tokenizer: the `tokenizers` JSON file of token data. revision: the hub's commit that was loaded, None for
+    other sources (and where the library did not tell).
     """
 
     name: str
@@ -83,6 +84,7 @@ class Dataset:
     licence: str = ""
     citation: str = ""
     tokenizer: Path | None = None
+    revision: str | None = None
 
     def split(self, name: SplitName) -> Split:
         """The split of that name."""

@@ -15,7 +15,7 @@ from distill.data.arrays import Array
 from distill.data.dataset import Dataset, InputSpec, Split, SplitName
 from distill.data.images import ArrayImages, Images
 from distill.data.labels import Labels, check_classes, parse_labels
-from distill.data.section import DataSection
+from distill.data.section import AugmentSection, DataSection
 from distill.data.sources import Raw, read_source, source_paths
 from distill.data.splits import take_stratified
 from distill.data.text import encode, load_tokenizer, pad_id, train_tokenizer
@@ -26,6 +26,8 @@ from profiles.progress import Progress, Silent
 KIND = "data"
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 _CHUNK = 512
+_FORM = 1
+"""Raise it when the way a data set is written changes, so that an older folder is made anew."""
 
 
 def load_dataset(
@@ -48,6 +50,7 @@ def load_dataset(
     split_seed = seed if section.split_seed is None else section.split_seed
     key = artifact.content_key(
         KIND,
+        _FORM,
         section.model_dump(mode="json", exclude={"augment", "split_seed"}),
         split_seed,
         _stamps(source_paths(section, base), base),
@@ -105,6 +108,7 @@ def open_dataset(folder: Path) -> Dataset:
         preprocessing=info["preprocessing"],
         licence=info["licence"],
         citation=info["citation"],
+        revision=info["revision"],
         tokenizer=folder / "tokenizer.json" if spec.kind == "tokens" else None,
     )
 
@@ -142,6 +146,9 @@ def _files_unchanged(folder: Path) -> bool:
 # ------------------------------------------------------------------------------------------------- writing
 
 
+_NO_AUGMENT = AugmentSection()
+
+
 def _check_section(section: DataSection, raw: Raw) -> None:
     augment = section.augment
     if raw.is_text and (augment.crop or augment.flip or augment.erase):
@@ -149,6 +156,29 @@ def _check_section(section: DataSection, raw: Raw) -> None:
             "texts cannot be cropped, flipped or erased",
             where="data.augment",
             fix="remove these keys: texts have no views",
+        )
+    if raw.is_text and (augment.views, augment.reuse_clean_teacher) != (_NO_AUGMENT.views, False):
+        raise InputError(
+            "texts have no views",
+            where="data.augment",
+            fix="remove views and reuse_clean_teacher: they belong to images",
+        )
+    wrong = section.keys_of_other_kind("text" if raw.is_text else "image")
+    if wrong:
+        raise InputError(section.other_kind_message(wrong[0]), where=f"data.{wrong[0]}", fix="remove the key")
+    for name in ("validation", "test"):
+        if name in raw.splits and section.is_changed(f"{name}_fraction"):
+            raise InputError(
+                f'"{name}_fraction" belongs to data without a {name} split, this one has its own',
+                where=f"data.{name}_fraction, {raw.where}",
+                evidence=f"{len(raw.splits[name].inputs)} {name} samples",
+                fix="remove the key",
+            )
+    if section.split_seed is not None and section.train_size is None and all(name in raw.splits for name in SPLITS):
+        raise InputError(
+            '"split_seed" belongs to splits that are made, this data has all of them',
+            where=f"data.split_seed, {raw.where}",
+            fix="remove the key",
         )
     if not section.classes or not raw.classes or section.label_columns:
         return
@@ -202,6 +232,7 @@ def _write(section: DataSection, raw: Raw, seed: int, base: Path, folder: Path, 
         "preprocessing": preprocessing,
         "licence": raw.licence,
         "citation": raw.citation,
+        "revision": raw.revision,
     }
 
 

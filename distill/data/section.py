@@ -9,7 +9,32 @@ from pydantic import Field, model_validator
 from profiles.section import Section
 
 Resize = Literal["center-crop", "letterbox", "stretch"]
+Kind = Literal["image", "text"]
 FILE_SOURCES = ("imagefolder", "csv", "jsonl", "parquet", "npz", "idx")
+CATALOGUE_KINDS: dict[str, Kind] = {"fashion-mnist-small": "image", "fashion-mnist": "image", "movie-snippets": "text"}
+"""What the data sets of the catalogue hold: known here, so that a recipe is checked without loading any data."""
+_HUB = 'a hub\'s "owner/name"'
+_COLUMNS = frozenset(
+    {"image_column", "text_column", "label_column", "label_columns", "label_separator", "split_column"}
+)
+_TABLE = _COLUMNS | {"path", "validation_path", "test_path"}
+KEYS_OF_SOURCE: dict[str, frozenset[str]] = {
+    "imagefolder": _COLUMNS | {"path"},
+    "csv": _TABLE,
+    "jsonl": _TABLE,
+    "parquet": _TABLE,
+    "npz": frozenset(
+        {"path", "validation_path", "test_path", "image_column", "label_column", "label_separator", "mask_key"}
+    ),
+    "idx": frozenset({"path"}),
+    _HUB: _COLUMNS | {"subset", "revision"},
+    "the catalogue": frozenset(),
+}
+"""The keys that only some sources read; every other key of `[data]` belongs to all of them."""
+KEYS_OF_KIND: dict[Kind, frozenset[str]] = {
+    "image": frozenset({"image_size", "resize", "channels"}),
+    "text": frozenset({"length", "vocabulary", "tokenizer"}),
+}
 Side = Annotated[int, Field(ge=1, le=4096)]
 
 
@@ -52,7 +77,11 @@ class DataSection(Section):
     subset: str | None = None
     """Configuration of a hub data set."""
     revision: str | None = None
-    """Commit, tag or branch of a hub data set."""
+    """Commit, tag or branch of a hub data set.
+
+    None: the newest commit when the data is first loaded. The run keeps what it loaded, whatever the hub does later;
+    the data folder's manifest tells the commit. Another run, or this one without its data folder, asks the hub again.
+    """
     task: Literal["multiclass", "multilabel"] = "multiclass"
 
     image_column: str | None = None
@@ -109,4 +138,60 @@ class DataSection(Section):
             raise ValueError(f'source = "{self.source}" needs a path')
         if len(set(self.classes)) != len(self.classes):
             raise ValueError("classes holds a name twice")
+        self._refuse_keys_of_other_sources()
+        if self.task != "multilabel" and (self.is_changed("label_separator") or self.is_changed("mask_key")):
+            name = "label_separator" if self.is_changed("label_separator") else "mask_key"
+            raise ValueError(f'"{name}" belongs to task = "multilabel"')
+        if self.label_columns and self.is_changed("label_separator"):
+            raise ValueError(
+                '"label_separator" belongs to a joined label_column; label_columns have nothing to separate'
+            )
+        if self.split_column and (self.validation_path or self.test_path):
+            other = "validation_path" if self.validation_path else "test_path"
+            raise ValueError(f"split_column and {other} exclude each other: the column splits one file")
+        if self.tokenizer is not None and self.is_changed("vocabulary"):
+            raise ValueError('"vocabulary" is the size of a tokenizer trained here; the given tokenizer has its own')
+        if self.image_size is None and self.is_changed("resize"):
+            raise ValueError('"resize" belongs to "image_size": without it images keep their own size')
+        kind = self.known_kind
+        wrong = self.keys_of_other_kind(kind) if kind else []
+        if wrong:
+            raise ValueError(self.other_kind_message(wrong[0]))
         return self
+
+    def _refuse_keys_of_other_sources(self) -> None:
+        group = self.source
+        if group in CATALOGUE_KINDS:
+            group = "the catalogue"
+        elif "/" in group:
+            group = _HUB
+        if group not in KEYS_OF_SOURCE:
+            return  # loading names the nearest source
+        for name in sorted(frozenset[str]().union(*KEYS_OF_SOURCE.values()) - KEYS_OF_SOURCE[group]):
+            if self.is_changed(name):
+                owners = ", ".join(source for source, keys in KEYS_OF_SOURCE.items() if name in keys)
+                raise ValueError(f'"{name}" belongs to {owners}; source = "{self.source}" does not read it')
+
+    def is_changed(self, name: str) -> bool:
+        """Whether a key differs from its default; a stored recipe spells defaults out, so only that counts as given."""
+        return bool(getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True))
+
+    @property
+    def known_kind(self) -> Kind | None:
+        """What the samples are, where the keys alone tell; None: the columns of the data will tell."""
+        if self.text_column:
+            return "text"
+        if self.image_column or self.source in ("imagefolder", "npz", "idx"):
+            return "image"
+        return CATALOGUE_KINDS.get(self.source)
+
+    def keys_of_other_kind(self, kind: Kind) -> list[str]:
+        """Keys that were given although samples of this kind do not read them."""
+        other: Kind = "text" if kind == "image" else "image"
+        return [name for name in sorted(KEYS_OF_KIND[other]) if self.is_changed(name)]
+
+    @staticmethod
+    def other_kind_message(name: str) -> str:
+        """Says which kind of data such a key belongs to."""
+        texts = name in KEYS_OF_KIND["text"]
+        return f'"{name}" belongs to {"texts" if texts else "images"}, the data holds {"images" if texts else "texts"}'

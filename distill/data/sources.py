@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class Raw:
-    """A source as read. `files` are further files, named by a table, that the content depends on."""
+    """A source as read. `files` are further files, named by a table, that the content depends on.
+
+    `revision` is the commit of a hub data set.
+    """
 
     name: str
     where: str
@@ -55,6 +59,7 @@ class Raw:
     licence: str = ""
     citation: str = ""
     files: tuple[Path, ...] = ()
+    revision: str | None = None
 
     @property
     def is_text(self) -> bool:
@@ -119,7 +124,8 @@ def read_source(section: DataSection, base: Path, scratch: Path, progress: Progr
     elif "/" in section.source:
         progress.note(f"asking the Hugging Face hub for {section.source}")
         loaded = load_from_hub(section.source, section.subset, section.revision)
-        yield _from_datasets(loaded, section, section.source, f"hub data set {section.source}", Path())
+        raw = _from_datasets(loaded, section, section.source, f"hub data set {section.source}", Path())
+        yield replace(raw, revision=commit_of(loaded))
     else:
         names = [*FILE_SOURCES, *(entry.name for entry in catalogue.list_catalogue())]
         raise InputError(f'unknown source "{section.source}"', where="data.source", fix=nearest(section.source, names))
@@ -283,6 +289,20 @@ def load_from_hub(name: str, subset: str | None, revision: str | None) -> Any:
             ) from error
 
 
+def commit_of(loaded: Any) -> str | None:
+    """The commit (40 hexadecimal digits) that a hub's `DatasetDict` was read from, None where it is not told.
+
+    `datasets` keeps the converted tables in a folder that is named by the commit; asking the hub again instead would
+    need the network, and could answer with a commit that came in between.
+    """
+    for table in loaded.values():
+        for file in table.cache_files:
+            name = Path(file["filename"]).parent.name
+            if re.fullmatch(r"[0-9a-f]{40}", name):
+                return name
+    return None
+
+
 def _read_table(section: DataSection, base: Path, path: Path, cache: Path) -> Raw:
     arguments: dict[str, Any] = {"cache_dir": str(cache)}
     files = {"train": path}
@@ -292,6 +312,13 @@ def _read_table(section: DataSection, base: Path, path: Path, cache: Path) -> Ra
     if section.source == "imagefolder" and not path.is_dir():
         raise InputError(
             f"{section.path} is not a folder", where="data.path", fix="name the folder that holds one folder per class"
+        )
+    if path.is_dir() and len(files) > 1:
+        other = "validation_path" if section.validation_path else "test_path"
+        raise InputError(
+            f'"{other}" belongs to a path that is a file, {section.path} is a folder',
+            where=f"data.{other}",
+            fix="name the training file with data.path, or keep all files of the splits in the folder",
         )
     if path.is_dir():
         arguments["data_dir"] = str(path)
@@ -369,6 +396,13 @@ def _from_datasets(loaded: Any, section: DataSection, name: str, where: str, fol
                 fix=nearest(column, columns),
             )
     if section.split_column is not None:
+        if len(tables) > 1:
+            raise InputError(
+                '"split_column" belongs to data in one table, this one is split already',
+                where=f"data.split_column, in {where}",
+                evidence="splits found: " + ", ".join(tables),
+                fix="remove the key",
+            )
         tables = _split_by_column(tables["train"], section.split_column, where)
     files: list[Path] = []
     splits: dict[SplitName, Rows] = {}

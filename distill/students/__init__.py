@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distill.students.arch import ConvArch, TextArch, default_arch, parse_arch, teacher_arch
+    from distill.students.arch import ConvArch, TextArch, default_arch, family_for, parse_arch, teacher_arch
+    from distill.students.section import torch_word
     from distill.students.student import Student, build_student, load_student, save_student
 
 _HOMES = {
@@ -14,10 +15,12 @@ _HOMES = {
     "TextArch": "arch",
     "build_student": "student",
     "default_arch": "arch",
+    "family_for": "arch",
     "load_student": "student",
     "parse_arch": "arch",
     "save_student": "student",
     "teacher_arch": "arch",
+    "torch_word": "section",
 }
 __all__ = [
     "ConvArch",
@@ -25,10 +28,12 @@ __all__ = [
     "TextArch",
     "build_student",
     "default_arch",
+    "family_for",
     "load_student",
     "parse_arch",
     "save_student",
     "teacher_arch",
+    "torch_word",
 ]
 
 

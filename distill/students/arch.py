@@ -152,12 +152,18 @@ def stem_stride(spec: InputSpec) -> int:
     return 4 if max(spec.shape[1:]) >= _LARGE_IMAGE else 2
 
 
-def default_arch(family: Family, size_class: SizeClass, spec: InputSpec) -> str:
-    """The word of the family's default for a target's size class.
+def family_for(spec: InputSpec) -> Family:
+    """The family that reads this kind of input: "conv" for images, "text" for tokens."""
+    return "conv" if spec.kind == "image" else "text"
+
+
+def default_arch(family: Family | None, size_class: SizeClass, spec: InputSpec) -> str:
+    """The word of the family's default for a target's size class; None: of the family that reads this input.
 
     Raises:
         InputError: the family does not read this kind of input.
     """
+    family = family or family_for(spec)
     check_family(family, spec)
     if family == "text":
         return {"small": "textc-w64-d2-k5", "medium": "text-w64-d2-h4", "large": "text-w128-d3-h4"}[size_class]
@@ -166,14 +172,15 @@ def default_arch(family: Family, size_class: SizeClass, spec: InputSpec) -> str:
     return {"small": "conv-w8-d1-k3", "medium": "conv-w16-d1-k3", "large": "conv-w24-d1-k3"}[size_class]
 
 
-def teacher_arch(family: Family, spec: InputSpec) -> str:
+def teacher_arch(family: Family | None, spec: InputSpec) -> str:
     """The word of the default teacher of kind "train": several times the parameters of the medium default student.
 
-    Up to 32 px it is sized so that two CPU cores train it within minutes.
+    Up to 32 px it is sized so that two CPU cores train it within minutes. None: of the family that reads this input.
 
     Raises:
         InputError: the family does not read this kind of input.
     """
+    family = family or family_for(spec)
     check_family(family, spec)
     if family == "text":
         return "text-w256-d4-h8"
@@ -185,13 +192,13 @@ def teacher_arch(family: Family, spec: InputSpec) -> str:
 
 def check_family(family: Family, spec: InputSpec, *, where: str | None = None) -> None:
     """Raises InputError when the family does not read this kind of input."""
-    wanted = "image" if family == "conv" else "tokens"
-    if spec.kind != wanted:
+    fitting = family_for(spec)
+    if family != fitting:
         raise InputError(
-            f'the "{family}" family reads {"images" if wanted == "image" else "texts"}, the data set has '
+            f'the "{family}" family reads {"images" if family == "conv" else "texts"}, the data set has '
             f"{'images' if spec.kind == 'image' else 'texts'}",
             where=where or "student.family",
-            fix=f'family = "{"conv" if spec.kind == "image" else "text"}"',
+            fix=f'family = "{fitting}", or leave the key out',
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -14,15 +15,16 @@ _TORCH_KEYS = frozenset({"factory", "kwargs", "weights", "head"}) | frozenset(Im
 class StudentSection(ImageInput):
     """What is trained and shipped. Paths are relative to the recipe's folder.
 
-    kind "family": a network of an elastic `family`; `arch` (one word, such as conv-w24-d2-k3) is the architecture of
-      every target that names none of its own, None: the family's default for the target's size class.
+    kind "family": a network of an elastic `family` (None: conv for images, text for texts); `arch` (one word, such as
+      conv-w24-d2-k3) is the architecture of every target that names none of its own, None: the family's default for the
+      target's size class.
     kind "torch": `factory` ("package.module:name") called with `kwargs`; `weights` (.safetensors or a .pth state dict)
       are the initial ones; `head` is the dotted name of the final Linear, which is replaced by one of the right size
       (None: the last Linear); its input is the embedding. The keys of ImageInput say how pixels are scaled for it.
     """
 
     kind: Literal["family", "torch"] = "family"
-    family: Literal["conv", "text"] = "conv"
+    family: Literal["conv", "text"] | None = None
     arch: str | None = None
     factory: str | None = None
     kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -41,3 +43,9 @@ class StudentSection(ImageInput):
         if self.kind == "torch" and self.factory is None:
             raise ValueError('a student of kind "torch" needs "factory"')
         return self
+
+
+def torch_word(section: StudentSection) -> str:
+    """The one word that a student of kind "torch" is called by, in folders and reports: `torch-<factory's name>`."""
+    name = (section.factory or "").rpartition(":")[2]
+    return "torch-" + re.sub(r"[^A-Za-z0-9_]+", "_", name)

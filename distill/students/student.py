@@ -18,7 +18,7 @@ from distill.networks import (
 )
 from distill.outputs import StudentOutput
 from distill.students.arch import ConvArch, check_family, default_arch, parse_arch
-from distill.students.section import StudentSection
+from distill.students.section import StudentSection, torch_word
 from profiles.errors import InputError
 
 
@@ -88,6 +88,8 @@ def build_student(
     with seeded(seed):
         if section.kind == "torch":
             return _torch_student(section, spec, head_size, base, allow_code)
+        if section.family is not None:
+            check_family(section.family, spec)
         parsed = parse_arch(arch or section.arch or default_arch(section.family, "medium", spec), where="student.arch")
         check_family(parsed.family, spec, where="student.arch")
         body: nn.Module
@@ -145,8 +147,7 @@ def _torch_student(section: StudentSection, spec: InputSpec, head_size: int, bas
             fix="name the final Linear, and return its raw output (no softmax after it)",
         )
     body.train()
-    word = "torch-" + section.factory.partition(":")[2].replace(".", "_")
-    return Student(word, body, linear.in_features, head_size)
+    return Student(torch_word(section), body, linear.in_features, head_size)
 
 
 def save_student(student: nn.Module, file: Path) -> None:

@@ -42,11 +42,12 @@ class ImageInput(Section):
 class TeacherSection(ImageInput):
     """Who teaches. Paths are relative to the recipe's folder.
 
-    kind "train": a wide network of the student's family, trained on the labels first (`arch`, `epochs`,
-      `learning_rate`; None: the family's default arch, and the values of `[train]`).
-    kind "array": outputs computed elsewhere. `embeddings` and/or `logits` name the training split's file (.npy, .npz,
-      .safetensors), one row per training sample in the data set's order; `validation_*` and `test_*` are optional. An
-      .npz or .safetensors file with arrays called "train", "validation" and "test" holds all splits at once.
+    kind "train": a wide network of the family that reads the data (conv for images, text for texts), trained on the
+      labels first (`arch`, `epochs`, `learning_rate`; None: that family's default arch, and the values of `[train]`).
+    kind "array": outputs computed elsewhere. `embeddings` and/or `logits` name a file (.npy, .npz, .safetensors) with
+      one row per sample of the source, in its order: it serves all splits that edgestill makes. Where the source comes
+      with splits, it is that of its training split, and `validation_*` and `test_*` (optional) name the others. An .npz
+      or .safetensors file with arrays called "train", "validation" and "test" holds all splits at once.
     kind "transformers": `model` is a local folder or a hub name, `pooling` makes one embedding of the tokens,
       `max_length` cuts texts (tokens), `classification = true` also takes the logits of its classifier.
     kind "onnx": `file`; `output` names the logits, `embedding_output` the embedding (at least one of them).

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from distill.data import load_dataset
 from distill.data.arrays import read_idx, read_npz, write_idx
-from distill.data.section import DataSection
+from distill.data.catalogue import list_catalogue
+from distill.data.section import CATALOGUE_KINDS, DataSection
 from profiles.errors import InputError
 
 
@@ -231,11 +232,83 @@ def test_tokenizer_that_is_none_and_augmented_texts(tmp_path):
         ({"label_columns": ("a", "b")}, "multilabel"),
         ({"imagesize": 3}, "imagesize"),
         ({"classes": ("a", "a")}, "twice"),
+        ({"path": "photos"}, '"path" belongs to imagefolder, csv, .*source = "fashion-mnist-small" does not read it'),
+        ({"source": "movie-snippets", "label_column": "y"}, '"label_column" belongs to imagefolder'),
+        ({"source": "movie-snippets", "image_size": 32}, '"image_size" belongs to images, the data holds texts'),
+        ({"length": 12}, '"length" belongs to texts, the data holds images'),
+        ({"source": "npz", "path": "d.npz", "tokenizer": "t.json"}, '"tokenizer" belongs to texts'),
+        ({"source": "npz", "path": "d.npz", "split_column": "part"}, '"split_column" belongs to imagefolder, csv'),
+        ({"source": "npz", "path": "d.npz", "mask_key": "m"}, '"mask_key" belongs to task = "multilabel"'),
+        ({"source": "csv", "path": "t.csv", "mask_key": "m"}, '"mask_key" belongs to npz'),
+        ({"source": "csv", "path": "t.csv", "revision": "main"}, '"revision" belongs to a hub\'s'),
+        ({"source": "owner/data", "path": "t.csv"}, '"path" belongs to imagefolder'),
+        ({"source": "imagefolder", "path": "p", "test_path": "q"}, '"test_path" belongs to csv'),
+        ({"source": "idx", "path": "p", "image_column": "x"}, '"image_column" belongs to'),
+        ({"source": "csv", "path": "t.csv", "text_column": "t", "channels": 1}, '"channels" belongs to images'),
+        ({"source": "csv", "path": "t.csv", "image_column": "i", "vocabulary": 80}, '"vocabulary" belongs to texts'),
+        ({"source": "csv", "path": "t.csv", "tokenizer": "t.json", "vocabulary": 80}, "has its own"),
+        ({"source": "csv", "path": "t.csv", "resize": "stretch"}, '"resize" belongs to "image_size"'),
+        ({"source": "csv", "path": "t.csv", "label_separator": ";"}, '"label_separator" belongs to task'),
+        ({"source": "csv", "path": "t.csv", "split_column": "s", "test_path": "q.csv"}, "exclude each other"),
+        (
+            {"source": "csv", "path": "t", "task": "multilabel", "label_columns": ("a",), "label_separator": ";"},
+            "nothing to separate",
+        ),
     ],
 )
 def test_section_refuses_contradictions(keys, message):
     with pytest.raises(ValidationError, match=message):
         DataSection(**keys)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"source": "movie-snippets", "length": 12},
+        {"source": "owner/data", "revision": "main", "text_column": "t", "vocabulary": 80},
+        {"source": "csv", "path": "t.csv", "tokenizer": "t.json"},
+        {"source": "npz", "path": "d.npz", "task": "multilabel", "mask_key": "known", "image_size": (4, 6)},
+    ],
+)
+def test_a_stored_section_that_spells_every_default_out_loads_again(keys):
+    section = DataSection(**keys)
+    assert DataSection.model_validate(section.model_dump()) == section
+    assert DataSection.model_validate(section.model_dump(mode="json")) == section
+
+
+def test_the_section_knows_what_the_catalogue_holds():
+    assert {entry.name: entry.kind for entry in list_catalogue()} == CATALOGUE_KINDS
+
+
+def test_keys_of_another_kind_are_refused_once_the_columns_tell_the_kind(tmp_path):
+    write_lines(tmp_path / "t.csv", "text,label", *(f"word {i},{i % 2}" for i in range(30)))
+    text = {"source": "csv", "path": "t.csv"}
+    refused(tmp_path, '"image_size" belongs to images', **text, image_size=8, where="data.image_size")
+    refused(tmp_path, "texts have no views", **text, augment={"views": 8}, where="data.augment")
+    write_lines(tmp_path / "i.csv", "image,label", *(f"{i}.png,{i % 2}" for i in range(30)))
+    refused(tmp_path, '"length" belongs to texts', source="csv", path="i.csv", length=8, where="data.length")
+
+
+def test_keys_for_making_splits_are_refused_where_the_splits_are_given(tmp_path):
+    images = {f"{split}_images": images_of(12) for split in ("train", "validation", "test")}
+    np.savez(tmp_path / "d.npz", **images, **{name.replace("images", "labels"): np.arange(12) % 2 for name in images})
+    keys = {"source": "npz", "path": "d.npz"}
+    refused(tmp_path, '"test_fraction" belongs to', **keys, test_fraction=0.3, evidence="12 test samples")
+    refused(tmp_path, '"validation_fraction" belongs to', **keys, validation_fraction=0.3)
+    refused(tmp_path, '"split_seed" belongs to', **keys, split_seed=3)
+    load_dataset(
+        DataSection(**keys, split_seed=3, train_size=8), seed=0, base=tmp_path, folder=tmp_path / "other" / "data"
+    )
+
+
+def test_splits_that_are_given_twice_are_refused(tmp_path):
+    (tmp_path / "tables").mkdir()
+    for split in ("train", "test"):
+        write_lines(tmp_path / "tables" / f"{split}.csv", "text,label,part", *(f"a,{i % 2},train" for i in range(20)))
+    keys = {"source": "csv", "path": "tables"}
+    refused(tmp_path, "this one is split already", **keys, split_column="part", evidence="train, test")
+    refused(tmp_path, '"test_path" belongs to', **keys, test_path="tables/test.csv", where="data.test_path")
 
 
 @settings(max_examples=60, deadline=None)

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -283,6 +284,44 @@ def test_an_unchanged_artefact_is_reused_and_a_changed_source_is_read_again(tmp_
     os.utime(tmp_path / "d.npz", (5, 5))
     assert load(tmp_path, **keys).key != first.key
     assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_a_folder_of_another_form_is_made_anew(tmp_path, monkeypatch):
+    np.savez(tmp_path / "d.npz", images=images_of(40), labels=np.arange(40) % 2)
+    keys = {"source": "npz", "path": "d.npz"}
+    first = load(tmp_path, **keys)
+    manifest = tmp_path / "run/data/manifest.json"
+    old = json.loads(manifest.read_text())
+    del old["info"]["sources"]
+    manifest.write_text(json.dumps(old))
+    monkeypatch.setattr("distill.data.load._FORM", -1)
+    assert load(tmp_path, **keys).key == first.key
+    assert json.loads(manifest.read_text())["info"]["sources"]["train"] == ["train", 40]
+
+
+def test_the_commit_of_a_hub_data_set_is_kept_and_needs_no_network_again(tmp_path, monkeypatch):
+    import datasets
+    import huggingface_hub
+    from datasets.packaged_modules.csv.csv import Csv
+
+    monkeypatch.setenv("EDGESTILL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    write_texts(tmp_path / "t.csv")
+    commit = "0123456789abcdef" * 2 + "01234567"
+    # what `datasets` leaves in its cache after a download of that commit
+    Csv(
+        cache_dir=str(tmp_path / "cache" / "hub"),
+        dataset_name="snippets",
+        repo_id="someone/snippets",
+        hash=commit,
+        data_files={"train": str(tmp_path / "t.csv")},
+    ).download_and_prepare()
+    data = load(tmp_path, source="someone/snippets", vocabulary=80)
+    assert data.revision == commit
+    shutil.rmtree(tmp_path / "cache")
+    assert load(tmp_path, source="someone/snippets", vocabulary=80).revision == commit
+    assert load(tmp_path, folder="run/table", source="csv", path="t.csv", vocabulary=80).revision is None
 
 
 def test_the_section_imports_without_torch_numpy_and_datasets():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from distill.data import InputSpec
-from distill.students import ConvArch, TextArch, default_arch, parse_arch, teacher_arch
+from distill.students import ConvArch, TextArch, default_arch, family_for, parse_arch, teacher_arch, torch_word
 from distill.students.arch import stage_count, stem_stride
 from distill.students.section import StudentSection
 from distill.teachers.section import TeacherSection
@@ -105,9 +105,26 @@ def test_a_family_for_another_kind_of_input_is_refused() -> None:
         teacher_arch("conv", InputSpec("tokens", (16,), vocabulary=50))
 
 
+def test_without_a_family_the_input_decides() -> None:
+    tokens = InputSpec("tokens", (16,), vocabulary=50)
+    assert StudentSection().family is None
+    assert (family_for(image_spec(28)), family_for(tokens)) == ("conv", "text")
+    for spec in (image_spec(28), tokens):
+        family = family_for(spec)
+        assert default_arch(None, "medium", spec) == default_arch(family, "medium", spec)
+        assert teacher_arch(None, spec) == teacher_arch(family, spec)
+
+
+def test_the_word_of_a_torch_student_is_safe_as_a_folder_name() -> None:
+    assert torch_word(StudentSection(kind="torch", factory="package.module:Nets.small")) == "torch-Nets_small"
+    assert torch_word(StudentSection(kind="torch", factory="module:../up")) == "torch-_up"
+
+
 def test_section_keys_of_another_kind_are_refused_and_stored_recipes_load_again() -> None:
     with pytest.raises(ValidationError, match='"factory" belongs to a student of kind "torch"'):
         StudentSection(factory="a:b")
+    with pytest.raises(ValidationError, match='"family" belongs to a student of kind "family"'):
+        StudentSection(kind="torch", factory="a:b", family="conv")
     with pytest.raises(ValidationError, match='needs "factory"'):
         StudentSection(kind="torch")
     with pytest.raises(ValidationError, match='"model" does not belong to a teacher of kind "onnx"'):

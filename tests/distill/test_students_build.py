@@ -12,7 +12,7 @@ from torch import nn
 
 from distill.data import InputSpec
 from distill.networks import Normalize
-from distill.students import Student, build_student, load_student, save_student
+from distill.students import Student, build_student, default_arch, load_student, save_student
 from distill.students.section import StudentSection
 from profiles.errors import InputError
 
@@ -192,6 +192,15 @@ def user_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / f"{name}.py").write_text(USER_CODE)
     monkeypatch.syspath_prepend(str(tmp_path))
     return name
+
+
+def test_without_family_and_arch_the_data_decides_and_a_wrong_family_is_refused() -> None:
+    student = build_student(StudentSection(), TOKENS, 3, seed=0, base=Path())
+    assert student.arch == default_arch("text", "medium", TOKENS)
+    assert student(example(TOKENS, 2)).head.shape == (2, 3)
+    with pytest.raises(InputError, match="reads images") as caught:
+        build_student(StudentSection(family="conv", arch="text-w64-d2-h4"), TOKENS, 3, seed=0, base=Path())
+    assert caught.value.where == "student.family"
 
 
 def torch_student(section: StudentSection, base: Path, *, seed: int = 0) -> Student:

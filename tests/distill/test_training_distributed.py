@@ -2,10 +2,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+from distill.distribution import _GlobalBatchNorm
 from distill.training import read_result
 from tests.distill.distributed_training import CASES, layers
 
@@ -20,6 +25,40 @@ def torchrun(case: str, folder: Path, *arguments: str) -> subprocess.CompletedPr
     return subprocess.run(
         command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120, check=False
     )
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}, {"eps": 0.1}]
+)
+@pytest.mark.parametrize(("layer", "shape"), [(nn.BatchNorm1d, (6, 3)), (nn.BatchNorm2d, (4, 3, 5, 5))])
+def test_global_batch_norm_is_batch_norm(layer: type, shape: Any, options: Any, group_of_one: None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    plain, shared = layer(3, **options).double(), layer(3, **options).double()
+    ours = _GlobalBatchNorm(shared, 0, 1)
+    assert ours.state_dict().keys() == plain.state_dict().keys()
+    for _ in range(2):
+        x = 2 * torch.randn(*shape, generator=generator, dtype=torch.float64) + 5
+        weights = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        outputs = [norm(given) for norm, given in zip((plain, ours), inputs, strict=True)]
+        for output in outputs:
+            (output.square() * weights).sum().backward()
+        assert torch.allclose(*outputs)
+        assert torch.allclose(*(given.grad for given in inputs if given.grad is not None))
+    for (name, value), mine in zip(plain.state_dict().items(), shared.state_dict().values(), strict=True):
+        assert torch.allclose(value, mine), name
+    for a, b in zip(plain.parameters(), shared.parameters(), strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        assert torch.allclose(a.grad, b.grad)
+    assert torch.allclose(plain.eval()(x), ours.eval()(x))
 
 
 @pytest.mark.slow
