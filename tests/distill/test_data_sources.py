@@ -310,13 +310,8 @@ def test_the_commit_of_a_hub_data_set_is_kept_and_needs_no_network_again(tmp_pat
     write_texts(tmp_path / "t.csv")
     commit = "0123456789abcdef" * 2 + "01234567"
     # what `datasets` leaves in its cache after a download of that commit
-    Csv(
-        cache_dir=str(tmp_path / "cache" / "hub"),
-        dataset_name="snippets",
-        repo_id="someone/snippets",
-        hash=commit,
-        data_files={"train": str(tmp_path / "t.csv")},
-    ).download_and_prepare()
+    builder = Csv(cache_dir=str(tmp_path / "scratch"), dataset_name="snippets", data_files=str(tmp_path / "t.csv"))
+    builder.download_and_prepare(str(tmp_path / "cache/hub/someone___snippets/default/0.0.0" / commit))
     data = load(tmp_path, source="someone/snippets", vocabulary=80)
     assert data.revision == commit
     shutil.rmtree(tmp_path / "cache")
