@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cli.commands.options import AllowCode, Set
+from cli.commands.options import AllowCode, Set, Strict
 from cli.commands.shared import JsonOption, examples
 
 app = typer.Typer()
@@ -46,6 +46,7 @@ def bench(
         list[str] | None, typer.Option("--shape", metavar="NAME:SHAPE", help="Size of an input's dynamic dimensions.")
     ] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Also throughput over batch sizes.")] = False,
+    strict: Strict = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure latency on this machine: real inputs where a run or bundle has them, random ones for a bare ONNX file.
@@ -79,7 +80,7 @@ def bench(
             )
         from cli.commands.runs import open_folder_or_recipe
 
-        opened = open_folder_or_recipe(what, None, overrides, allow_code=allow_code)
+        opened = open_folder_or_recipe(what, None, overrides, allow_code=allow_code, strict=strict)
         found = opened.bench()
         if not opened.is_main:
             return
@@ -107,6 +108,7 @@ def bench(
         seconds=seconds or 60.0,
         shapes=tuple(shape or ()),
         sweep=sweep,
+        strict=strict,
     )
     result = bench_file(path, options, console.make_progress())
     if as_json:

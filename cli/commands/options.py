@@ -21,6 +21,9 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, e.g. train.epochs=3. Repeatable."),
 ]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Refuse to measure on a machine that is busy, throttled or does not settle.")
+]
 AllowCode = Annotated[
     bool, typer.Option("--allow-code", help="Import the Python code that the recipe names by dotted path.")
 ]

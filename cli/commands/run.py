@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cli.commands.options import AllowCode, Out, RecipeArgument, Set
+from cli.commands.options import AllowCode, Out, RecipeArgument, Set, Strict
 from cli.commands.shared import JsonOption, examples
 
 app = typer.Typer()
@@ -31,6 +31,7 @@ def run(
     require_measured: Annotated[
         bool, typer.Option("--require-measured", help="Exit 4 when a target was not measured on its device.")
     ] = False,
+    strict: Strict = False,
     allow_code: AllowCode = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -42,7 +43,7 @@ def run(
     from cli import console
     from cli.commands.runs import open_run, show_report
 
-    opened = open_run(recipe, out, overrides, allow_code=allow_code)
+    opened = open_run(recipe, out, overrides, allow_code=allow_code, strict=strict)
     if dry_run:
         from cli.pipeline.estimate import estimate, render
 

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from cli.report.schema import Report
 
 
-def open_run(recipe: str, out: Path | None, overrides: list[str] | None, *, allow_code: bool) -> Run:
+def open_run(
+    recipe: str, out: Path | None, overrides: list[str] | None, *, allow_code: bool, strict: bool = False
+) -> Run:
     """The run of a recipe; a mistake in the recipe is told before anything heavy is imported."""
     from cli.recipe import load_recipe
 
@@ -22,15 +24,17 @@ def open_run(recipe: str, out: Path | None, overrides: list[str] | None, *, allo
     folder = out or Path("runs") / loaded.recipe.name
     from cli.pipeline import Run
 
-    return Run(loaded, folder, progress=console.make_progress(), allow_code=allow_code)
+    return Run(loaded, folder, progress=console.make_progress(), allow_code=allow_code, strict=strict)
 
 
-def open_folder_or_recipe(run: str, out: Path | None, overrides: list[str] | None, *, allow_code: bool) -> Run:
+def open_folder_or_recipe(
+    run: str, out: Path | None, overrides: list[str] | None, *, allow_code: bool, strict: bool = False
+) -> Run:
     """The run in a run folder (its recipe was stored there), or that of a recipe."""
     folder = Path(run)
     stored = folder / "recipe.toml"
     if not folder.is_dir():
-        return open_run(run, out, overrides, allow_code=allow_code)
+        return open_run(run, out, overrides, allow_code=allow_code, strict=strict)
     if not stored.is_file():
         raise InputError(
             f"{folder} is not a run folder", where=run, evidence="it has no recipe.toml", fix="edgestill run RECIPE"
@@ -50,7 +54,7 @@ def open_folder_or_recipe(run: str, out: Path | None, overrides: list[str] | Non
         loaded = replace(loaded, base=Path(facts["base"]), origin=facts["recipe"])
     from cli.pipeline import Run
 
-    return Run(loaded, folder, progress=console.make_progress(), allow_code=allow_code)
+    return Run(loaded, folder, progress=console.make_progress(), allow_code=allow_code, strict=strict)
 
 
 def show_report(report: Report, *, as_json: bool, show_all: bool) -> None:

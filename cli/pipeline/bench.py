@@ -10,6 +10,7 @@ from typing import Any, cast, get_args
 import numpy as np
 from pydantic import ValidationError
 
+from cli.pipeline.run import refuse_unquiet
 from cli.report.verdict import exit_status
 from profiles import artifact
 from profiles.device import THIS_MACHINE, TargetSection, load_device
@@ -30,6 +31,7 @@ class BenchOptions:
     measure: MeasureSection
     shapes: tuple[str, ...]
     sweep: bool
+    strict: bool
 
     @classmethod
     def checked(
@@ -44,6 +46,7 @@ class BenchOptions:
         seconds: float,
         shapes: tuple[str, ...],
         sweep: bool,
+        strict: bool,
     ) -> BenchOptions:
         """The options of a command line.
 
@@ -71,7 +74,7 @@ class BenchOptions:
             first = error.errors()[0]
             option = str(first["loc"][0]).replace("_", "-")
             raise InputError(first["msg"].removeprefix("Value error, "), where=f"--{option}") from error
-        return cls(target, MeasureSection(threads=threads, max_seconds=seconds), shapes, sweep)
+        return cls(target, MeasureSection(threads=threads, max_seconds=seconds), shapes, sweep, strict)
 
 
 class BenchResult(Section):
@@ -86,11 +89,13 @@ def bench_file(path: Path, options: BenchOptions, progress: Progress) -> BenchRe
 
     Raises:
         InputError: neither of both, a damaged one, or options that do not fit the model.
-        EdgestillError: the model does not run.
+        EdgestillError: the model does not run, or `strict` and the machine was not quiet.
     """
     model, inputs, source = _model_and_inputs(path, options)
     name = path.name
     found = measure({name: model}, inputs, options.target, options.measure, input_source=source, progress=progress)
+    if options.strict:
+        refuse_unquiet([found[name].measurement])
     throughput = None
     if options.sweep:
         wide = {key: np.concatenate([array] * (256 // len(array) + 1))[:256] for key, array in inputs.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -115,19 +115,27 @@ class Run:
         folder: the run folder; made when missing.
         progress: shows the work.
         allow_code: the user allowed the recipe to import code by dotted path.
+        strict: a measurement on a machine that was busy, throttled or never settled is an error instead of a note.
 
     Raises:
         InputError: a target names an unknown device, stack or power mode, or a precision that its device lacks.
     """
 
     def __init__(
-        self, loaded: LoadedRecipe, folder: Path, *, progress: Progress | None = None, allow_code: bool = False
+        self,
+        loaded: LoadedRecipe,
+        folder: Path,
+        *,
+        progress: Progress | None = None,
+        allow_code: bool = False,
+        strict: bool = False,
     ) -> None:
         self.loaded = loaded
         self.recipe: Recipe = loaded.recipe
         self.folder = folder
         self.progress: Progress = (progress if self.is_main else None) or Silent()
         self.allow_code = allow_code
+        self.strict = strict
         self.stages: list[Stage] = []
         self.started = time.time()
         self.targets = tuple(
@@ -447,8 +455,11 @@ class Run:
         folder = self.folder / "measurements" / target.name
         with self._stage(f"measure {target.name}") as stage:
             if not fresh and artifact.current(folder, "measurements", key) is not None:
-                stage["cached"] = True
-                return {name: load_measurement(folder / f"{name}.json").measurement for name in files}
+                stored = {name: load_measurement(folder / f"{name}.json").measurement for name in files}
+                # what --strict would refuse is measured anew: the machine may be quiet by now
+                if not (self.strict and any(measurement.warnings for measurement in stored.values())):
+                    stage["cached"] = True
+                    return stored
             dataset = self.dataset
             rows = _spread(len(dataset.validation), max(MEASURED_SAMPLES, target.section.batch), self.recipe.seed)
             results = measure(
@@ -462,6 +473,8 @@ class Run:
             with artifact.create(folder, "measurements", key) as temporary:
                 for result in results.values():
                     save_measurement(temporary, result.measurement, result.samples)
+        if self.strict:
+            refuse_unquiet(result.measurement for result in results.values())
         return {name: result.measurement for name, result in results.items()}
 
     def bench(self) -> dict[str, dict[str, Measurement]]:
@@ -632,6 +645,21 @@ class Run:
                 tokenizer=dataset.tokenizer,
                 licence=dataset.licence,
             )
+
+
+def refuse_unquiet(measurements: Iterable[Measurement]) -> None:
+    """What `--strict` asks for.
+
+    Raises:
+        EdgestillError: a measurement has a warning: the machine was busy or throttled, or the latency never settled.
+    """
+    warnings = dict.fromkeys(warning for measurement in measurements for warning in measurement.warnings)
+    if warnings:
+        raise EdgestillError(
+            "--strict refuses this measurement",
+            evidence="; ".join(warnings),
+            fix="close other programs and run again, or leave --strict out",
+        )
 
 
 def objective_name(sections: tuple[AnyObjective, ...]) -> str:

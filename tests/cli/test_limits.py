@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from cli.pipeline.limits import judge
+from cli.pipeline.run import refuse_unquiet
 from profiles.device import TargetSection
+from profiles.errors import EdgestillError
 from profiles.measurement import Latency, Measurement
 from profiles.metrics import Difference, Metric
 
@@ -97,6 +99,13 @@ def test_what_never_settled_is_judged_by_every_single_run(samples: list[float], 
     )
     assert verdict.verdict == expected
     assert "never settled" in verdict.reason
+
+
+def test_strict_refuses_what_has_a_warning() -> None:
+    refuse_unquiet([])
+    with pytest.raises(EdgestillError, match="strict") as caught:
+        refuse_unquiet([latency([1.0], stable=False)])
+    assert caught.value.evidence == "drifted"
 
 
 def test_a_target_without_limits_has_no_verdicts() -> None:
