@@ -32,7 +32,7 @@ from distill.objectives.section import (
 )
 from distill.students import Student, build_student, default_arch, parse_arch, teacher_arch
 from distill.students.arch import check_family
-from distill.students.section import StudentSection
+from distill.students.section import StudentSection, torch_word
 from distill.teachers import ModuleTeacher, Teacher, TeacherCache, build_cache, load_teacher
 from distill.training import TrainResult, evaluate_logits, train
 from export import Candidate, Plan, available, plan, refusal_of, write_bundle
@@ -254,7 +254,7 @@ class Run:
         """The student architecture of a target: its own, the recipe's, or the family's default for its size class."""
         section = self.recipe.student
         if section.kind == "torch":
-            return "torch"
+            return torch_word(section)
         return (
             target.section.arch or section.arch or default_arch(section.family, target.size_class, self.dataset.input)
         )

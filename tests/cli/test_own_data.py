@@ -96,8 +96,6 @@ length = 8
 vocabulary = 128
 [teacher]
 kind = "none"
-[student]
-family = "text"
 [[target]]
 name = "here"
 arch = "textc-w16-d1-k3"
