@@ -71,10 +71,16 @@ def open_dataset(folder: Path) -> Dataset:
     """The dataset of a finished data artefact, arrays memory-mapped read-only.
 
     Raises:
-        InputError: no finished data artefact there.
+        InputError: no finished data artefact there, or one of another form.
     """
     manifest = artifact.read_manifest(folder, KIND)
     info = manifest.info
+    if info.get("form") != _FORM:
+        raise InputError(
+            "another version of edgestill wrote this data folder",
+            where=str(folder),
+            fix=f"delete {folder}; it is made anew",
+        )
     spec = InputSpec(
         kind=info["input"]["kind"],
         shape=tuple(info["input"]["shape"]),
@@ -215,6 +221,7 @@ def _write(section: DataSection, raw: Raw, seed: int, base: Path, folder: Path, 
     if raw.files:
         artifact.write_text(folder / _FILES, json.dumps(_stamps([file.absolute() for file in raw.files], Path("/"))))
     return {
+        "form": _FORM,
         "name": raw.name,
         "task": section.task,
         "classes": list(classes),

@@ -15,8 +15,10 @@ from PIL import Image
 
 from distill.data import Dataset, load_dataset
 from distill.data.arrays import write_idx
+from distill.data.load import open_dataset
 from distill.data.section import AugmentSection, DataSection
 from profiles.artifact import verify
+from profiles.errors import InputError
 
 
 def load(base: Path, *, seed: int = 0, folder: str = "run/data", **keys) -> Dataset:
@@ -292,8 +294,10 @@ def test_a_folder_of_another_form_is_made_anew(tmp_path, monkeypatch):
     first = load(tmp_path, **keys)
     manifest = tmp_path / "run/data/manifest.json"
     old = json.loads(manifest.read_text())
-    del old["info"]["sources"]
+    del old["info"]["sources"], old["info"]["form"]
     manifest.write_text(json.dumps(old))
+    with pytest.raises(InputError, match="another version of edgestill"):
+        open_dataset(tmp_path / "run/data")
     monkeypatch.setattr("distill.data.load._FORM", -1)
     assert load(tmp_path, **keys).key == first.key
     assert json.loads(manifest.read_text())["info"]["sources"]["train"] == ["train", 40]
