@@ -82,8 +82,9 @@ def estimate(run: Run) -> Estimate:
     earlier = _Earlier(run)
     with tempfile.TemporaryDirectory(prefix="edgestill-") as temporary:
         started = time.perf_counter()
-        if earlier.finished("data", "data"):
-            run.dataset = dataset = open_dataset(run.folder / "data")
+        stored = _stored_data(run) if earlier.finished("data", "data") else None
+        if stored is not None:
+            run.dataset = dataset = stored
         else:
             run.dataset = dataset = load_dataset(
                 run.recipe.data,
@@ -92,8 +93,7 @@ def estimate(run: Run) -> Estimate:
                 folder=Path(temporary) / "data",
                 progress=run.progress,
             )
-        done = earlier.finished("data", "data")
-        stages = [_stage("data", time.perf_counter() - started, _data_mib(dataset), done)]
+        stages = [_stage("data", time.perf_counter() - started, _data_mib(dataset), stored is not None)]
         stages += _teacher_stages(run, dataset, earlier)
         for arch in run.archs:
             roles = [("student", "")]
@@ -136,6 +136,14 @@ def render(found: Estimate, run: Run) -> str:
 def _stage(name: str, seconds: float | None, disk_mib: float, finished: bool) -> PlannedStage:
     rounded = None if seconds is None else round(seconds, 1)
     return PlannedStage(name=name, seconds=rounded, disk_mib=round(disk_mib, 1), finished=finished)
+
+
+def _stored_data(run: Run) -> Dataset | None:
+    """The run's data as an earlier run left it; None when another version wrote it in another form."""
+    try:
+        return open_dataset(run.folder / "data")
+    except InputError:
+        return None
 
 
 def _data_mib(dataset: Dataset) -> float:
