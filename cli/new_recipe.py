@@ -92,7 +92,7 @@ def choose_teacher(given: str, *, base: Path) -> Teacher:
         return Teacher((("kind", kind, "no teacher"),), "supervised", "learns from the labels alone")
     if kind == "array":
         says = "outputs of a teacher that you computed yourself"
-        rows = "one row per sample of the data, in its order, in the data's order"
+        rows = "one row per sample of the data, in its order"
         keys: tuple[tuple[str, Any, str], ...]
         keys = (("kind", kind, says), ("embeddings", _existing(value, base, "--teacher"), rows))
     elif kind == "transformers":
