@@ -112,7 +112,7 @@ def _row(run: Run, outcome: Shipped) -> TargetRow:
         metric=MetricValue.of(outcome.metric, "artifact in its runtime" if on_device else NOT_THE_DEVICE)
         if outcome.metric is not None
         else None,
-        latency=_latency(measurement) if measurement is not None else None,
+        latency=LatencyValue.of(measurement) if measurement is not None else None,
         roofline=ReportedRoofline(bound_ms=bound.bound_ms, limiting=bound.limiting)
         if bound is not None and bound.bound_ms is not None and bound.limiting is not None
         else None,
@@ -189,25 +189,6 @@ def _conditions(measurement: Measurement) -> tuple[str, ...]:
     return (f"{threads} thread{'' if threads == 1 else 's'}",) if threads else ()
 
 
-def _latency(measurement: Measurement) -> LatencyValue:
-    asked = measurement.asked
-    return LatencyValue(
-        percentile=asked.percentile,
-        point=asked.value,
-        upper_bound=asked.upper_bound,
-        lower_bound=asked.lower_bound,
-        confidence=asked.bound_confidence,
-        scope=asked.scope,
-        batch=measurement.batch,
-        samples=asked.samples,
-        stable=measurement.stable,
-        p50=asked.p50,
-        mean=asked.mean,
-        max=asked.maximum,
-        outliers=asked.outliers,
-    )
-
-
 def _candidate(candidate: Candidate, outcome: Shipped) -> CandidateRow:
     measurement = (outcome.measurements or {}).get(candidate.name)
     chosen = outcome.choice is not None and candidate.name == outcome.choice.name
@@ -226,7 +207,7 @@ def _candidate(candidate: Candidate, outcome: Shipped) -> CandidateRow:
         )
         if candidate.validation is not None
         else None,
-        latency=_latency(measurement) if measurement is not None else None,
+        latency=LatencyValue.of(measurement) if measurement is not None else None,
         chosen=chosen,
         rejected_because=None if chosen else rejected,
     )
