@@ -113,7 +113,7 @@ def _drop(limit: float, drop: Difference | None, on_device: bool) -> LimitVerdic
         return LimitVerdict(
             name="max_metric_drop", limit=limit, verdict="not measured", reason="no metric was computed"
         )
-    value, low, high = -drop.value, -drop.high, -drop.low
+    value, low, high = 0.0 - drop.value, 0.0 - drop.high, 0.0 - drop.low  # never -0.0
     verdict: Verdict = "pass" if high <= limit else "fail" if low > limit else "inconclusive"
     reason = (
         "the limit lies inside the 95 % interval; more test samples would decide" if verdict == "inconclusive" else ""
