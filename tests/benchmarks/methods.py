@@ -278,8 +278,8 @@ def _reading(report: dict[str, Any]) -> list[str]:
     lines = [
         '"Higher" and "lower" need both intervals on one side of zero: over seeds (initial weights, order, views) and '
         f"over the {test:,} test images. Each interval holds at {CONFIDENCE:.0%} by itself, not for "
-        f"all {len(rows)} comparisons together. Seconds are the epochs with their validation; teacher, cache and EC's "
-        "warm-up on cached outputs are not in them. One teacher, one data set, one student: none of this says which "
+        f"all {len(rows)} comparisons together. Seconds are wall-clock, teacher and cache not "
+        "in them; where another program shared the cores they say little. One teacher, one data set, one student: none of this says which "
         "method is best elsewhere.",
         "",
     ]

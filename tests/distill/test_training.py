@@ -289,9 +289,9 @@ def test_the_moving_average_is_what_is_kept(tmp_path: Path) -> None:
 
 
 def test_bf16_trains_with_float32_losses(tmp_path: Path) -> None:
-    result, net, _ = Case("ec").with_(precision="bf16", epochs=6, learning_rate=0.02).run(tmp_path / "student")
+    result, net, _ = Case("ec").with_(precision="bf16", epochs=12, learning_rate=0.05).run(tmp_path / "student")
     assert result.precision == "bf16"
-    assert result.metric.value > 0.6
+    assert result.metric.value > 0.8
     assert all(p.dtype == torch.float32 for p in net.parameters())
 
 
