@@ -279,8 +279,8 @@ def _reading(report: dict[str, Any]) -> list[str]:
         '"Higher" and "lower" need both intervals on one side of zero: over seeds (initial weights, order, views) and '
         f"over the {test:,} test images. Each interval holds at {CONFIDENCE:.0%} by itself, not for "
         f"all {len(rows)} comparisons together. Seconds are wall-clock, teacher and cache not "
-        "in them; where another program shared the cores they say little. One teacher, one data set, one student: none of this says which "
-        "method is best elsewhere.",
+        "in them; where another program shared the cores they say little. One teacher, one data set, one student: none "
+        "of this says which method is best elsewhere.",
         "",
     ]
     undecided = {name: row for name, row in rows.items() if row["outcome"] == "cannot tell"}
