@@ -84,7 +84,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> LoadedRecip
         InputError: no such recipe, not TOML, an unknown key (the nearest one is suggested), a wrong type or value.
     """
     path = Path(name_or_path)
-    if path.suffix == SUFFIX or path.is_file():
+    if (path.suffix == SUFFIX and not path.is_dir()) or path.is_file():
         if not path.is_file():
             raise InputError(
                 f"no recipe {path}", where=str(path), fix=f"built-in recipes: {', '.join(builtin_recipes())}"
@@ -94,6 +94,12 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> LoadedRecip
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read {path}", where=str(path), evidence=str(error)) from error
         base, origin = path.resolve().parent, str(path)
+    elif path.is_dir():
+        raise InputError(
+            f"{path} is a folder, not a recipe",
+            where=str(path),
+            fix=f"edgestill init --data {path} writes a recipe for the data in it",
+        )
     elif name_or_path in builtin_recipes():
         text = (resources.files("cli") / "recipes" / (name_or_path + SUFFIX)).read_text(encoding="utf-8")
         base, origin = Path.cwd(), f"built-in recipe {name_or_path}"

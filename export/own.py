@@ -102,6 +102,7 @@ def export_model(
         held_out = _random(examples)
     else:
         held_out, calibration = _halves(samples, examples)
+    _check_runs(model, examples, held_out)
     made = plan(
         model,
         held_out=held_out,
@@ -132,6 +133,20 @@ def export_model(
         for candidate in made.usable
     ]
     return made, bundles
+
+
+def _check_runs(model: nn.Module, examples: Sequence[Example], inputs: Mapping[str, NDArray[Any]]) -> None:
+    """Runs the model once, because the exporter answers inputs that do not fit with pages of its own state."""
+    try:
+        with torch.no_grad():
+            model(*(torch.from_numpy(np.array(inputs[example.name][:2])) for example in examples))
+    except Exception as error:  # a user's model may raise anything
+        raise InputError(
+            "the model does not run on the example inputs",
+            where="--example " + " ".join(str(example) for example in examples),
+            evidence=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}",
+            fix="--example must name every input of forward() in its order, with shape and type",
+        ) from error
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

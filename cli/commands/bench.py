@@ -25,7 +25,9 @@ def bench(
     overrides: Set = None,
     allow_code: AllowCode = False,
     device: Annotated[str, typer.Option("--device", help="Only this machine can be measured.")] = "this-machine",
-    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Samples per query.  [default: 1]")] = None,
+    batch: Annotated[
+        int | None, typer.Option("--batch", min=1, max=65536, help="Samples per query.  [default: 1]")
+    ] = None,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Threads inside an operator.  [default: 1]")
     ] = None,

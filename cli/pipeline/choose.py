@@ -46,7 +46,7 @@ class Choice:
 def choose(
     options: list[Option], section: TargetSection, fp32: Metric, differences: dict[tuple[str, str], Faster]
 ) -> Choice:
-    """The fastest option that keeps the metric; the most accurate one when none does.
+    """The fastest option that keeps the metric; FP32 when none does.
 
     Args:
         options: at least one.
@@ -63,9 +63,11 @@ def choose(
         else:
             rejected[option.name] = problem
     if not keeping:
-        best = max(options, key=lambda option: option.validation.value)
+        # then it is not the precision that misses it, so the graph that changes least is the one to look at
+        most_accurate = max(options, key=lambda option: option.validation.value)
+        best = next((option for option in options if option.name == "fp32"), most_accurate)
         rejected.pop(best.name)
-        return Choice(best.name, rejected, (f"{best.name}: no precision keeps the metric; it loses least",))
+        return Choice(best.name, rejected, (f"{best.name}: no precision reaches the metric that is asked for",))
     if any(option.measured_ms is not None for option in keeping):
         return _fastest_measured(keeping, rejected, differences)
     return _fastest_expected(keeping, rejected)

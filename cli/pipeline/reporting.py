@@ -153,7 +153,7 @@ def _explain(run: Run, outcome: Shipped, limits: Sequence[LimitVerdict]) -> tupl
             fixes.append(f"memory_mib = {_at_least(limit.value or limit.limit)}, or a smaller arch")
         elif limit.verdict == "fail" and limit.name == "metric_floor":
             fixes.append(
-                f"metric_floor = {math.floor((limit.low or 0.0) * 1000) / 1000}, more epochs, or a larger arch"
+                f"more epochs, a larger arch, or metric_floor = {math.floor((limit.low or 0.0) * 1000) / 1000}"
             )
         elif limit.verdict == "fail":
             fixes.append(f"max_metric_drop = {_at_least(limit.high or limit.limit)}, or another precision")

@@ -77,13 +77,14 @@ class EncodedImages:
         return len(self._sources)
 
     def describe(self, row: int) -> tuple[int, int, bool]:
-        image = self._open(row)
-        grey = image.mode in _GREY_MODES
-        height, width = image.height, image.width
-        if image.getexif().get(0x0112, 1) >= 5:  # orientations 5 to 8 lie on their side
-            height, width = width, height
-        image.close()
-        return height, width, grey
+        with self._open(row) as image:
+            grey = image.mode in _GREY_MODES
+            height, width = image.height, image.width
+            try:
+                on_its_side = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8
+            except (OSError, SyntaxError, ValueError, EOFError) as error:  # a PNG's are behind its pixels
+                raise self._corrupt(row, error) from error
+        return (width, height, grey) if on_its_side else (height, width, grey)
 
     def decode(self, row: int, size: tuple[int, int], resize: Resize, channels: int) -> Array:
         from PIL import ImageOps

@@ -185,3 +185,36 @@ def test_what_cannot_work_is_refused_before_the_teacher_is_trained(tmp_path: Pat
     assert done.status == 2
     assert words in done.err
     assert not (tmp_path / "run" / "teacher").exists()
+
+
+def test_a_truncated_image_is_named(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for index in range(6):
+            pixels = np.random.default_rng(index).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{index}.png")
+    broken = tmp_path / "photos" / "dog" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:500])
+    (tmp_path / "own.toml").write_text('[data]\nsource = "imagefolder"\npath = "photos"\n')
+    done = edgestill("-q", "run", str(tmp_path / "own.toml"), "--out", str(tmp_path / "run"))
+    assert done.status == 2
+    assert str(broken) in done.err
+
+
+def test_places_and_inputs_that_do_not_fit_are_told(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    folder = edgestill("run", str(tmp_path / "photos"))
+    assert folder.status == 2
+    assert "edgestill init --data" in folder.err
+    linear = ("--model", "torch.nn:Linear", "--kwargs", '{"in_features": 8, "out_features": 3}')
+    example = edgestill("-q", "export", *linear, "--example", "1x9", "--out", str(tmp_path / "linear"))
+    assert example.status == 2
+    assert "--example input:1x9:float32" in example.err
+    assert not (tmp_path / "linear").exists()
+    onto_folder = edgestill(
+        "init", "--yes", "--data", "fashion-mnist-small", "--out", str(tmp_path / "photos"), "--force"
+    )
+    assert onto_folder.status == 1
+    assert "cannot write to" in onto_folder.err
