@@ -82,7 +82,8 @@ class Deployable(nn.Module):
 class Shipped:
     """One target's outcome: every candidate, the one that was chosen and what is known of it.
 
-    logits: (N, C) of the chosen file on the test split, computed by ONNX Runtime here. error: why there is none.
+    measurements, rooflines: by candidate; nothing was measured where the target is another device. metric, drop: of the
+    chosen file on the test split, `drop` against the FP32 file. error: why there is no bundle.
     """
 
     target: Target

@@ -34,20 +34,9 @@ from cli.report.words import (
     scopes,
     subject_line,
 )
-from profiles.artifact import explain_os_errors, write_text
 
 STYLE_FILE = Path(__file__).with_name("page.css")
 _MARKS = {"pass": "✓", "fail": "✗", "inconclusive": "?", "not measured": "–", "error": "!"}
-
-
-def write_html(report: Report, path: Path) -> None:
-    """Writes the page, whole or not at all.
-
-    Raises:
-        EdgestillError: the place cannot be written.
-    """
-    with explain_os_errors(path):
-        write_text(path, to_html(report))
 
 
 def to_html(report: Report) -> str:

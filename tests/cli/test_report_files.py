@@ -5,16 +5,14 @@ from __future__ import annotations
 import csv
 import io
 from html.parser import HTMLParser
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-from cli.report.html import to_html, write_html
+from cli.report.html import to_html
 from cli.report.schema import Report
 from cli.report.svg import accuracy_latency
 from cli.report.tables import CSV_COLUMNS, to_csv, to_markdown
-from profiles.errors import EdgestillError
 from tests.cli.report_example import depot_nx, example, gate_pi5, line3_orin, office_rtx
 
 EVIL = '<script>alert("x")</script>|`*_[a](b)&'
@@ -93,17 +91,6 @@ def test_plot_is_valid_xml_with_a_title_per_point() -> None:
 
 def test_plot_needs_two_points() -> None:
     assert accuracy_latency(example((line3_orin(), depot_nx()))) == ""
-
-
-def test_page_is_written_whole(tmp_path: Path) -> None:
-    write_html(example(), tmp_path / "report.html")
-    assert (tmp_path / "report.html").read_text(encoding="utf-8") == to_html(example())
-
-
-def test_page_in_a_place_that_is_no_folder_names_the_place(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(EdgestillError, match="cannot write"):
-        write_html(example(), tmp_path / "file" / "report.html")
 
 
 def test_csv_has_a_line_per_target_and_reference_in_full_precision() -> None:
