@@ -25,7 +25,8 @@ class Batch(NamedTuple):
     """One training batch as objectives see it.
 
     labels: int64 (N,) multiclass or float (N, C) multilabel. mask: bool (N, C) or None. indices: int64 (N,), rows of
-    the training split. step: optimiser steps done so far. epoch: the same as a fraction of epochs.
+    the training split. step: optimiser steps done so far. epoch: the same in epochs. progress: the same as a share of
+    the whole training, 0..1.
     """
 
     labels: Tensor
@@ -33,3 +34,4 @@ class Batch(NamedTuple):
     indices: Tensor
     step: int
     epoch: float
+    progress: float = 0.0

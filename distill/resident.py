@@ -25,6 +25,14 @@ class Resident:
     They live on `device` when they fit into 60 % of its free memory; else in (mapped) host memory, from which each
     batch is copied through pinned memory without waiting. Nothing here makes the host wait for the device.
 
+    Args:
+        dataset: gives the training split.
+        cache: the teacher's outputs for it, None without a teacher.
+        augmentation: of the images.
+        seed: of what objectives draw while they are fitted.
+        view_seed: of the augmented views.
+        device: where training happens.
+
     Raises:
         InputError: the cache has other rows or views than the data.
     """
@@ -35,12 +43,14 @@ class Resident:
         cache: CachedTeacher | None,
         augmentation: AugmentSection,
         seed: int,
+        view_seed: int,
         device: torch.device,
     ) -> None:
         split = dataset.train
         self.rows = len(split)
         self.device = device
         self.seed = seed
+        self.view_seed = view_seed
         self.augmentation = augmentation
         self._is_image = dataset.input.kind == "image"
         embedding = cache.train_embedding if cache is not None else None
@@ -54,6 +64,7 @@ class Resident:
         self._inputs = _tensor(split.inputs).to(place)
         self.embedding = None if embedding is None else _tensor(embedding).to(place)
         self.logits = None if logits is None else _tensor(logits).to(place)
+        self._head = None if cache is None else (cache.head_weight, cache.head_bias)
         labels = _tensor(split.labels)
         self.labels = (labels.long() if dataset.task == "multiclass" else labels.float()).to(device)
         self.mask = None if split.mask is None else _tensor(split.mask).bool().to(device)
@@ -68,7 +79,7 @@ class Resident:
             return batch
         view = view_of(epoch, self.augmentation.views)
         batch = batch.contiguous(memory_format=torch.channels_last)
-        return augment(batch, rows, view, self.seed, self.augmentation)
+        return augment(batch, rows, view, self.view_seed, self.augmentation)
 
     def teacher(self, rows: Tensor, host_rows: Tensor, epoch: int) -> TeacherOutput:
         """Cached outputs of `rows` for the view that `inputs` gives in the same epoch, float32."""
@@ -80,6 +91,7 @@ class Resident:
     def fit_data(self, device: torch.device) -> FitData:
         """The training split as objectives' `prepare` wants it."""
         place = self._inputs.device
+        weight, bias = self._head or (None, None)
         return FitData(
             embedding=self.embedding,
             logits=self.logits,
@@ -87,6 +99,8 @@ class Resident:
             mask=None if self.mask is None else self.mask.to(place),
             seed=self.seed,
             device=device,
+            head_weight=None if weight is None else _tensor(weight).to(place),
+            head_bias=None if bias is None else _tensor(bias).to(place),
         )
 
     def teacher_checksum(self) -> tuple[int, ...]:

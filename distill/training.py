@@ -78,6 +78,7 @@ def train(
     folder: Path,
     *,
     seed: int = 0,
+    view_seed: int | None = None,
     progress: Progress | None = None,
     title: str = "training",
     device: torch.device | str | None = None,
@@ -98,6 +99,7 @@ def train(
         augmentation: the recipe's `[data.augment]`; the cache must have been built with it.
         folder: of the artefact.
         seed: of everything random here.
+        view_seed: of the augmented views, which a cache of several views was built with; None: `seed`.
         progress: shows samples, rate and time left.
         title: of the progress bar.
         device: None: the first GPU where there is one, else the CPU.
@@ -110,7 +112,8 @@ def train(
     """
     progress = progress or Silent()
     _check(section, objective, dataset)
-    key = _key(student, objective, dataset, cache, section, augmentation, seed)
+    view_seed = seed if view_seed is None else view_seed
+    key = _key(student, objective, dataset, cache, section, augmentation, seed, view_seed)
     if current(folder, "student", key) is not None:
         load_student(student, folder / "student.safetensors")
         load_student(objective, folder / "objective.safetensors")
@@ -118,7 +121,7 @@ def train(
         return read_result(folder)
     before = teacher_fingerprint() if teacher_fingerprint is not None else ""
     processes = start(device, section.batch_size)
-    run = Run(student, objective, dataset, cache, section, augmentation, folder, key, seed, processes)
+    run = Run(student, objective, dataset, cache, section, augmentation, folder, key, seed, view_seed, processes)
     run.resume(progress)
     remaining = (section.epochs - run.epoch) * run.steps_per_epoch * run.batch_size - run.step_in_epoch * run.batch_size
     with _stop_requests() as stop, progress.task(title, remaining) as task:
@@ -194,13 +197,14 @@ class Run:
         folder: Path,
         key: str,
         seed: int,
+        view_seed: int,
         processes: Processes,
     ) -> None:
         self.section, self.folder, self.key, self.seed, self.processes = section, folder, key, seed, processes
         self.dataset = dataset
         self.device = processes.device
         self.partial = folder.with_name(folder.name + ".partial")
-        self.data = Resident(dataset, cache, augmentation, seed, self.device)
+        self.data = Resident(dataset, cache, augmentation, seed, view_seed, self.device)
         self.checksum = self.data.teacher_checksum()
         self.student, self.objective = student.to(self.device), objective.to(self.device)
         if dataset.input.kind == "image":
@@ -299,7 +303,8 @@ class Run:
         labels = self.data.labels.index_select(0, rows)
         mask = None if self.data.mask is None else self.data.mask.index_select(0, rows)
         teacher: TeacherOutput = self.data.teacher(rows, host_rows, self.epoch)
-        batch = Batch(labels, mask, rows, step, step / self.steps_per_epoch)
+        epoch = step / self.steps_per_epoch
+        batch = Batch(labels, mask, rows, step, epoch, epoch / self.section.epochs)
         terms: dict[str, Tensor] = dict(self.objective(output, teacher, batch))
         truth = task_loss(
             self.objective.class_logits(output.head),
@@ -688,6 +693,7 @@ def _key(
     section: TrainSection,
     augmentation: AugmentSection,
     seed: int,
+    view_seed: int,
 ) -> str:
     """Hash of everything that decides the weights."""
     return content_key(
@@ -703,4 +709,5 @@ def _key(
         dataset.key,
         cache.key if cache is not None else None,
         seed,
+        view_seed,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +16,10 @@ from distill.outputs import Batch, StudentOutput, TeacherOutput
 
 
 class CachedTeacher(Protocol):
-    """What training reads of a teacher cache; arrays are (views, N, D) and (views, N, C) of the training split."""
+    """What training reads of a teacher cache; arrays are (views, N, D) and (views, N, C) of the training split.
+
+    `head_weight` (C, D) and `head_bias` (C,): the teacher's linear head, None where it is not known.
+    """
 
     @property
     def key(self) -> str: ...
@@ -25,6 +29,10 @@ class CachedTeacher(Protocol):
     def train_embedding(self) -> np.ndarray[Any, Any] | None: ...
     @property
     def train_logits(self) -> np.ndarray[Any, Any] | None: ...
+    @property
+    def head_weight(self) -> np.ndarray[Any, Any] | None: ...
+    @property
+    def head_bias(self) -> np.ndarray[Any, Any] | None: ...
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,8 @@ class Shapes:
     """The sizes that objectives are built from.
 
     teacher_dim: D_t, None without embeddings. teacher_logits: columns of the teacher's logits, None without.
-    student_dim: D_s. hard_weight: the resolved weight of the ground-truth term.
+    student_dim: D_s. hard_weight: the resolved weight of the ground-truth term. train_samples: size of the training split.
+    position: of the objective among the recipe's, for messages.
     """
 
     task: Task
@@ -41,6 +50,8 @@ class Shapes:
     teacher_dim: int | None
     teacher_logits: int | None
     hard_weight: float
+    train_samples: int = 0
+    position: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,7 +59,8 @@ class FitData:
     """The training split as `prepare` sees it; never validation or test.
 
     embedding: (views, N, D_t) or None. logits: (views, N, C_t) or None; both in the cache's own type. labels: (N,) or
-    (N, C). mask: bool (N, C) or None. device: where the objective lives.
+    (N, C). mask: bool (N, C) or None. device: where the objective lives. head_weight: (C_t, D_t) and head_bias: (C_t,),
+    float32, the teacher's linear head where it is known.
     """
 
     embedding: Tensor | None
@@ -57,6 +69,8 @@ class FitData:
     mask: Tensor | None
     seed: int
     device: torch.device
+    head_weight: Tensor | None = None
+    head_bias: Tensor | None = None
 
 
 class Objective(nn.Module):
@@ -74,6 +88,9 @@ class Objective(nn.Module):
         self.weight = section.weight
         self.shapes = shapes
 
+    builds_on_others = False
+    """Whether `prepare` needs the other objectives to be prepared first."""
+
     @staticmethod
     def head_size(section: ObjectiveBase, classes: int) -> int:
         """Outputs of the student's head; more than `classes` where the objective splits classes."""
@@ -82,6 +99,9 @@ class Objective(nn.Module):
     def class_logits(self, head: Tensor) -> Tensor:
         """(N, H) -> (N, C): the class logits of a head's output; part of the exported graph."""
         return head
+
+    def attach(self, others: Sequence[Objective]) -> None:
+        """Called once with all objectives of the composition, itself included, for one that builds on another."""
 
     def prepare(self, data: FitData, *, fitted: bool = False) -> None:
         """Fits what must be fitted on the training split. `fitted`: the parameters came from a checkpoint."""

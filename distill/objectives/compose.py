@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,7 @@ from distill.objectives.cosine_difference import CosineDifference
 from distill.objectives.distance_correlation import DistanceCorrelation
 from distill.objectives.embedding_compression import EmbeddingCompression
 from distill.objectives.kd import KD
-from distill.objectives.section import AnyObjective, Need, check_mixup, check_needs, resolve_hard_weight
+from distill.objectives.section import AnyObjective, Need, check_data, check_mixup, check_needs, resolve_hard_weight
 from distill.objectives.supervised import Supervised
 from distill.outputs import Batch, StudentOutput, TeacherOutput
 from profiles.errors import InputError
@@ -45,6 +46,8 @@ class Composition(nn.Module):
             "" if kinds.count(kind) == 1 else f"objective[{position}]/" for position, kind in enumerate(kinds)
         ]
         self._leader = _leader(sections, objectives[0].shapes.classes)
+        for objective in objectives:
+            objective.attach(objectives)
 
     def class_logits(self, head: Tensor) -> Tensor:
         """Head output (N, H) -> class logits (N, C); part of the exported graph."""
@@ -52,7 +55,7 @@ class Composition(nn.Module):
 
     def prepare(self, data: FitData, *, fitted: bool = False) -> None:
         """Fits every objective on the training split. `fitted`: parameters came from a checkpoint."""
-        for position in range(len(self.objectives)):
+        for position in sorted(range(len(self.objectives)), key=lambda position: self._at(position).builds_on_others):
             self._at(position).prepare(data, fitted=fitted)
 
     def forward(self, student: StudentOutput, teacher: TeacherOutput, batch: Batch) -> dict[str, Tensor]:
@@ -61,8 +64,9 @@ class Composition(nn.Module):
         terms: dict[str, Tensor] = {}
         for position, prefix in enumerate(self._prefixes):
             view = student if position == self._leader else plain
+            factor = self.sections[position].factor(batch.progress)
             for name, term in self._at(position)(view, teacher, batch).items():
-                terms[prefix + name] = term
+                terms[prefix + name] = factor * term
         return terms
 
     def logs(self) -> dict[str, float]:
@@ -142,6 +146,7 @@ def build_objective(
     """
     check_needs(sections, available(dataset, cache))
     classes = len(dataset.classes)
+    check_data(sections, dataset.task, classes, len(dataset.train))
     logits = _columns(cache.train_logits if cache is not None else None)
     for position, section in enumerate(sections):
         if "logits" in section.needs and logits != classes:
@@ -158,10 +163,14 @@ def build_objective(
         teacher_dim=_columns(cache.train_embedding if cache is not None else None),
         teacher_logits=logits,
         hard_weight=resolve_hard_weight(sections, hard_weight),
+        train_samples=len(dataset.train),
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        objectives = [_MODULES[section.kind](section, shapes) for section in sections]
+        objectives = [
+            _MODULES[section.kind](section, replace(shapes, position=position))
+            for position, section in enumerate(sections)
+        ]
     return Composition(sections, objectives, shapes.hard_weight)
 
 

@@ -9,7 +9,10 @@ from pydantic import BeforeValidator, Field
 from profiles.errors import InputError, nearest
 from profiles.section import Section
 
-Need = Literal["logits", "embedding", "labels"]
+Need = Literal["logits", "embedding", "labels", "classes"]
+"""What an objective needs: the teacher's logits, its embedding, labels, more than two classes."""
+Task = Literal["multiclass", "multilabel"]
+WeightSchedule = Literal["constant", "warm-up", "decay"]
 Distance = Literal["distance_correlation", "cosine_difference", "cosine"]
 
 
@@ -22,7 +25,9 @@ class ObjectiveBase(Section):
     title: ClassVar[str]
     summary: ClassVar[str]
     needs: ClassVar[frozenset[Need]]
-    """What the teacher ("logits", "embedding") and the data ("labels") must supply."""
+    """What the teacher ("logits", "embedding") and the data ("labels", "classes") must supply."""
+    tasks: ClassVar[frozenset[Task]] = frozenset({"multiclass", "multilabel"})
+    """The tasks for which the formula is defined."""
     mixup: ClassVar[bool] = False
     """Whether training on mixed inputs with the mixed cached outputs of both originals is sound."""
     training_cost: ClassVar[str]
@@ -32,6 +37,30 @@ class ObjectiveBase(Section):
     """True for what is there to be compared with, not to be shipped."""
 
     weight: float = Field(1.0, ge=0, description="factor on this objective's terms")
+    weight_schedule: WeightSchedule = Field(
+        "constant", description="warm-up: the weight rises from 0; decay: it falls to 0; each linearly"
+    )
+    weight_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of the training that the rise takes from its start (default 0.1), the fall to its end (1)",
+    )
+
+    def factor(self, progress: float) -> float:
+        """What the weight is multiplied with at a point of the training.
+
+        Args:
+            progress: share of the training that is done, 0..1.
+
+        Returns:
+            0..1. "warm-up": min(1, progress / share). "decay": min(1, (1 - progress) / share).
+        """
+        if self.weight_schedule == "warm-up":
+            return min(1.0, progress / (self.weight_share or 0.1))
+        if self.weight_schedule == "decay":
+            return min(1.0, (1.0 - progress) / (self.weight_share or 1.0))
+        return 1.0
 
     @property
     def default_hard_weight(self) -> float:
@@ -139,8 +168,185 @@ class EmbeddingCompressionSection(ObjectiveBase):
         return round(1.0 - self.lam, 9)
 
 
+class DKDSection(ObjectiveBase):
+    """DKD: the divergence of KD taken apart into target against rest, and the classes of the rest."""
+
+    title = "Decoupled knowledge distillation (DKD)"
+    summary = "KD in two parts, so that what the teacher says about the wrong classes counts by itself"
+    needs = frozenset({"logits", "labels", "classes"})
+    tasks = frozenset({"multiclass"})
+    training_cost = "two softmaxes of the cached logits"
+    source = "Zhao et al. 2022, arXiv 2203.08679"
+
+    kind: Literal["dkd"] = "dkd"
+    weight_schedule: WeightSchedule = Field(
+        "warm-up", description="warm-up: the weight rises from 0, as published; decay: it falls to 0; each linearly"
+    )
+    alpha: float = Field(1.0, ge=0, description="weight of the target-class part")
+    beta: float = Field(8.0, ge=0, description="weight of the non-target-class part")
+    tau: float = Field(4.0, gt=0, description="temperature that softens teacher and student")
+
+
+class DISTSection(ObjectiveBase):
+    """DIST: correlates predictions over classes and over samples instead of equating them."""
+
+    title = "Relational matching (DIST)"
+    summary = "the student's probabilities correlate with the teacher's, within each sample and within each class"
+    needs = frozenset({"logits", "classes"})
+    training_cost = "two softmaxes and their correlations"
+    source = "Huang et al. 2022, arXiv 2205.10536"
+
+    kind: Literal["dist"] = "dist"
+    weight: float = Field(2.0, ge=0, description="factor on this objective's terms")
+    tau: float = Field(1.0, gt=0, description="temperature that softens teacher and student")
+
+
+class EmbeddingSection(ObjectiveBase):
+    """EmbKD: soft targets, and the squared distance of a linear map of the student's embedding to the teacher's."""
+
+    title = "Embedding matching (EmbKD)"
+    summary = "knowledge distillation, and beside it the student's embedding is mapped onto the teacher's"
+    needs = frozenset({"logits", "embedding"})
+    training_cost = "one linear map of the student's embedding, dropped after training"
+    source = "the embedding baseline of Loo et al. 2024, arXiv 2409.20449; scale and weight are our reading"
+
+    kind: Literal["embedding"] = "embedding"
+    lam: float = Field(
+        1.0, ge=0, description="weight of the squared distance, per dimension of the teacher's embedding"
+    )
+    tau: float = Field(4.0, gt=0, description="temperature of the soft targets")
+
+    @property
+    def default_hard_weight(self) -> float:
+        return 0.1
+
+
+class FitNetSection(ObjectiveBase):
+    """FitNet: a learned map of the student's embedding hits the teacher's."""
+
+    title = "Hints (FitNet)"
+    summary = "a learned linear map of the student's embedding equals the teacher's (mean squared error)"
+    needs = frozenset({"embedding"})
+    training_cost = "one linear map of the student's embedding, dropped after training"
+    source = "Romero et al. 2015, arXiv 1412.6550; weight as in Tian et al. 2020, arXiv 1910.10699"
+
+    kind: Literal["fitnet"] = "fitnet"
+    weight: float = Field(100.0, ge=0, description="factor on the mean squared error")
+
+
+class VIDSection(ObjectiveBase):
+    """VID: a lower bound of the mutual information between teacher and student embeddings."""
+
+    title = "Variational information distillation (VID)"
+    summary = "like hints, with a learned variance per dimension: what cannot be predicted counts less"
+    needs = frozenset({"embedding"})
+    training_cost = "one linear map of the student's embedding and a variance per dimension, dropped after training"
+    source = "Ahn et al. 2019, arXiv 1904.05835"
+
+    kind: Literal["vid"] = "vid"
+
+
+class RKDSection(ObjectiveBase):
+    """RKD: distances and angles between samples are those in the teacher's embedding."""
+
+    title = "Relational knowledge distillation (RKD)"
+    summary = "distances between pairs and angles between triples of samples equal those in the teacher's embedding"
+    needs = frozenset({"embedding"})
+    training_cost = "(batch, batch) distances and (batch, batch, batch) angles: batches of at most a few hundred"
+    source = "Park et al. 2019, arXiv 1904.05068"
+
+    kind: Literal["rkd"] = "rkd"
+    distance_weight: float = Field(25.0, ge=0, description="weight of the pairwise distances")
+    angle_weight: float = Field(50.0, ge=0, description="weight of the angles")
+
+
+class CRDSection(ObjectiveBase):
+    """CRD: contrasts each sample's pair of embeddings with those of other samples from a memory bank."""
+
+    title = "Contrastive representation distillation (CRD)"
+    summary = "student and teacher embeddings of one sample agree, those of different samples do not"
+    needs = frozenset({"embedding"})
+    training_cost = "two projections and a memory bank of 2 x samples x dimension floats, dropped after training"
+    source = "Tian et al. 2020, arXiv 1910.10699"
+
+    kind: Literal["crd"] = "crd"
+    weight: float = Field(0.8, ge=0, description="factor on this objective's terms")
+    dimension: int = Field(128, ge=2, description="size of the projections that are compared")
+    negatives: int | None = Field(
+        None,
+        ge=1,
+        description="memory bank entries that each sample is contrasted with; default: 16384, or all there are",
+    )
+    tau: float = Field(0.07, gt=0, description="temperature of the similarities")
+    momentum: float = Field(0.5, ge=0, lt=1, description="how much of the old entry the memory bank keeps")
+
+
+class LELPSection(ObjectiveBase):
+    """LELP: classes are split along informative directions of the teacher's embedding; the student predicts the parts."""
+
+    title = "Learning embedding linear projections (LELP)"
+    summary = "for few classes: splits every class along the teacher's embedding, the student predicts the subclasses"
+    needs = frozenset({"embedding", "labels"})
+    tasks = frozenset({"multiclass"})
+    training_cost = "an offline fit on the cached embeddings, one projection of them per batch"
+    inference_cost = "a head of classes x subclasses outputs and one log-sum-exp, both in the exported graph"
+    source = "Loo et al. 2024, arXiv 2409.20449; normalisation, grids and defaults are our reading"
+
+    kind: Literal["lelp"] = "lelp"
+    subclasses_per_class: int = Field(8, ge=1, description="parts of every class, S; worth searching in 2, 4, 8, 16")
+    beta: float = Field(1.0, ge=0, description="sharpness of the subclass probabilities; 0: all equal")
+    tau: float = Field(1.0, gt=0, description="temperature of teacher and student")
+    on: Literal["embedding", "compressed"] = Field(
+        "embedding",
+        description='compressed: on the embedding of an objective "ec" with schedule "frozen" in the same recipe',
+    )
+    projection: Literal["pca", "random"] = Field("pca", description="random: random directions instead (control)")
+    subclasses: Literal["projection", "random"] = Field(
+        "projection", description="random: random subclass targets of the same sharpness (control)"
+    )
+    null_space: bool = Field(
+        True, description="false: keep the directions that the teacher's head reads, too (control)"
+    )
+    rotation: bool = Field(True, description="false: do not even out the directions' variances (control)")
+
+    @property
+    def default_hard_weight(self) -> float:
+        return 0.0
+
+
+class SubclassSection(ObjectiveBase):
+    """Subclass distillation: the teacher is trained again with subclasses of its own making; the student matches them."""
+
+    title = "Subclass distillation"
+    summary = "retrains the teacher to invent subclasses; the student matches all their probabilities"
+    needs = frozenset({"embedding", "labels"})
+    tasks = frozenset({"multiclass"})
+    training_cost = 'a second teacher (kind "train"), or a new head on the embeddings of a frozen one'
+    inference_cost = "a head of classes x subclasses outputs and one log-sum-exp, both in the exported graph"
+    source = "Mueller, Kornblith & Hinton 2020, arXiv 2002.03936; the student's weights are our reading"
+
+    kind: Literal["subclass"] = "subclass"
+    subclasses_per_class: int = Field(8, ge=1, description="subclasses of every class")
+    tau: float = Field(1.0, gt=0, description="temperature of teacher and student")
+    aux_weight: float = Field(1.0, ge=0, description="weight of the term that makes the teacher use its subclasses")
+    aux_temperature: float = Field(1.0, gt=0, description="temperature of that term")
+
+
 AnyObjective = (
-    SupervisedSection | KDSection | EmbeddingCompressionSection | DistanceCorrelationSection | CosineDifferenceSection
+    SupervisedSection
+    | KDSection
+    | DKDSection
+    | DISTSection
+    | EmbeddingSection
+    | FitNetSection
+    | VIDSection
+    | RKDSection
+    | CRDSection
+    | EmbeddingCompressionSection
+    | DistanceCorrelationSection
+    | CosineDifferenceSection
+    | LELPSection
+    | SubclassSection
 )
 _BY_KIND: dict[str, type[ObjectiveBase]] = {cls.model_fields["kind"].default: cls for cls in get_args(AnyObjective)}
 _ALIASES = {"ec": "embedding_compression"}
@@ -161,7 +367,8 @@ def _one(value: Any) -> Any:
 
 
 def _several(value: Any) -> Any:
-    value = [value] if isinstance(value, str | dict | ObjectiveBase) else value
+    value = value.split("+") if isinstance(value, str) else value
+    value = [value] if isinstance(value, dict | ObjectiveBase) else value
     if value in ([], ()):
         raise ValueError('at least one objective; the plain student is "supervised"')
     return value
@@ -193,21 +400,94 @@ def resolve_hard_weight(sections: tuple[AnyObjective, ...], hard_weight: float |
 def check_needs(sections: tuple[AnyObjective, ...], available: frozenset[Need]) -> None:
     """Refuses an objective whose teacher or data lack what it needs, before anything is trained.
 
+    Args:
+        sections: the recipe's objectives.
+        available: what there is; "classes" is judged by `check_data`.
+
     Raises:
         InputError: names the objective's place in the recipe, what is missing and what would do.
     """
     for position, section in enumerate(sections):
-        missing = section.needs - available
+        missing = section.needs - available - {"classes"}
         if not missing:
             continue
-        possible = [kind for kind, cls in _BY_KIND.items() if cls.needs <= available]
+        possible = [kind for kind, cls in _BY_KIND.items() if cls.needs - {"classes"} <= available]
         raise InputError(
-            f'objective "{section.kind}" needs {" and ".join(sorted(section.needs))}, '
+            f'objective "{section.kind}" needs {" and ".join(sorted(section.needs - {"classes"}))}, '
             f"and there are no {' and no '.join(_plural(need) for need in sorted(missing))}",
             where=f"objective[{position}].kind",
             evidence=f"available: {', '.join(sorted(available)) or 'nothing'}",
             fix=f"another teacher, or one of: {', '.join(possible)}" if possible else "another teacher",
         )
+
+
+def check_data(sections: tuple[AnyObjective, ...], task: Task, classes: int, train_samples: int) -> None:
+    """Refuses what the data cannot serve, before anything is trained.
+
+    Args:
+        sections: the recipe's objectives.
+        task: of the data.
+        classes: number of classes, or of labels.
+        train_samples: size of the training split.
+
+    Raises:
+        InputError: names the objective's place in the recipe, what is missing and what would do.
+    """
+    for position, section in enumerate(sections):
+        here = f"objective[{position}]"
+        if task not in section.tasks:
+            possible = [kind for kind, cls in _BY_KIND.items() if task in cls.tasks]
+            raise InputError(
+                f'objective "{section.kind}" is not defined for several labels per sample',
+                where=f"{here}.kind",
+                evidence='data.task = "multilabel"; its formula needs classes that exclude each other',
+                fix=f"one of: {', '.join(possible)}",
+            )
+        if "classes" in section.needs and classes <= 2:
+            raise InputError(
+                f'objective "{section.kind}" needs more than two classes, and there are {classes}',
+                where=f"{here}.kind",
+                evidence="what it compares among the other classes is constant when there are only two",
+                fix='"kd", or "lelp", which is made for few classes',
+            )
+        if isinstance(section, CRDSection) and section.negatives is not None and section.negatives >= train_samples:
+            raise InputError(
+                f"{section.negatives:,} negatives are more than the training samples give",
+                where=f"{here}.negatives",
+                evidence=f"{train_samples:,} training samples, of which one is the sample itself",
+                fix=f"negatives = {train_samples - 1} or fewer, or leave it out",
+            )
+        if isinstance(section, LELPSection | SubclassSection) and section.subclasses_per_class >= train_samples:
+            raise InputError(
+                f"{section.subclasses_per_class} subclasses per class are more than the data allows",
+                where=f"{here}.subclasses_per_class",
+                evidence=f"{train_samples:,} training samples",
+                fix="subclasses_per_class = 8 or fewer",
+            )
+    _check_compressed(sections)
+
+
+def _check_compressed(sections: tuple[AnyObjective, ...]) -> None:
+    """LELP on a compressed embedding needs exactly one transform in the recipe, and one that stands still."""
+    transforms = [section for section in sections if isinstance(section, EmbeddingCompressionSection)]
+    for position, section in enumerate(sections):
+        if not isinstance(section, LELPSection) or section.on == "embedding":
+            continue
+        where = f"objective[{position}].on"
+        if len(transforms) != 1:
+            raise InputError(
+                'on = "compressed" needs one objective "ec" beside it, whose transform makes the embedding',
+                where=where,
+                evidence=f"objectives: {', '.join(each.kind for each in sections)}",
+                fix='add [[objective]] kind = "ec", schedule = "frozen", or on = "embedding"',
+            )
+        if transforms[0].schedule != "frozen":
+            raise InputError(
+                "LELP needs an embedding that stands still, and this transform learns along with the student",
+                where=f"objective[{sections.index(transforms[0])}].schedule",
+                evidence=f'schedule = "{transforms[0].schedule}"; the subclasses are fitted once, before training',
+                fix='schedule = "frozen"',
+            )
 
 
 def check_mixup(sections: tuple[AnyObjective, ...], mixup: float) -> None:
@@ -250,6 +530,7 @@ class Description(Section):
     title: str
     summary: str
     needs: tuple[str, ...]
+    tasks: tuple[str, ...]
     mixup: bool
     default_hard_weight: float
     parameters: tuple[Parameter, ...]
@@ -268,6 +549,7 @@ def describe_objectives() -> tuple[Description, ...]:
             title=cls.title,
             summary=cls.summary,
             needs=tuple(sorted(cls.needs)),
+            tasks=tuple(sorted(cls.tasks)),
             mixup=cls.mixup,
             default_hard_weight=cls().default_hard_weight,
             parameters=tuple(

@@ -35,6 +35,8 @@ class Cache:
     train_logits: np.ndarray[Any, Any] | None
     key: str = "cache"
     views: int = 1
+    head_weight: np.ndarray[Any, Any] | None = None
+    head_bias: np.ndarray[Any, Any] | None = None
 
 
 def dataset(rows: int = 96, task: Task = "multiclass", tokens: bool = False) -> Dataset:
