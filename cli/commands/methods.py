@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from distill.objectives.section import Description
 
 app = typer.Typer(
-    epilog=examples("edgestill methods", "edgestill methods kd", "edgestill methods ec", "edgestill methods --json")
+    epilog=examples("edgestill methods", "edgestill methods lelp", "edgestill methods ec", "edgestill methods --json")
 )
 
 
@@ -49,12 +49,13 @@ def methods(
     rows = [
         (
             "\n".join([entry.kind, *(f"  or {alias}" for alias in entry.aliases), *["  (control)"] * entry.control]),
-            _needs(entry),
+            _needs(entry, short=True),
             entry.summary,
         )
         for entry in described
     ]
     console.emit(plain_table(("Objective", "Needs", "What it does"), rows))
+    console.emit("needs: logits and embedding are the teacher's; several objectives in one recipe add up")
     for title, entries in (("Teacher", teachers), ("Student", students), ("Student arch", architectures)):
         console.emit("")
         console.emit(plain_table((title, "What it is"), list(entries.items())))
@@ -71,10 +72,18 @@ def _find(name: str, described: tuple[Description, ...]) -> Description:
     raise InputError(f'no method "{name}"', where="NAME", fix=nearest(name, names))
 
 
-def _needs(entry: Description) -> str:
-    """`the teacher's logits and the labels`, in the order of the words."""
-    words = {"logits": "teacher's logits", "embedding": "teacher's embedding", "labels": "labels"}
-    return " and ".join(words[need] for need in entry.needs)
+_NEEDS = {
+    "logits": ("logits", "teacher's logits"),
+    "embedding": ("embedding", "teacher's embedding"),
+    "labels": ("labels", "labels"),
+    "classes": ("> 2 classes", "more than two classes"),
+}
+"""Short and long words for what an objective needs, the teacher's part first."""
+
+
+def _needs(entry: Description, *, short: bool = False) -> str:
+    """`teacher's logits, labels, more than two classes`."""
+    return ", ".join(words[0 if short else 1] for need, words in _NEEDS.items() if need in entry.needs)
 
 
 def _print_one(entry: Description) -> None:
@@ -86,6 +95,7 @@ def _print_one(entry: Description) -> None:
                 ("in a recipe", f"objective = {names.replace(', ', ' or ')}"),
                 ("what it does", entry.summary),
                 ("needs", _needs(entry)),
+                ("tasks", " and ".join(entry.tasks)),
                 ("while training", entry.training_cost),
                 ("on the device", entry.inference_cost),
                 ("ground truth", f"weight {entry.default_hard_weight:g}, unless train.hard_weight says otherwise"),
