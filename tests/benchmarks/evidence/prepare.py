@@ -30,10 +30,15 @@ import torch
 from cli.recipe import load_recipe
 from distill.data import Dataset, catalogue, load_dataset
 from profiles import artifact
-from tests.benchmarks.evidence import minilm, packages
+from profiles.device import detect
+from profiles.errors import EdgestillError
+from tests.benchmarks.evidence import images, minilm, packages, references
 
 RECIPES = Path(__file__).parent / "recipes"
 KIND = "evidence"
+TEXT_SIZES = (500, 2000, None)
+IMAGE_SIZES = (500, 2000, 8000)
+"""Training samples of the references; None: all of them."""
 Array = np.ndarray[Any, Any]
 
 
@@ -58,18 +63,66 @@ class Preparation:
             info["seconds"] = round(time.perf_counter() - start, 1)
         return info
 
-    def recipe_data(self, name: str) -> Dataset:
-        """The data set of a recipe, split as every study of that recipe splits it."""
-        loaded = load_recipe(str(self.folder / f"{name}.toml"))
-        return load_dataset(
-            loaded.recipe.data, seed=loaded.recipe.seed, base=loaded.base, folder=self.folder / "data" / name
-        )
+    def recipe_data(self, name: str, size: int | None = None) -> Dataset:
+        """The data set of a recipe, split as every study of that recipe splits it; `size`: its training samples."""
+        loaded = load_recipe(str(self.folder / f"{name}.toml"), [] if size is None else [f"data.train_size={size}"])
+        folder = self.folder / "data" / (name if size is None else f"{name}-{size}")
+        return load_dataset(loaded.recipe.data, seed=loaded.recipe.seed, base=loaded.base, folder=folder)
 
     def copy_recipes(self) -> None:
         """The committed recipes beside the files that they name."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(RECIPES.glob("*.toml")):
             artifact.write_text(self.folder / path.name, path.read_text(encoding="utf-8"))
+
+    # -- images ------------------------------------------------------------------------------------------------------
+
+    def few_class(self) -> dict[str, Any]:
+        """The images under each label set: <label set>-<split>.npz, rows in the same order in all of them."""
+
+        def write(folder: Path) -> dict[str, Any]:
+            ones: dict[str, dict[str, float]] = {}
+            for split, part in images.fashion().items():
+                for name, labels in images.label_sets(part.classes).items():
+                    np.savez_compressed(folder / f"{name}-{split}.npz", images=part.images, labels=labels)
+                    if name != "ten":
+                        ones.setdefault(name, {})[split] = round(float(labels.mean()), 4)
+            return {
+                "samples": {split: len(part.images) for split, part in images.fashion().items()},
+                "upper_body": list(images.UPPER_BODY),
+                "share_of_ones": ones,
+            }
+
+        parts = (artifact.file_hash(catalogue.fetch("fashion-mnist-small")), catalogue.FASHION_FILES, images.UPPER_BODY)
+        return self.make("few-class", parts, write)
+
+    def embeddings_image(self) -> dict[str, Any]:
+        """Frozen EfficientNet-Lite0's embeddings of the images."""
+        self.packages()
+        self.few_class()
+
+        def write(folder: Path) -> dict[str, Any]:
+            network = images.efficientnet(self.folder / "packages")
+            shapes = {}
+            for split, part in images.fashion().items():
+                start = time.perf_counter()
+                found = images.features(network, part.images)
+                np.save(folder / f"{split}.npy", found)
+                shapes[f"{split}.npy"] = list(found.shape)
+                print(f"{split}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+            return {
+                "teacher": f"EfficientNet-Lite0 as trained on ImageNet: pooled features at {images.SIDE} pixels",
+                "arrays": shapes,
+                "threads": torch.get_num_threads(),
+            }
+
+        parts = (
+            artifact.file_hash(catalogue.fetch("fashion-mnist-small")),
+            catalogue.FASHION_FILES,
+            packages.WHEELS,
+            images.SIDE,
+        )
+        return self.make("embeddings-image", parts, write)
 
     # -- texts -------------------------------------------------------------------------------------------------------
 
@@ -86,6 +139,25 @@ class Preparation:
             return {"wheels": packages.WHEELS, "weights": {str(path): sha for path, sha in packages.WEIGHTS.items()}}
 
         return self.make("packages", (packages.WHEELS,), write)
+
+    def embeddings_text(self) -> dict[str, Any]:
+        """Frozen MiniLM's embeddings of every text."""
+        self.packages()
+        dataset = self.recipe_data("embeddings-text")
+        length = minilm.FineTuning().length
+
+        def write(folder: Path) -> dict[str, Any]:
+            encoder = minilm.SentenceEncoder(self.folder / "packages" / packages.MINILM, length)
+            embeddings = minilm.embed(encoder, self.snippets)
+            np.save(folder / "embeddings.npy", embeddings)
+            return {
+                "teacher": "all-MiniLM-L6-v2 as published: mean of the tokens, not normalised",
+                "arrays": {"embeddings.npy": list(embeddings.shape)},
+                "length": length,
+                "samples": _sizes(dataset),
+            }
+
+        return self.make("embeddings-text", (length, packages.WHEELS, dataset.key), write)
 
     def text_binary(self) -> dict[str, Any]:
         """The fine-tuned teacher's embeddings and logits of every text."""
@@ -117,18 +189,81 @@ class Preparation:
                 "threads": torch.get_num_threads(),
                 "arrays": {"embeddings.npy": list(embeddings.shape), "logits.npy": list(logits.shape)},
                 "classes": list(dataset.classes),
-                "samples": {name: len(dataset.split(name)) for name in ("train", "validation", "test")},
+                "samples": _sizes(dataset),
                 "accuracy": _accuracies(dataset, logits),
             }
 
         return self.make("text-binary", (asdict(settings), packages.WHEELS, dataset.key), write)
 
+    # -- references --------------------------------------------------------------------------------------------------
+
+    def references(self) -> dict[str, Any]:
+        """TF-IDF with logistic regression, and linear probes of the stored embeddings, at each size of a study."""
+        sklearn = references.sklearn()
+        made = [self.text_binary(), self.embeddings_text(), self.embeddings_image()]
+
+        def write(folder: Path) -> dict[str, Any]:
+            found: dict[str, Any] = {"scikit_learn": sklearn.__version__}
+            found["tf_idf"] = {str(size or "all"): self._tf_idf(size) for size in TEXT_SIZES}
+            for name, sizes in (("embeddings-text", TEXT_SIZES), ("embeddings-image", IMAGE_SIZES)):
+                found[f"linear_probe/{name}"] = {str(size or "all"): self._probe(name, size) for size in sizes}
+            found["linear_probe/text-binary"] = {"all": self._probe("text-binary", None)}
+            artifact.write_text(folder / "references.json", json.dumps(found, indent=2) + "\n")
+            return found
+
+        shapes = [entry["arrays"] for entry in made]
+        return self.make("references", (shapes, packages.WHEELS, TEXT_SIZES, IMAGE_SIZES, sklearn.__version__), write)
+
+    def _tf_idf(self, size: int | None) -> dict[str, float]:
+        dataset = self.recipe_data("text-binary", size)
+        texts = [dataset.split(name).texts for name in images.SPLITS]
+        labels = [dataset.split(name).labels for name in images.SPLITS]
+        return references.tf_idf((texts[0] or (), texts[1] or (), texts[2] or ()), (labels[0], labels[1], labels[2]))
+
+    def _probe(self, name: str, size: int | None) -> dict[str, float]:
+        dataset = self.recipe_data(name, size)
+        found = []
+        for split in images.SPLITS:
+            path = self.folder / name / f"{split}.npy"
+            array = np.load(path if path.is_file() else self.folder / name / "embeddings.npy", mmap_mode="r")
+            found.append(np.asarray(array[dataset.split(split).rows], np.float64))
+        labels = [dataset.split(split).labels for split in images.SPLITS]
+        return references.linear_probe((found[0], found[1], found[2]), (labels[0], labels[1], labels[2]))
+
+    def facts(self) -> None:
+        """facts.json: what is known about everything that is finished."""
+        found: dict[str, Any] = {
+            "machine": f"{detect().title} ({platform.machine()})",
+            "versions": {"python": platform.python_version(), **artifact.tool_versions()},
+        }
+        for name in STEPS:
+            if (self.folder / name / artifact.MANIFEST).is_file():
+                manifest = artifact.read_manifest(self.folder / name, KIND)
+                found[name] = {**manifest.info, "made": manifest.created}
+                if name != "packages":
+                    found[name]["sha256"] = manifest.files
+        artifact.write_text(self.folder / "facts.json", json.dumps(found, indent=2) + "\n")
+
+
+STEPS: dict[str, Callable[[Preparation], dict[str, Any]]] = {
+    "packages": Preparation.packages,
+    "few-class": Preparation.few_class,
+    "text-binary": Preparation.text_binary,
+    "embeddings-text": Preparation.embeddings_text,
+    "embeddings-image": Preparation.embeddings_image,
+    "references": Preparation.references,
+}
+
+
+def _sizes(dataset: Dataset) -> dict[str, int]:
+    return {name: len(dataset.split(name)) for name in images.SPLITS}
+
 
 def _accuracies(dataset: Dataset, logits: Array) -> dict[str, float]:
     """Of logits with one row per sample of the source, on each split."""
-    found = {}
-    for name in ("train", "validation", "test"):
-        split = dataset.split(name)  # type: ignore[arg-type]
+    found: dict[str, float] = {}
+    for name in images.SPLITS:
+        split = dataset.split(name)
         assert split.rows is not None
         found[name] = round(float((logits[split.rows].argmax(1) == split.labels).mean()), 4)
     return found
@@ -137,16 +272,24 @@ def _accuracies(dataset: Dataset, logits: Array) -> dict[str, float]:
 def main() -> int:
     """Makes what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(STEPS)}; default: all")
     parser.add_argument("--folder", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
+    unknown = [name for name in options.names if name not in STEPS]
+    if unknown:
+        parser.error(f'"{unknown[0]}" is none of {", ".join(STEPS)}')
     torch.set_num_threads(options.threads)
     preparation = Preparation(options.folder)
-    preparation.copy_recipes()
-    steps = {"packages": preparation.packages, "text-binary": preparation.text_binary}
-    for name in options.names or steps:
-        print(json.dumps(steps[name](), indent=2))
+    try:
+        preparation.copy_recipes()
+        for name in options.names or STEPS:
+            STEPS[name](preparation)
+        preparation.facts()
+    except EdgestillError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{options.folder / 'facts.json'} tells what is there")
     return 0
 
 
