@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from distill.data.dataset import Dataset
 from distill.objectives.base import CachedTeacher, FitData, Objective, Shapes
 from distill.objectives.cosine_difference import CosineDifference
+from distill.objectives.dist import DIST
 from distill.objectives.distance_correlation import DistanceCorrelation
+from distill.objectives.dkd import DKD
 from distill.objectives.embedding_compression import EmbeddingCompression
 from distill.objectives.kd import KD
 from distill.objectives.section import AnyObjective, Need, check_data, check_mixup, check_needs, resolve_hard_weight
@@ -22,6 +24,8 @@ from profiles.errors import InputError
 _MODULES: dict[str, type[Objective]] = {
     "supervised": Supervised,
     "kd": KD,
+    "dkd": DKD,
+    "dist": DIST,
     "embedding_compression": EmbeddingCompression,
     "distance_correlation": DistanceCorrelation,
     "cosine_difference": CosineDifference,
