@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from cli.pipeline.choose import Choice, Option, choose
@@ -21,19 +22,29 @@ from cli.report.schema import Bought, MetricValue, ReferenceRow, Report, Stage
 from cli.report.schema import Difference as ReportedDifference
 from distill.data import Dataset, Split, load_dataset
 from distill.distribution import default_device, join_processes
-from distill.objectives.compose import Composition, build_objective, head_size
+from distill.objectives.compose import (
+    Composition,
+    build_objective,
+    build_teacher_objective,
+    check_classes,
+    head_size,
+)
+from distill.objectives.compose import available as offered
 from distill.objectives.section import (
     AnyObjective,
     Need,
+    SubclassSection,
     SupervisedSection,
+    check_data,
     check_mixup,
     check_needs,
     resolve_hard_weight,
 )
+from distill.objectives.subclass import class_logits_of, retrained_for, teacher_section
 from distill.students import Student, build_student, default_arch, parse_arch, teacher_arch
 from distill.students.arch import check_family
 from distill.students.section import StudentSection, torch_word
-from distill.teachers import ModuleTeacher, Teacher, TeacherCache, build_cache, load_teacher
+from distill.teachers import ModuleTeacher, SubclassCache, Teacher, TeacherCache, build_cache, load_teacher
 from distill.training import TrainResult, evaluate_logits, train
 from export import Candidate, Plan, available, plan, refusal_of, write_bundle
 from profiles import artifact
@@ -50,6 +61,7 @@ Array = np.ndarray[Any, Any]
 
 SUPERVISED = SupervisedSection()
 PLAIN = "--supervised"
+FROZEN_NOTE = 'objective "subclass": the teacher is frozen, so only its head was retrained, on its cached embeddings'
 MEASURED_SAMPLES = 64
 """Real validation samples that the latency queries cycle through."""
 
@@ -145,6 +157,8 @@ class Run:
         )
         self.notes: list[str] = []
         self._trained: dict[tuple[str, str], Trained] = {}
+        self._teachers: dict[str, Teacher | None] = {}
+        self._caches: dict[str, TeacherCache] = {}
 
     @property
     def is_main(self) -> bool:
@@ -196,12 +210,89 @@ class Run:
             stage["cached"] = before is not None and before == _manifest_time(folder)
         return dataset
 
-    @cached_property
+    @property
     def teacher(self) -> Teacher | None:
-        """The frozen teacher; None for kind "none". Kind "train" is trained first, through the one training loop."""
+        """The teacher that learned from the labels, or was given; None for kind "none"."""
+        return self._teacher_of(None)
+
+    @property
+    def cache(self) -> TeacherCache | None:
+        """That teacher's outputs on every training sample and view; None without a teacher."""
+        return self._cache_of(None)
+
+    def teacher_for(self, sections: tuple[AnyObjective, ...]) -> Teacher | None:
+        """Who teaches a student of these objectives; None when none of them needs a teacher.
+
+        Objective "subclass" has a teacher of its own, trained again with subclasses, if the recipe trains its teacher;
+        the objectives beside it then learn from that one, too.
+
+        Raises:
+            InputError: see `check_objectives`.
+        """
+        self.check_objectives(sections)
+        return self._teacher_of(self._retrained(sections)) if needs_teacher(sections) else None
+
+    def cache_for(self, sections: tuple[AnyObjective, ...]) -> TeacherCache | None:
+        """The outputs of `teacher_for` on every sample and view; None when no objective needs a teacher.
+
+        Raises:
+            InputError: see `check_objectives`.
+        """
+        self.check_objectives(sections)
+        if not needs_teacher(sections):
+            return None
+        cache = self._cache_of(self._retrained(sections))
+        if retrained_for(sections) is not None and not isinstance(cache, SubclassCache):
+            self._say_once(FROZEN_NOTE)
+        return cache
+
+    def teacher_fingerprint_for(self, sections: tuple[AnyObjective, ...]) -> Callable[[], str] | None:
+        """Computes the hash of what is fixed in `teacher_for`, anew at every call; None without a teacher."""
+        teacher = self.teacher_for(sections)
+        return None if teacher is None else teacher.fingerprint
+
+    def check_objectives(self, sections: tuple[AnyObjective, ...]) -> None:
+        """Refuses objectives that data or teacher cannot serve, or that do not go together; trains nothing.
+
+        A teacher that is not to be trained is loaded for it.
+
+        Raises:
+            InputError: names the objective's place in the recipe.
+        """
+        dataset, kind = self.dataset, self.recipe.teacher.kind
+        classes = len(dataset.classes)
+        check_data(sections, dataset.task, classes, len(dataset.train))
+        head_size(sections, classes)
+        retrained_for(sections)
+        found: set[Need] = set(offered(dataset, None))
+        teacher = self.teacher if kind not in ("none", "train") and needs_teacher(sections) else None
+        if kind == "train" or (teacher is not None and teacher.embedding_dim is not None):
+            found.add("embedding")
+        if kind == "train" or (teacher is not None and teacher.num_logits is not None):
+            found.add("logits")
+        check_needs(sections, frozenset(found))
+        if teacher is not None:
+            check_classes(sections, classes, teacher.num_logits)
+
+    def _say_once(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+            self.progress.note(note)
+
+    def _retrained(self, sections: tuple[AnyObjective, ...]) -> SubclassSection | None:
+        """The objective that the teacher is trained again for; a frozen teacher never is."""
+        return retrained_for(sections) if self.recipe.teacher.kind == "train" else None
+
+    def _teacher_of(self, retrained: SubclassSection | None) -> Teacher | None:
+        """The teacher, made once; kind "train" is trained first, through the one training loop."""
+        name = teacher_name(retrained)
+        if name not in self._teachers:
+            self._teachers[name] = self._make_teacher(name, retrained)
+        return self._teachers[name]
+
+    def _make_teacher(self, name: str, retrained: SubclassSection | None) -> Teacher | None:
         section = self.recipe.teacher
         if section.kind == "none":
-            check_needs(self.recipe.objective, frozenset({"labels"}))
             return None
         if section.kind != "train":
             with self._stage("teacher"):
@@ -218,18 +309,18 @@ class Run:
         changes: dict[str, Any] = {"epochs": section.epochs} if section.epochs is not None else {}
         if section.learning_rate is not None:
             changes["learning_rate"] = section.learning_rate
-        trained = self._train("teacher", "teacher", arch, (SUPERVISED,), None, {**changes, "hard_weight": None})
+        objectives: tuple[AnyObjective, ...] = (SUPERVISED,) if retrained is None else (retrained,)
+        trained = self._train("teacher", name, arch, objectives, None, {**changes, "hard_weight": None})
         return ModuleTeacher(trained.student, default_device())
 
-    @cached_property
-    def cache(self) -> TeacherCache | None:
-        """The teacher's outputs on every training sample and view; None without a teacher."""
-        if self.recipe.teacher.kind == "train":
-            check_needs(self.recipe.objective, frozenset({"labels", "logits", "embedding"}))
-        teacher = self.teacher
+    def _cache_of(self, retrained: SubclassSection | None) -> TeacherCache | None:
+        name = teacher_name(retrained)
+        if name in self._caches:
+            return self._caches[name]
+        teacher = self._teacher_of(retrained)
         if teacher is None:
             return None
-        folder = self.folder / "cache"
+        folder = self.folder / cache_folder(name)
         with self._stage("teacher cache") as stage, self._main_first():
             before = _manifest_time(folder)
             cache = build_cache(
@@ -243,12 +334,9 @@ class Run:
                 progress=self.progress,
             )
             stage["cached"] = before is not None and before == _manifest_time(folder)
-        found: set[Need] = {"labels"}
-        if cache.train_logits is not None:
-            found.add("logits")
-        if cache.train_embedding is not None:
-            found.add("embedding")
-        check_needs(self.recipe.objective, frozenset(found))
+        if retrained is not None:
+            cache = SubclassCache.of(cache, retrained.subclasses_per_class)
+        self._caches[name] = cache
         return cache
 
     def arch_of(self, target: Target) -> str:
@@ -272,10 +360,11 @@ class Run:
         """Refuses what cannot work before the teacher is trained; builds every student once.
 
         Raises:
-            InputError: objectives that do not go together with each other or with mixup, a precision that a target
-                cannot get, an architecture that does not exist or reads another kind of input, or a student of the
-                user's that cannot be built; names the recipe key.
+            InputError: objectives that do not go together with each other, with the data, with the teacher or with
+                mixup, a precision that a target cannot get, an architecture that does not exist or reads another kind
+                of input, or a student of the user's that cannot be built; names the recipe key.
         """
+        self.check_objectives(self.recipe.objective)
         resolve_hard_weight(self.recipe.objective, self.recipe.train.hard_weight)
         check_mixup(self.recipe.objective, self.recipe.train.mixup)
         for index, target in enumerate(self.targets):
@@ -305,8 +394,8 @@ class Run:
 
     def student(self, arch: str) -> Trained:
         """The distilled student of that architecture."""
-        cache = self.cache
-        return self._train("student", arch, arch, self.recipe.objective, cache, {})
+        objectives = self.recipe.objective
+        return self._train("student", arch, arch, objectives, self.cache_for(objectives), {})
 
     def plain_student(self, arch: str) -> Trained | None:
         """The same network without a teacher; None when the recipe turns it off or trains without a teacher anyway."""
@@ -340,17 +429,21 @@ class Run:
         student_section = self.recipe.student
         if role == "teacher":
             student_section = student_section.model_copy(update={"kind": "family", "arch": arch})
-        folder = self.folder / ("teacher" if role == "teacher" else f"students/{name}")
+        folder = self.folder / (name if role == "teacher" else f"students/{name}")
 
         student = self._build(student_section, arch, objectives)
-        objective = build_objective(
-            objectives,
-            dataset,
-            cache,
-            student_dim=student.embedding_dim,
-            hard_weight=section.hard_weight,
-            seed=self.recipe.seed,
-        )
+        retrained = retrained_for(objectives) if role == "teacher" else None
+        if retrained is not None:
+            objective = build_teacher_objective(retrained, dataset, student_dim=student.embedding_dim)
+        else:
+            objective = build_objective(
+                objectives,
+                dataset,
+                cache,
+                student_dim=student.embedding_dim,
+                hard_weight=section.hard_weight,
+                seed=self.recipe.seed,
+            )
         title = "teacher" if role == "teacher" else "student" if role == "student" else "plain student"
         with self._stage(f"{title} {arch}") as stage:
             before = _manifest_time(folder)
@@ -365,9 +458,7 @@ class Run:
                 seed=self.recipe.seed,
                 title=f"{title} {arch}",
                 progress=self.progress,
-                teacher_fingerprint=self.teacher.fingerprint
-                if cache is not None and self.teacher is not None
-                else None,
+                teacher_fingerprint=self.teacher_fingerprint_for(objectives) if cache is not None else None,
             )
             stage["cached"] = before is not None and before == _manifest_time(folder)
         files = artifact.read_manifest(folder, "student").files
@@ -585,8 +676,9 @@ class Run:
         """The teacher and every plain-trained student."""
         rows = []
         test = self.dataset.test
-        if self.cache is not None:
-            rows.append(self._teacher_row(self.cache))
+        cache = self.cache_for(self.recipe.objective)
+        if cache is not None:
+            rows.append(self._teacher_row(cache))
         for arch in self.archs:
             plain = self.plain_student(arch)
             if plain is not None:
@@ -598,14 +690,21 @@ class Run:
 
     def _teacher_row(self, cache: TeacherCache) -> ReferenceRow:
         kind = self.recipe.teacher.kind
-        trained = self._trained.get(("teacher", "teacher"))
+        trained = self._trained.get(("teacher", teacher_name(self._retrained(self.recipe.objective))))
         arch = trained.student.arch if trained is not None else kind
         size = weights_mib(trained.student) if trained is not None else None
-        logits = cache.test_logits
-        if logits is None or cache.num_logits != len(self.dataset.classes):
-            return ReferenceRow(role="teacher", arch=arch, size_mib=size, note="gives no class logits")
-        metric = self._metric(np.asarray(logits, dtype=np.float32), self.dataset.test)
-        return ReferenceRow(role="teacher", arch=arch, size_mib=size, metric=MetricValue.of(metric, "PyTorch"))
+        logits, columns, note = cache.test_logits, cache.num_logits, ""
+        if retrained_for(self.recipe.objective) is not None:
+            note = FROZEN_NOTE
+        if isinstance(cache, SubclassCache) and logits is not None and columns is not None:
+            note = f"trained again, with {cache.subclasses} subclasses per class"
+            logits = class_logits_of(torch.from_numpy(np.array(logits, np.float32)), cache.subclasses).numpy()
+            columns //= cache.subclasses
+        if logits is None or columns != len(self.dataset.classes):
+            note = "; ".join(part for part in ("gives no class logits", note) if part)
+            return ReferenceRow(role="teacher", arch=arch, size_mib=size, note=note)
+        metric = MetricValue.of(self._metric(np.asarray(logits, dtype=np.float32), self.dataset.test), "PyTorch")
+        return ReferenceRow(role="teacher", arch=arch, size_mib=size, metric=metric, note=note)
 
     def bought(self) -> tuple[Bought, ...]:
         """What distilling bought: distilled minus plain, per architecture, paired over the test samples."""
@@ -661,6 +760,32 @@ def refuse_unquiet(measurements: Iterable[Measurement]) -> None:
             evidence="; ".join(warnings),
             fix="close other programs and run again, or leave --strict out",
         )
+
+
+def needs_teacher(sections: tuple[AnyObjective, ...]) -> bool:
+    """Whether an objective needs outputs of a teacher."""
+    return any(section.needs & {"logits", "embedding"} for section in sections)
+
+
+def teacher_name(retrained: SubclassSection | None) -> str:
+    """Folder of a trained teacher in the run folder: "teacher", or "teacher--subclass-8" with what else is not default.
+
+    Every setting has a folder of its own, so that a study of several trains each teacher once.
+    """
+    if retrained is None:
+        return "teacher"
+    settings, defaults = teacher_section(retrained), SubclassSection()
+    name = f"teacher--subclass-{settings.subclasses_per_class}"
+    if settings.aux_weight != defaults.aux_weight:
+        name += f"-w{settings.aux_weight}"
+    if settings.aux_temperature != defaults.aux_temperature:
+        name += f"-t{settings.aux_temperature}"
+    return name
+
+
+def cache_folder(teacher: str) -> str:
+    """Folder of a teacher's cache in the run folder, from the teacher's."""
+    return "cache" + teacher.removeprefix("teacher")
 
 
 def objective_name(sections: tuple[AnyObjective, ...]) -> str:

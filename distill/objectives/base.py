@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -35,13 +35,22 @@ class CachedTeacher(Protocol):
     def head_bias(self) -> np.ndarray[Any, Any] | None: ...
 
 
+@runtime_checkable
+class SubclassedTeacher(CachedTeacher, Protocol):
+    """The outputs of a teacher that was trained with subclasses: its logits have classes x `subclasses` columns."""
+
+    @property
+    def subclasses(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Shapes:
     """The sizes that objectives are built from.
 
     teacher_dim: D_t, None without embeddings. teacher_logits: columns of the teacher's logits, None without.
     student_dim: D_s. hard_weight: the resolved weight of the ground-truth term. train_samples: size of the training split.
-    position: of the objective among the recipe's, for messages.
+    position: of the objective among the recipe's, for messages. subclasses: per class, of a teacher that was trained with
+    them; `teacher_logits` counts its classes.
     """
 
     task: Task
@@ -52,6 +61,7 @@ class Shapes:
     hard_weight: float
     train_samples: int = 0
     position: int = 0
+    subclasses: int | None = None
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,27 @@ import torch
 from torch import Tensor, nn
 
 from distill.data.dataset import Dataset
-from distill.objectives.base import CachedTeacher, FitData, Objective, Shapes
+from distill.objectives.base import CachedTeacher, FitData, Objective, Shapes, SubclassedTeacher
 from distill.objectives.cosine_difference import CosineDifference
 from distill.objectives.dist import DIST
 from distill.objectives.distance_correlation import DistanceCorrelation
 from distill.objectives.dkd import DKD
+from distill.objectives.embedding import Embedding
 from distill.objectives.embedding_compression import EmbeddingCompression
+from distill.objectives.fitnet import FitNet
 from distill.objectives.kd import KD
-from distill.objectives.section import AnyObjective, Need, check_data, check_mixup, check_needs, resolve_hard_weight
+from distill.objectives.section import (
+    AnyObjective,
+    Need,
+    SubclassSection,
+    check_data,
+    check_mixup,
+    check_needs,
+    resolve_hard_weight,
+)
+from distill.objectives.subclass import Subclass, SubclassTeacher, class_logits_of, teacher_section
 from distill.objectives.supervised import Supervised
+from distill.objectives.vid import VID
 from distill.outputs import Batch, StudentOutput, TeacherOutput
 from profiles.errors import InputError
 
@@ -26,9 +38,13 @@ _MODULES: dict[str, type[Objective]] = {
     "kd": KD,
     "dkd": DKD,
     "dist": DIST,
+    "embedding": Embedding,
+    "fitnet": FitNet,
+    "vid": VID,
     "embedding_compression": EmbeddingCompression,
     "distance_correlation": DistanceCorrelation,
     "cosine_difference": CosineDifference,
+    "subclass": Subclass,
 }
 
 
@@ -50,6 +66,7 @@ class Composition(nn.Module):
             "" if kinds.count(kind) == 1 else f"objective[{position}]/" for position, kind in enumerate(kinds)
         ]
         self._leader = _leader(sections, objectives[0].shapes.classes)
+        self._subclasses = objectives[0].shapes.subclasses
         for objective in objectives:
             objective.attach(objectives)
 
@@ -60,16 +77,20 @@ class Composition(nn.Module):
     def prepare(self, data: FitData, *, fitted: bool = False) -> None:
         """Fits every objective on the training split. `fitted`: parameters came from a checkpoint."""
         for position in sorted(range(len(self.objectives)), key=lambda position: self._at(position).builds_on_others):
-            self._at(position).prepare(data, fitted=fitted)
+            self._at(position).prepare(self._fit_data(position, data), fitted=fitted)
 
     def forward(self, student: StudentOutput, teacher: TeacherOutput, batch: Batch) -> dict[str, Tensor]:
         """All distillation terms by name; the total of the method is their sum plus the ground-truth term."""
         plain = StudentOutput(student.embedding, self.class_logits(student.head))
+        taught = teacher
+        if self._subclasses is not None and teacher.logits is not None:
+            taught = TeacherOutput(teacher.embedding, class_logits_of(teacher.logits, self._subclasses))
         terms: dict[str, Tensor] = {}
         for position, prefix in enumerate(self._prefixes):
             view = student if position == self._leader else plain
             factor = self.sections[position].factor(batch.progress)
-            for name, term in self._at(position)(view, teacher, batch).items():
+            told = teacher if isinstance(self._at(position), Subclass) else taught
+            for name, term in self._at(position)(view, told, batch).items():
                 terms[prefix + name] = factor * term
         return terms
 
@@ -84,6 +105,13 @@ class Composition(nn.Module):
     def check_mixup(self, mixup: float) -> None:
         """As `distill.objectives.section.check_mixup`, for these objectives."""
         check_mixup(self.sections, mixup)
+
+    def _fit_data(self, position: int, data: FitData) -> FitData:
+        """What the objective at `position` fits on: class logits, unless subclasses are its business."""
+        if self._subclasses is None or data.logits is None or isinstance(self._at(position), Subclass):
+            return data
+        logits = class_logits_of(data.logits.float(), self._subclasses)
+        return replace(data, logits=logits, head_weight=None, head_bias=None)  # no linear map gives the class logits
 
     def _at(self, position: int) -> Objective:
         return cast(Objective, self.objectives[position])
@@ -152,14 +180,10 @@ def build_objective(
     classes = len(dataset.classes)
     check_data(sections, dataset.task, classes, len(dataset.train))
     logits = _columns(cache.train_logits if cache is not None else None)
-    for position, section in enumerate(sections):
-        if "logits" in section.needs and logits != classes:
-            raise InputError(
-                f"the teacher has {logits} classes, the data {classes}",
-                where=f"objective[{position}].kind",
-                evidence=f'objective "{section.kind}" compares class by class',
-                fix='a teacher of this task, or objective = "ec", which works with a teacher of another task',
-            )
+    subclasses = cache.subclasses if isinstance(cache, SubclassedTeacher) else None
+    if logits is not None and subclasses is not None:
+        logits //= subclasses
+    check_classes(sections, classes, logits)
     shapes = Shapes(
         task=dataset.task,
         classes=classes,
@@ -168,6 +192,7 @@ def build_objective(
         teacher_logits=logits,
         hard_weight=resolve_hard_weight(sections, hard_weight),
         train_samples=len(dataset.train),
+        subclasses=subclasses,
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -176,6 +201,48 @@ def build_objective(
             for position, section in enumerate(sections)
         ]
     return Composition(sections, objectives, shapes.hard_weight)
+
+
+def build_teacher_objective(section: SubclassSection, dataset: Dataset, *, student_dim: int) -> Composition:
+    """What a teacher with subclasses is trained against; cross-entropy has weight 1.
+
+    Args:
+        section: of the student's objective; what concerns the student alone changes nothing here.
+        dataset: gives task and classes.
+        student_dim: size of the embedding of the network that becomes the teacher.
+    """
+    section = teacher_section(section)
+    shapes = Shapes(
+        task=dataset.task,
+        classes=len(dataset.classes),
+        student_dim=student_dim,
+        teacher_dim=None,
+        teacher_logits=None,
+        hard_weight=1.0,
+        train_samples=len(dataset.train),
+    )
+    return Composition((section,), [SubclassTeacher(section, shapes)], 1.0)
+
+
+def check_classes(sections: tuple[AnyObjective, ...], classes: int, teacher_classes: int | None) -> None:
+    """Refuses a teacher of other classes where an objective compares class by class.
+
+    Args:
+        sections: the recipe's objectives.
+        classes: of the data.
+        teacher_classes: class logits of the teacher; None without.
+
+    Raises:
+        InputError: names the objective's place in the recipe.
+    """
+    for position, section in enumerate(sections):
+        if "logits" in section.needs and teacher_classes != classes:
+            raise InputError(
+                f"the teacher has {teacher_classes} classes, the data {classes}",
+                where=f"objective[{position}].kind",
+                evidence=f'objective "{section.kind}" compares class by class',
+                fix='a teacher of this task, or objective = "ec", which works with a teacher of another task',
+            )
 
 
 def _columns(outputs: Any) -> int | None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distill.teachers.cache import TeacherCache, build_cache, cache_parts, open_cache
+    from distill.teachers.cache import SubclassCache, TeacherCache, build_cache, cache_parts, open_cache
     from distill.teachers.load import load_teacher
     from distill.teachers.teacher import ModuleTeacher, Teacher, TeacherBatch
 
 _HOMES = {
     "ModuleTeacher": "teacher",
+    "SubclassCache": "cache",
     "Teacher": "teacher",
     "TeacherBatch": "teacher",
     "TeacherCache": "cache",
@@ -21,6 +22,7 @@ _HOMES = {
 }
 __all__ = [
     "ModuleTeacher",
+    "SubclassCache",
     "Teacher",
     "TeacherBatch",
     "TeacherCache",

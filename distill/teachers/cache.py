@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -106,6 +106,18 @@ class TeacherCache:
         }
         embedding, logits = arrays[split]
         return CachedOutputs(resident(embedding), resident(logits))
+
+
+@dataclass(frozen=True)
+class SubclassCache(TeacherCache):
+    """The cache of a teacher that was trained with subclasses: all its logits have classes x `subclasses` columns."""
+
+    subclasses: int
+
+    @classmethod
+    def of(cls, cache: TeacherCache, subclasses: int) -> Self:
+        """The same arrays, known to be subclass logits."""
+        return cls(**{field.name: getattr(cache, field.name) for field in fields(cache)}, subclasses=subclasses)
 
 
 def cache_parts(
