@@ -18,6 +18,7 @@ from distill.objectives.embedding import Embedding
 from distill.objectives.embedding_compression import EmbeddingCompression
 from distill.objectives.fitnet import FitNet
 from distill.objectives.kd import KD
+from distill.objectives.lelp import LELP
 from distill.objectives.section import (
     AnyObjective,
     Need,
@@ -44,6 +45,7 @@ _MODULES: dict[str, type[Objective]] = {
     "embedding_compression": EmbeddingCompression,
     "distance_correlation": DistanceCorrelation,
     "cosine_difference": CosineDifference,
+    "lelp": LELP,
     "subclass": Subclass,
 }
 
