@@ -282,7 +282,7 @@ class CRDSection(ObjectiveBase):
 
 
 class LELPSection(ObjectiveBase):
-    """LELP: classes are split along informative directions of the teacher's embedding; the student predicts the parts."""
+    """LELP: classes are split along directions of the teacher's embedding; the student predicts the parts."""
 
     title = "Learning embedding linear projections (LELP)"
     summary = "for few classes: splits every class along the teacher's embedding, the student predicts the subclasses"
@@ -315,7 +315,7 @@ class LELPSection(ObjectiveBase):
 
 
 class SubclassSection(ObjectiveBase):
-    """Subclass distillation: the teacher is trained again with subclasses of its own making; the student matches them."""
+    """Subclass distillation: the teacher is trained again with subclasses of its own making; the student matches."""
 
     title = "Subclass distillation"
     summary = "retrains the teacher to invent subclasses; the student matches all their probabilities"
@@ -448,7 +448,7 @@ def check_data(sections: tuple[AnyObjective, ...], task: Task, classes: int, tra
                 f'objective "{section.kind}" needs more than two classes, and there are {classes}',
                 where=f"{here}.kind",
                 evidence="what it compares among the other classes is constant when there are only two",
-                fix='"kd", or "lelp", which is made for few classes',
+                fix='"kd", or "lelp", which is made for few classes' if task == "multiclass" else '"kd"',
             )
         if isinstance(section, CRDSection) and section.negatives is not None and section.negatives >= train_samples:
             raise InputError(
@@ -462,7 +462,7 @@ def check_data(sections: tuple[AnyObjective, ...], task: Task, classes: int, tra
                 f"{section.subclasses_per_class} subclasses per class are more than the data allows",
                 where=f"{here}.subclasses_per_class",
                 evidence=f"{train_samples:,} training samples",
-                fix="subclasses_per_class = 8 or fewer",
+                fix=f"subclasses_per_class = {max(1, min(8, train_samples - 1))} or fewer",
             )
     _check_compressed(sections)
 
@@ -498,14 +498,17 @@ def check_mixup(sections: tuple[AnyObjective, ...], mixup: float) -> None:
         mixup: `train.mixup`; 0 is off, and fits everything.
 
     Raises:
-        InputError: an objective matches embeddings; the embedding of a mixed image is not the mixed embedding.
+        InputError: an objective matches embeddings (that of a mixed image is not the mixed embedding), or its loss for
+            mixed targets is not the mixture of two losses.
     """
     for section in sections:
         if mixup and not section.mixup:
             raise InputError(
                 f'mixup cannot be used with objective "{section.kind}"',
                 where="train.mixup",
-                evidence="the teacher's embedding of a mixed image is not the mixture of the cached embeddings",
+                evidence="the teacher's embedding of a mixed image is not the mixture of the cached embeddings"
+                if "embedding" in section.needs
+                else "its loss for mixed targets is not the mixture of the two samples' losses",
                 fix="mixup = 0",
             )
 
