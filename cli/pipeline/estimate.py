@@ -14,11 +14,22 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cli.pipeline.run import PLAIN, SUPERVISED, Run, weights_mib
+from cli.pipeline.run import (
+    PLAIN,
+    SUPERVISED,
+    Run,
+    cache_folder,
+    needs_teacher,
+    teacher_name,
+    teacher_title,
+    weights_mib,
+)
 from cli.recipe import Recipe, load_recipe, to_toml
 from distill.data import Dataset, load_dataset
 from distill.data.load import open_dataset
 from distill.distribution import default_device
+from distill.objectives.compose import head_size
+from distill.objectives.subclass import retrained_for
 from distill.students import build_student, teacher_arch
 from distill.teachers.section import TeacherSection
 from profiles import artifact
@@ -153,32 +164,36 @@ def _data_mib(dataset: Dataset) -> float:
 
 def _teacher_stages(run: Run, dataset: Dataset, earlier: _Earlier) -> list[PlannedStage]:
     section: TeacherSection = run.recipe.teacher
-    if section.kind == "none":
+    objectives = run.recipe.objective
+    if section.kind == "none" or not needs_teacher(objectives):
         return []
     views = run.recipe.data.augment.teacher_views if dataset.input.kind == "image" else 1
     rows = views * len(dataset.train) + len(dataset.validation) + len(dataset.test)
     if section.kind != "train":
         return [_stage("teacher cache", None, 0.0, earlier.finished("cache", "data", "teacher"))]
+    retrained = retrained_for(objectives)
+    outputs = len(dataset.classes) if retrained is None else head_size((retrained,), len(dataset.classes))
+    name = teacher_name(retrained)
     arch = section.arch or teacher_arch(run.recipe.student.family, dataset.input)
     teacher = build_student(
         run.recipe.student.model_copy(update={"kind": "family"}),
         dataset.input,
-        len(dataset.classes),
+        outputs,
         arch=arch,
         seed=run.recipe.seed,
         base=run.loaded.base,
     )
     epochs = section.epochs or run.recipe.train.epochs
     step, forward = _timed(teacher, dataset, run.recipe.train.batch_size)
-    stored = rows * (teacher.embedding_dim + len(dataset.classes)) * (2 if section.cache_dtype == "float16" else 4)
+    stored = rows * (teacher.embedding_dim + outputs) * (2 if section.cache_dtype == "float16" else 4)
     return [
         _stage(
-            f"teacher {arch}",
+            f"{teacher_title(retrained)} {arch}",
             step * len(dataset.train) * epochs,
             weights_mib(teacher),
-            earlier.finished("teacher", *_TEACHER),
+            earlier.finished(name, *_TEACHER),
         ),
-        _stage("teacher cache", forward * rows, stored / _MIB, earlier.finished("cache", *_TEACHER)),
+        _stage("teacher cache", forward * rows, stored / _MIB, earlier.finished(cache_folder(name), *_TEACHER)),
     ]
 
 
@@ -186,7 +201,7 @@ def _student_stage(run: Run, dataset: Dataset, arch: str, role: str, finished: b
     student = build_student(
         run.recipe.student,
         dataset.input,
-        len(dataset.classes),
+        len(dataset.classes) if role == "plain student" else head_size(run.recipe.objective, len(dataset.classes)),
         arch=None if run.recipe.student.kind == "torch" else arch,
         seed=run.recipe.seed,
         base=run.loaded.base,

@@ -444,7 +444,8 @@ class Run:
                 hard_weight=section.hard_weight,
                 seed=self.recipe.seed,
             )
-        title = "teacher" if role == "teacher" else "student" if role == "student" else "plain student"
+        titles = {"teacher": teacher_title(retrained), "student": "student", "no teacher": "plain student"}
+        title = titles[role]
         with self._stage(f"{title} {arch}") as stage:
             before = _manifest_time(folder)
             result = train(
@@ -781,6 +782,11 @@ def teacher_name(retrained: SubclassSection | None) -> str:
     if settings.aux_temperature != defaults.aux_temperature:
         name += f"-t{settings.aux_temperature}"
     return name
+
+
+def teacher_title(retrained: SubclassSection | None) -> str:
+    """What its stage and progress bar call a trained teacher, before its arch."""
+    return "teacher" if retrained is None else f"teacher ({retrained.subclasses_per_class} subclasses per class)"
 
 
 def cache_folder(teacher: str) -> str:

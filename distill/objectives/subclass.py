@@ -27,6 +27,8 @@ from distill.outputs import Batch, StudentOutput, TeacherOutput
 from profiles.errors import InputError
 
 _FIT_EPOCHS = 20
+_FIT_STEPS = 500
+"""At least; 20 epochs of a few hundred samples would leave the head near its first weights."""
 _FIT_BATCH = 128
 _FIT_LEARNING_RATE = 3e-3
 
@@ -194,7 +196,7 @@ class Subclass(Objective):
         bias = nn.Parameter(self.head_bias.clone())
         optimizer = torch.optim.AdamW([weight, bias], lr=_FIT_LEARNING_RATE, weight_decay=0.0)
         generator = torch.Generator().manual_seed(data.seed)
-        for epoch in range(_FIT_EPOCHS):
+        for epoch in range(max(_FIT_EPOCHS, math.ceil(_FIT_STEPS / math.ceil(rows / _FIT_BATCH)))):
             view = embedding[epoch % views]
             order = torch.randperm(rows, generator=generator).to(embedding.device)
             for chosen in torch.split(order, _FIT_BATCH):
