@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from distill.data.dataset import Dataset
 from distill.objectives.base import CachedTeacher, FitData, Objective, Shapes, SubclassedTeacher
 from distill.objectives.cosine_difference import CosineDifference
+from distill.objectives.crd import CRD
 from distill.objectives.dist import DIST
 from distill.objectives.distance_correlation import DistanceCorrelation
 from distill.objectives.dkd import DKD
@@ -19,6 +20,7 @@ from distill.objectives.embedding_compression import EmbeddingCompression
 from distill.objectives.fitnet import FitNet
 from distill.objectives.kd import KD
 from distill.objectives.lelp import LELP
+from distill.objectives.rkd import RKD
 from distill.objectives.section import (
     AnyObjective,
     Need,
@@ -42,6 +44,8 @@ _MODULES: dict[str, type[Objective]] = {
     "embedding": Embedding,
     "fitnet": FitNet,
     "vid": VID,
+    "rkd": RKD,
+    "crd": CRD,
     "embedding_compression": EmbeddingCompression,
     "distance_correlation": DistanceCorrelation,
     "cosine_difference": CosineDifference,
