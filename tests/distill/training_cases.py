@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from distill.data.dataset import Dataset, InputSpec, Split, Task
 from distill.data.section import AugmentSection
-from distill.objectives.compose import Composition, build_objective
+from distill.objectives.compose import Composition, build_objective, head_size
 from distill.objectives.section import ObjectiveSections
 from distill.students import Student, build_student
 from distill.students.section import StudentSection
@@ -104,11 +104,11 @@ class _Text(nn.Module):
         return self.embedding(x).mean(1)
 
 
-def student(seed: int = 0, norm: bool = True, tokens: bool = False) -> Student:
-    """A student whose initial weights are a function of the seed."""
+def student(seed: int = 0, norm: bool = True, tokens: bool = False, head: int = 4) -> Student:
+    """A student whose initial weights are a function of the seed; `head` outputs."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Student("toy", _Text() if tokens else _Conv(norm), 12, 4)
+        return Student("toy", _Text() if tokens else _Conv(norm), 12, head)
 
 
 @dataclass(frozen=True)
@@ -131,12 +131,13 @@ class Case:
 
     def build(self) -> tuple[Student, Composition, Cache]:
         """Fresh student and objective, and the teacher's outputs."""
-        if self.arch is None:
-            net = student(self.seed, self.norm, self.data.input.kind == "tokens")
-        else:
-            net = build_student(StudentSection(arch=self.arch), self.data.input, 4, seed=self.seed, base=Path())
-        teacher = cache(self.data, self.views)
         sections = TypeAdapter(ObjectiveSections).validate_python(self.objective)
+        head = head_size(sections, 4)
+        if self.arch is None:
+            net = student(self.seed, self.norm, self.data.input.kind == "tokens", head)
+        else:
+            net = build_student(StudentSection(arch=self.arch), self.data.input, head, seed=self.seed, base=Path())
+        teacher = cache(self.data, self.views)
         objective = build_objective(
             sections,
             self.data,
