@@ -27,8 +27,8 @@ def rkd_distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: (N, D_t); the dimensions may differ. No gradient reaches it.
 
     Returns:
-        Scalar >= 0, at least float32. Invariant to rotation, shift and isotropic scale of either side. 0 with zero
-        gradient for fewer than 3 rows: one distance divided by itself says nothing.
+        Scalar >= 0, at least float32. Invariant to rotation, shift and isotropic scale of either side. No gradient
+        for fewer than 3 rows: one distance divided by itself says nothing.
     """
     d, e = (_relative_distances(at_least_float32(x)) for x in (student, teacher.detach()))
     # every pair is there once, and counts twice among the N^2
@@ -57,8 +57,8 @@ def rkd_angle_loss(student: Tensor, teacher: Tensor, *, entries: int = _ENTRIES)
             is the same up to rounding.
 
     Returns:
-        Scalar >= 0, at least float32. Invariant to rotation, shift and isotropic scale of either side. 0 with zero
-        gradient for fewer than 3 rows, which have no angle.
+        Scalar >= 0, at least float32. Invariant to rotation, shift and isotropic scale of either side. No gradient
+        for fewer than 3 rows, which have no angle.
     """
     x, y = at_least_float32(student), _compact(at_least_float32(teacher.detach()))
     n = len(x)
