@@ -367,7 +367,7 @@ def _one(value: Any) -> Any:
 
 
 def _several(value: Any) -> Any:
-    value = value.split("+") if isinstance(value, str) else value
+    value = [part.strip() for part in value.split("+")] if isinstance(value, str) else value
     value = [value] if isinstance(value, dict | ObjectiveBase) else value
     if value in ([], ()):
         raise ValueError('at least one objective; the plain student is "supervised"')
