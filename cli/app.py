@@ -35,6 +35,7 @@ COMMANDS: dict[str, LazyCommand] = {
     "distill": LazyCommand("cli.commands.distill", "Only train the students of a run."),
     "export": LazyCommand("cli.commands.export", "Only export: a run's students, or a model of yours."),
     "bench": LazyCommand("cli.commands.bench", "Only measure: a run's exports, or any ONNX file, on this machine."),
+    "study": LazyCommand("cli.commands.study", "Which method is best on your data, with intervals."),
     "report": LazyCommand("cli.commands.report", "Print a run's report, or write it as HTML, CSV, Markdown or JSON."),
     "devices": LazyCommand("cli.commands.devices", "The known devices: their facts, and how to add your own."),
     "methods": LazyCommand("cli.commands.methods", "The ways to distil: what each one needs, costs and is good for."),

@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
+from cli.overrides import parse_value, set_key, split_override
+from cli.study_section import StudySection
 from distill.data.section import DataSection
 from distill.objectives.section import KDSection, ObjectiveSections
 from distill.students.section import StudentSection
@@ -44,6 +46,8 @@ class Recipe(Section):
     measure: MeasureSection = MeasureSection()
     target: Annotated[tuple[TargetSection, ...], Field(min_length=1)] = (TargetSection(name="this-machine"),)
     """One table per device budget."""
+    study: StudySection = StudySection()
+    """What `edgestill study` compares; no other command reads it."""
     plain_students: bool = True
     """Also train every student without a teacher: the reference row that shows what distilling bought."""
 
@@ -246,36 +250,5 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _override(values: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key.strip():
-        raise InputError(f'"{override}" is not KEY=VALUE', where="--set", fix="for example --set train.epochs=3")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    *parents, last = key.strip().split(".")
-    here: Any = values
-    for index, part in enumerate(parents):
-        if isinstance(here, list):
-            here = _entry(here, part, override)
-        elif part == "target" and "target" not in here:
-            raise InputError("the recipe names no targets to change", where=f"--set {override}", fix="add [[target]]")
-        else:
-            here = here.setdefault(part, {})
-        if not isinstance(here, dict | list):
-            done = ".".join(parents[: index + 1])
-            raise InputError(f'"{done}" is a value, not a table', where=f"--set {override}")
-    if isinstance(here, list):
-        raise InputError(
-            f'"{".".join(parents)}" is a list of tables', where=f"--set {override}", fix="name the entry and its key"
-        )
-    here[last] = value
-
-
-def _entry(entries: list[Any], part: str, override: str) -> Any:
-    if part.isdigit() and int(part) < len(entries):
-        return entries[int(part)]
-    named = {str(entry.get("name", entry.get("kind"))): entry for entry in entries if isinstance(entry, dict)}
-    if part not in named:
-        raise InputError(f'no entry "{part}"', where=f"--set {override}", fix=nearest(part, list(named)))
-    return named[part]
+    key, text = split_override(override, "--set")
+    set_key(values, key, parse_value(text), f"--set {override}")

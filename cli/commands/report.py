@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli import complete, console
-from cli.commands.shared import JsonOption, examples
+from cli.commands.shared import JsonOption, examples, write_file
 
 if TYPE_CHECKING:
     from cli.report.schema import Report
@@ -71,24 +71,10 @@ def report(
         )
     found = load_report(run if run.suffix == ".json" else run / "report.json")
     for _, file, write in writers:
-        _write(file, write(found))
+        write_file(file, write(found))
     if as_json:
         console.emit_json(found)
     elif not writers:
         print_report(found, show_all=show_all)
     if exit_status:
         raise typer.Exit(found.exit_status)
-
-
-def _write(file: Path, text: str) -> None:
-    from profiles.artifact import explain_os_errors, write_text
-    from profiles.errors import InputError
-
-    if str(file) == "-":
-        console.emit(text)
-        return
-    if not file.parent.is_dir():
-        raise InputError(f"there is no folder {file.parent}", where=str(file), fix=f"mkdir -p {file.parent}")
-    with explain_os_errors(file):
-        write_text(file, text)
-    console.make_progress().note(f"wrote {file}")

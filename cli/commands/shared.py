@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.table import Table
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document, for programs.")]
@@ -56,3 +58,24 @@ def facts(rows: list[tuple[str, Any]]) -> Table:
     for name, value in rows:
         table.add_row(name, Text(str(value)))
     return table
+
+
+def write_file(file: Path, text: str) -> None:
+    """Writes a text for the user and says so; "-" is standard output.
+
+    Raises:
+        InputError: the folder does not exist.
+        EdgestillError: the file cannot be written.
+    """
+    from cli import console
+    from profiles.artifact import explain_os_errors, write_text
+    from profiles.errors import InputError
+
+    if str(file) == "-":
+        console.emit(text)
+        return
+    if not file.parent.is_dir():
+        raise InputError(f"there is no folder {file.parent}", where=str(file), fix=f"mkdir -p {file.parent}")
+    with explain_os_errors(file):
+        write_text(file, text)
+    console.make_progress().note(f"wrote {file}")

@@ -48,7 +48,7 @@ def build_report(run: Run, shipped: Sequence[Shipped], *, require_measured: bool
         created=datetime.now().astimezone().isoformat(timespec="seconds"),
         seconds=round(time.time() - run.started, 1),
         versions=artifact.tool_versions(),
-        machine=_machine(run),
+        machine=machine_facts(),
         recipe=run.loaded.origin,
         folder=str(run.folder),
         seed=run.recipe.seed,
@@ -248,7 +248,8 @@ def _training(role: str, trained: Trained) -> TrainingRun:
     )
 
 
-def _machine(run: Run) -> Machine:
+def machine_facts() -> Machine:
+    """The machine that this runs on."""
     from profiles.device import detect
 
     device = detect()

@@ -36,7 +36,7 @@ _TAKEN_BY_LABEL = 2
 _TAKEN_BY_LINE = 1
 
 
-class _Canvas:
+class Canvas:
     """A grid of characters, each with the priority of what drew it."""
 
     def __init__(self, columns: int, rows: int) -> None:
@@ -89,7 +89,7 @@ def plot_lines(report: Report, width: int, ascii_only: bool = False) -> list[str
     gutter = max(len(text) for text in tick_texts) + 1
     columns = width - gutter - 1
     horizontal = latency_axis([point.ms for point in points])
-    canvas = _Canvas(columns, ROWS)
+    canvas = Canvas(columns, ROWS)
 
     def column_of(ms: float) -> int:
         return round(horizontal.place(ms) * (columns - 1))
@@ -121,7 +121,7 @@ def plot_lines(report: Report, width: int, ascii_only: bool = False) -> list[str
     for row in range(ROWS):
         edge = marks.tick_left if row in ticks_at else marks.down
         lines.append(f"{ticks_at.get(row, ''):>{gutter - 1}} {edge}{''.join(canvas.cells[row])}".rstrip())
-    lines += _x_axis(horizontal, columns, gutter, marks, x_title)
+    lines += x_axis(horizontal, columns, gutter, marks, x_title)
     if keys:
         indent = " " * (gutter + 1)
         lines += wrap("; ".join(f"{key} = {names}" for key, names in keys), width, indent, indent)
@@ -130,7 +130,7 @@ def plot_lines(report: Report, width: int, ascii_only: bool = False) -> list[str
     return lines
 
 
-def _draw_front(canvas: _Canvas, corners: list[tuple[int, int]], marks: Marks) -> None:
+def _draw_front(canvas: Canvas, corners: list[tuple[int, int]], marks: Marks) -> None:
     for index, (column, row) in enumerate(corners):
         last = index + 1 == len(corners)
         end, next_row = (canvas.columns, row) if last else corners[index + 1]
@@ -141,7 +141,7 @@ def _draw_front(canvas: _Canvas, corners: list[tuple[int, int]], marks: Marks) -
                 canvas.put(end, between, marks.down, _TAKEN_BY_LINE)
 
 
-def _place_labels(canvas: _Canvas, cells: dict[tuple[int, int], list[str]]) -> list[tuple[str, str]]:
+def _place_labels(canvas: Canvas, cells: dict[tuple[int, int], list[str]]) -> list[tuple[str, str]]:
     """Writes each cell's names where they cover no other label; names without a place get a letter, returned."""
     keys: list[tuple[str, str]] = []
     for (column, row), names in cells.items():
@@ -172,13 +172,14 @@ def _place_labels(canvas: _Canvas, cells: dict[tuple[int, int], list[str]]) -> l
     return keys
 
 
-def _x_axis(axis: Axis, columns: int, gutter: int, marks: Marks, title: str) -> list[str]:
+def x_axis(axis: Axis, columns: int, gutter: int, marks: Marks, title: str, margin: int = 0) -> list[str]:
+    """The line under a plot and its numbers, the title at the right end; `margin`: columns left free on either side."""
     line = [marks.across] * columns
     numbers = [" "] * columns
     room = columns - len(title) - 1
     numbers[room + 1 :] = title
     for tick in axis.ticks:
-        column = round(axis.place(tick) * (columns - 1))
+        column = margin + round(axis.place(tick) * (columns - 1 - 2 * margin))
         line[column] = marks.tick_below
         text = plain_number(tick)
         start = max(0, column - len(text) // 2)

@@ -204,7 +204,7 @@ def _plot(report: Report, style: Style) -> list[Text]:
     return texts
 
 
-def _sides(left: Text, right: Text, width: int) -> list[Text]:
+def sides(left: Text, right: Text, width: int) -> list[Text]:
     """Both on one line, right-aligned, or on two when they do not fit."""
     gap = width - left.cell_len - right.cell_len
     if gap < 2:
@@ -212,7 +212,8 @@ def _sides(left: Text, right: Text, width: int) -> list[Text]:
     return [left + Text(" " * gap) + right]
 
 
-def _wrapped(text: str, width: int, first: str = "", indent: str = "", style: str = "") -> list[Text]:
+def wrapped(text: str, width: int, first: str = "", indent: str = "", style: str = "") -> list[Text]:
+    """The text in lines of at most `width` cells; see `words.wrap`."""
     return [Text(line, style=style) for line in wrap(text, width, first, indent)]
 
 
@@ -221,10 +222,10 @@ def _header(report: Report, style: Style) -> list[Text]:
     when = f"{style.clean(date(report.created))}  {duration(report.seconds)}"
     room = style.width - cell_len(subject) - 2
     left = Text().append(style.cut(style.clean(report.name), max(room, 12)), "bold").append(f"  {subject}")
-    lines = _sides(left, Text(when, style="dim"), style.width)
+    lines = sides(left, Text(when, style="dim"), style.width)
     colour = {0: "green", 1: "bold red", 3: "bold red", 4: "yellow"}[report.exit_status]
     status = Text("exit status ") + Text(str(report.exit_status), style=colour)
-    return lines + _sides(Text(counts_line(report)), status, style.width)
+    return lines + sides(Text(counts_line(report)), status, style.width)
 
 
 def _metric_cell(row: TargetRow | ReferenceRow, style: Style) -> str:
@@ -324,12 +325,12 @@ def _footnotes(report: Report, style: Style) -> list[Text]:
     for note in (style.clean(note) for note in notes):
         joined = f"{pending}   {note}" if pending else note
         if pending and cell_len(joined) + 2 > style.width:
-            lines += _wrapped(pending, style.width, "  ", "    ", "dim")
+            lines += wrapped(pending, style.width, "  ", "    ", "dim")
             pending = note
         else:
             pending = joined
     if pending:
-        lines += _wrapped(pending, style.width, "  ", "    ", "dim")
+        lines += wrapped(pending, style.width, "  ", "    ", "dim")
     return lines
 
 
@@ -347,10 +348,10 @@ def _labelled(label: str, texts: Sequence[str], room: int, style: Style, look: s
     for text in texts or [""]:
         prefix = "fix: " if text.startswith("fix: ") else ""
         hanging = indent + " " * len(prefix)
-        wrapped = _wrapped(style.clean(text), width, indent, hanging)
+        broken = wrapped(style.clean(text), width, indent, hanging)
         if prefix:
-            wrapped[0].stylize("cyan", len(indent), len(indent) + len(prefix))
-        lines += wrapped
+            broken[0].stylize("cyan", len(indent), len(indent) + len(prefix))
+        lines += broken
     first = Text("  ") + Text(fitted, style=look) + Text(" " * (room + 2 - cell_len(fitted)))
     lines[0] = first + lines[0][len(indent) :]
     return lines
@@ -371,12 +372,12 @@ def _provenance(report: Report, style: Style) -> list[Text]:
         if len(rows) == 1:
             lines += _labelled(style.clean(rows[0].name), [text], room, style)
             continue
-        lines += _wrapped(", ".join(_short(row.name, style) for row in rows) + ":", width, "  ", "  ")
-        lines += _wrapped(text, width, "    ", "    ")
+        lines += wrapped(", ".join(_short(row.name, style) for row in rows) + ":", width, "  ", "  ")
+        lines += wrapped(text, width, "    ", "    ")
         for row, words in zip(rows, states, strict=True):
             own = ", ".join(word for word in words if word not in shared)
             if own:
-                lines += _wrapped(style.clean(f"{_short(row.name, style)}: {own}"), width, "    ", "      ")
+                lines += wrapped(style.clean(f"{_short(row.name, style)}: {own}"), width, "    ", "      ")
     return lines
 
 
@@ -387,7 +388,7 @@ def _why(report: Report, style: Style) -> list[Text]:
         texts = [*reasons(row), *(f"fix: {fix}" for fix in row.fixes)]
         if texts:
             lines += _labelled(style.clean(row.name), texts, room, style, _STYLES[row.verdict])
-    notes = [line for note in report.notes for line in _wrapped(style.clean(note), style.width, "  note: ", "    ")]
+    notes = [line for note in report.notes for line in wrapped(style.clean(note), style.width, "  note: ", "    ")]
     return [*([Text(), Text("Why", style="bold"), *lines] if lines else []), *notes]
 
 
@@ -425,7 +426,7 @@ def _grid(heads: Sequence[str], rows: Sequence[tuple[Sequence[str], str]], left:
         ]
         lines.append(Text("  " + "  ".join(padded), style="" if number else "dim"))
         if note:
-            lines += _wrapped(note, min(style.width, MAX_PROSE), "      ", "      ", "dim")
+            lines += wrapped(note, min(style.width, MAX_PROSE), "      ", "      ", "dim")
     return lines
 
 
@@ -518,14 +519,12 @@ def _all(report: Report, style: Style) -> list[Text]:
     splits = ", ".join(f"{count:,} {name}" for name, count in report.data.splits.items())
     facts = [report.data.title or report.data.source, report.data.input, splits, report.data.licence]
     text = ", ".join(fact for fact in facts if fact)
-    out += section("Data", _wrapped(style.clean(text), min(style.width, MAX_PROSE), "  ", "  "))
+    out += section("Data", wrapped(style.clean(text), min(style.width, MAX_PROSE), "  ", "  "))
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     machine = ", ".join(
         part
         for part in (report.machine.title, report.machine.host, report.machine.os, f"Python {report.machine.python}")
         if part and part != "Python "
     )
-    out += section(
-        "Made with", _wrapped(style.clean(f"{versions}; {machine}"), min(style.width, MAX_PROSE), "  ", "  ")
-    )
+    out += section("Made with", wrapped(style.clean(f"{versions}; {machine}"), min(style.width, MAX_PROSE), "  ", "  "))
     return out

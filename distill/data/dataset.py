@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -89,3 +89,24 @@ class Dataset:
     def split(self, name: SplitName) -> Split:
         """The split of that name."""
         return {"train": self.train, "validation": self.validation, "test": self.test}[name]
+
+
+def subset(dataset: Dataset, rows: np.ndarray[Any, Any]) -> Dataset:
+    """The data set with these rows of its training split only; validation, test and preprocessing stay as they are.
+
+    Args:
+        dataset: the whole.
+        rows: int64 (n,), in the order that they get.
+    """
+    from profiles.artifact import content_key
+
+    split = dataset.train
+    train = replace(
+        split,
+        inputs=split.inputs[rows],
+        labels=split.labels[rows],
+        mask=None if split.mask is None else split.mask[rows],
+        texts=None if split.texts is None else tuple(split.texts[row] for row in rows.tolist()),
+        rows=None if split.rows is None else split.rows[rows],
+    )
+    return replace(dataset, train=train, key=content_key("rows", dataset.key, rows))

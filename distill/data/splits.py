@@ -8,6 +8,9 @@ from distill.data.arrays import Array
 from distill.data.labels import Labels
 from profiles.errors import InputError
 
+_SMALLEST_HALF = 4
+"""Rows below which stratifying them means nothing."""
+
 
 def take_stratified(
     labels: Labels, size: int, *, seed: int, where: str, classes: tuple[str, ...]
@@ -38,6 +41,34 @@ def take_stratified(
     chosen = np.zeros(count, bool)
     chosen[taken] = True
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+
+
+def nested_order(labels: Labels, *, seed: int) -> Array:
+    """An order of the rows whose first n rows keep the class shares, for every n: nested training sets of any sizes.
+
+    multiclass: one sample of each class first, then the classes interleaved evenly, so that every prefix holds each
+    class within two samples of its share. multilabel: halves by iterative stratification, again and again.
+
+    Returns:
+        int64 (N,), a permutation.
+    """
+    random = np.random.default_rng(seed)
+    if labels.values.ndim > 1:
+        return _halving(labels, np.arange(len(labels)), random)
+    place = np.empty(len(labels))
+    for label in np.unique(labels.values):
+        rows = random.permutation(np.flatnonzero(labels.values == label))
+        place[rows] = (np.arange(len(rows)) + random.random()) / len(rows)
+        place[rows[0]] = -1.0
+    return np.lexsort((random.permutation(len(labels)), place))
+
+
+def _halving(labels: Labels, rows: Array, random: np.random.Generator) -> Array:
+    if len(rows) < _SMALLEST_HALF:
+        return random.permutation(rows)
+    first = np.zeros(len(rows), bool)
+    first[_iterative(labels.take(rows), len(rows) // 2, random)] = True
+    return np.concatenate([_halving(labels, rows[first], random), _halving(labels, rows[~first], random)])
 
 
 def _by_quota(values: Array, size: int, random: np.random.Generator, where: str, classes: tuple[str, ...]) -> Array:

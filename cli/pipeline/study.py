@@ -1,0 +1,759 @@
+"""A study: the cells of a grid trained resumably, in this process or several, and what they say together.
+
+    methods = {"objective": ["supervised", "kd"]}
+    report = Study(load_recipe("quickstart"), Path("runs/quickstart-study"), vary=methods).run()
+
+Data split, teacher and cache are made once, with the recipe's seed, for the largest training set; smaller sets are
+nested, class-stratified subsets of it. The seed of a cell changes the student's initial weights, the order of the
+samples and the objectives' parameters, nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cli.overrides import set_key
+from cli.pipeline.run import SUPERVISED, Run
+from cli.recipe import LoadedRecipe, Recipe, check
+from cli.report.study_schema import CellResult
+from cli.study_grid import Combination, build_grid, short_key, shown
+from distill.data import Dataset
+from distill.data.dataset import subset
+from distill.data.labels import Labels
+from distill.data.load import open_dataset
+from distill.data.splits import nested_order
+from distill.objectives.compose import build_objective, head_size
+from distill.objectives.section import check_data
+from distill.students import Student, build_student, default_arch
+from distill.teachers import SubclassCache, TeacherCache, open_cache
+from distill.teachers.cache import CacheParts
+from distill.teachers.subset import cache_rows
+from distill.training import evaluate_logits, train
+from profiles import artifact
+from profiles.errors import EdgestillError, InputError, Interrupted
+from profiles.metrics import evaluate
+from profiles.progress import Progress, Silent, Task
+
+KIND = "study cell"
+_FORM = 1
+"""Raise when the way a cell is made changes, so that older cells are made anew."""
+_CELL_FILE = "cell.json"
+_LOGITS_FILE = "test_logits.npy"
+_POLL_SECONDS = 1.0
+_PATIENCE_SECONDS = 60.0
+"""How long workers get to write their checkpoints after Ctrl-C."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One training of the grid: a method, a value of every factor, a seed. folder: of its artefact."""
+
+    combination: Combination
+    seed: int
+    folder: Path
+
+    @property
+    def label(self) -> str:
+        """`kd, train_size=500, seed 3`."""
+        return f"{self.combination.label}, seed {self.seed}"
+
+    def read(self) -> CellResult:
+        """The stored result.
+
+        Raises:
+            InputError: the cell is not finished.
+        """
+        artifact.read_manifest(self.folder, KIND)
+        return CellResult.model_validate_json((self.folder / _CELL_FILE).read_text(encoding="utf-8"))
+
+    def logits(self) -> np.ndarray[Any, Any]:
+        """(N_test, C) float32 class logits on the test split, mapped from disk."""
+        stored: np.ndarray[Any, Any] = np.load(self.folder / _LOGITS_FILE, mmap_mode="r", allow_pickle=False)
+        return stored
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A cell that could not be trained, and why."""
+
+    label: str
+    error: str
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything that a process needs to train one cell; small enough to be sent to another one.
+
+    rows: training samples, None for all. cache: folder, parts and subclasses per class (None: a plain cache) of the
+    teacher's outputs, None where no objective needs a teacher. settings: hash of the recipe's keys alone, by which a
+    dry run knows a finished cell without loading anything.
+    """
+
+    cell: Cell
+    key: str
+    settings: str
+    data: Path
+    rows: int | None
+    cache: tuple[Path, CacheParts, int | None] | None
+    arch: str | None
+    view_seed: int
+    base: Path
+    allow_code: bool
+    keep_student: bool
+
+    @property
+    def samples(self) -> int:
+        """Samples that the training passes through."""
+        rows = self.rows or len(_whole(self.data, _written(self.data)).train)
+        return rows * self.cell.combination.recipe.train.epochs
+
+
+class Study:
+    """A grid of trainings in one folder.
+
+    Args:
+        loaded: the recipe; its `[study]` says what to compare.
+        folder: of the study: `base/` (data, teacher, cache), `cells/`, `study.json`.
+        seeds: replaces the recipe's number of seeds.
+        vary: replaces the values of these keys; texts `KEY=V1,V2`, or keys with their values.
+        control: replaces the recipe's control.
+        jobs: processes that train at the same time.
+        progress: shows the work.
+        allow_code: the user allowed the recipe to import code by dotted path.
+        keep_students: keep every cell's trained student.
+
+    Raises:
+        InputError: see `build_grid`.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedRecipe,
+        folder: Path,
+        *,
+        seeds: int | None = None,
+        vary: Sequence[str] | Mapping[str, Sequence[Any]] = (),
+        control: str | None = None,
+        jobs: int = 1,
+        progress: Progress | None = None,
+        allow_code: bool = False,
+        keep_students: bool = False,
+    ) -> None:
+        if jobs < 1:
+            raise InputError(f"{jobs} jobs", where="--jobs", fix="--jobs 1")
+        self.loaded, self.folder = loaded, folder
+        self.grid = build_grid(loaded, vary=vary, seeds=seeds, control=control)
+        self.jobs = jobs
+        self.progress: Progress = progress or Silent()
+        self.allow_code, self.keep_students = allow_code, keep_students
+        self.failures: list[Failure] = []
+        self.notes: list[str] = []
+        self.started = time.time()
+        self.cells = tuple(
+            Cell(combination, seed, folder / "cells" / slug / f"seed-{seed}")
+            for seed in range(self.grid.seeds)
+            for combination, slug in zip(self.grid.combinations, self._slugs(), strict=True)
+        )
+        self._bases: dict[str, Run] = {}
+
+    def run(self) -> Any:
+        """Trains what is missing, writes study.json and returns what it says (a `StudyReport`).
+
+        Raises:
+            InputError: what the data or the teacher cannot serve; told before anything is trained.
+            Interrupted: Ctrl-C; the same call goes on.
+        """
+        from cli.pipeline.study_report import build_study_report
+
+        self.train()
+        report = build_study_report(self)
+        with artifact.explain_os_errors(self.folder):
+            artifact.write_text(self.folder / "study.json", report.model_dump_json(indent=2) + "\n")
+        return report
+
+    def train(self) -> None:
+        """Trains every cell that is not finished; `failures` names those that could not be."""
+        jobs = self.prepare()
+        left = [job for job in jobs if artifact.current(job.cell.folder, KIND, job.key) is None]
+        self._try_to_build(left)
+        if len(left) < len(jobs):
+            self.progress.note(f"{len(jobs) - len(left)} of {len(jobs)} cells are done already")
+        if not left:
+            return
+        done = len(jobs) - len(left)
+        with _Bar(self.progress, sum(job.samples for job in left), done, len(jobs)) as bar:
+            if min(self.jobs, len(left)) == 1:
+                self._train_here(left, bar)
+            else:
+                self._train_in_processes(left, bar)
+
+    def prepare(self) -> list[_Job]:
+        """Checks everything that can be checked, then makes data, teachers and caches; one job per cell, done or not.
+
+        Raises:
+            InputError: objectives, students or sizes that do not fit data or teacher.
+        """
+        with artifact.explain_os_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        for combination in self.grid.combinations:
+            with _named(combination.label):
+                self._check(combination)
+        return [self._job(cell.combination, cell.seed, cell.folder) for cell in self.cells]
+
+    def validation_metric(self, combination: Combination, changes: Mapping[str, Any], seed: int, folder: Path) -> float:
+        """Trains one cell with other settings and returns its metric on the validation split, a fraction.
+
+        For a search over settings: the test split of such a cell decides nothing.
+
+        Args:
+            combination: of this study's grid.
+            changes: dotted recipe keys with their values.
+            seed: of the cell.
+            folder: of its artefact; a finished one is read, not made again.
+
+        Raises:
+            InputError: a wrong key or value.
+            EdgestillError: the training failed.
+        """
+        values = combination.recipe.model_dump(mode="json", exclude_none=True)
+        for key, value in changes.items():
+            set_key(values, key, value, f"{key}={shown(value)}")
+        changed = replace(combination, recipe=check(values, self.loaded.origin))
+        with _named(changed.label):
+            self._check(changed)
+        job = self._job(changed, seed, folder)
+        if artifact.current(folder, KIND, job.key) is None:
+            _train_cell(job, self.progress)
+        return job.cell.read().validation
+
+    # -- data and teachers -------------------------------------------------------------------------------------------
+
+    def base(self, combination: Combination) -> Run:
+        """The run that owns data, teacher and cache of a combination, made for the largest training set."""
+        recipe, own = combination.recipe, self.loaded.recipe
+        name = _base_key(recipe)
+        if name not in self._bases:
+            fitting = [other.recipe for other in self.grid.combinations if _base_key(other.recipe) == name]
+            sizes = [each.data.train_size for each in fitting or [recipe]]
+            largest = None if None in sizes else max(size for size in sizes if size is not None)
+            changes: dict[str, Any] = {
+                "data": recipe.data.model_copy(update={"train_size": largest}),
+                "teacher": recipe.teacher,
+                "seed": recipe.seed,
+                "objective": (SUPERVISED,),
+            }
+            place = "base" if name == _base_key(own) else f"base-{name[:8]}"
+            run = Run(
+                replace(self.loaded, recipe=own.model_copy(update=changes)),
+                self.folder / place,
+                progress=self.progress,
+                allow_code=self.allow_code,
+            )
+            run.prepare_folder()
+            self._bases[name] = run
+        return self._bases[name]
+
+    def _check(self, combination: Combination) -> None:
+        """Refuses what cannot work before any teacher is trained."""
+        recipe, run = combination.recipe, self.base(combination)
+        dataset, rows = run.dataset, recipe.data.train_size
+        if rows is not None and rows < len(dataset.classes) and dataset.task == "multiclass":
+            raise InputError(
+                f"{rows} training samples for {len(dataset.classes)} classes",
+                where="data.train_size",
+                fix=f"data.train_size of {len(dataset.classes)} or more",
+            )
+        run.check_objectives(recipe.objective)
+        check_data(recipe.objective, dataset.task, len(dataset.classes), rows or len(dataset.train))
+        _build(recipe, dataset, self._arch(combination), 0, self.loaded.base, self.allow_code)
+
+    def _arch(self, combination: Combination) -> str | None:
+        """The recipe's student, else that of its first target; None for a student of the user's own."""
+        recipe, run = combination.recipe, self.base(combination)
+        section = recipe.student
+        if section.kind == "torch":
+            return None
+        own = section.arch or recipe.target[0].arch
+        return own or default_arch(section.family, run.targets[0].size_class, run.dataset.input)
+
+    def _job(self, combination: Combination, seed: int, folder: Path) -> _Job:
+        recipe, run = combination.recipe, self.base(combination)
+        cache = run.cache_for(recipe.objective)
+        rows = recipe.data.train_size
+        if rows == len(run.dataset.train):
+            rows = None
+        place = None
+        if cache is not None:
+            place = (cache.folder, cache.parts, cache.subclasses if isinstance(cache, SubclassCache) else None)
+        arch, data = self._arch(combination), run.folder / "data"
+        weights = recipe.student.weights
+        key = artifact.content_key(
+            KIND,
+            _FORM,
+            run.dataset.key,
+            None if cache is None else cache.key,
+            None if rows is None else _rows(data, rows, recipe.seed),
+            list(recipe.objective),
+            _train_section(combination).model_dump(mode="json", exclude={"checkpoint_every", "tensorboard"}),
+            recipe.data.augment,
+            recipe.student,
+            None if weights is None else artifact.file_hash(self.loaded.base / Path(weights).expanduser()),
+            arch,
+            seed,
+            recipe.seed,
+        )
+        return _Job(
+            cell=Cell(combination, seed, folder),
+            key=key,
+            settings=self.settings_key(combination, seed),
+            data=data,
+            rows=rows,
+            cache=place,
+            arch=arch,
+            view_seed=recipe.seed,
+            base=self.loaded.base,
+            allow_code=self.allow_code,
+            keep_student=self.keep_students,
+        )
+
+    def settings_key(self, combination: Combination, seed: int) -> str:
+        """Hash of everything in the recipe that decides a cell."""
+        recipe, base = combination.recipe, self.base(combination).recipe
+        return artifact.content_key(
+            *(recipe.data, base.data, recipe.teacher, recipe.student, list(recipe.objective)),
+            *(_train_section(combination), base.train, base.student, recipe.seed, seed),
+        )
+
+    def _try_to_build(self, jobs: Sequence[_Job]) -> None:
+        """Builds every objective once, so that what only shows beside the teacher's outputs is told before training."""
+        seen = set()
+        for job in jobs:
+            combination = job.cell.combination
+            if combination.label in seen:
+                continue
+            seen.add(combination.label)
+            with _named(combination.label):
+                _modules(job)
+
+    def _slugs(self) -> list[str]:
+        """One folder name per combination."""
+        slugs = [
+            "--".join(
+                [_slug(one.method), *(_slug(f"{short_key(key)}={shown(value)}") for key, value in one.factors.items())]
+            )
+            for one in self.grid.combinations
+        ]
+        for one, slug in zip(self.grid.combinations, slugs, strict=True):
+            if slugs.count(slug) > 1:
+                raise InputError(
+                    f"{one.label} would share the folder {slug} with another", where="study", fix="another name"
+                )
+        return slugs
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def _train_here(self, jobs: Sequence[_Job], bar: _Bar) -> None:
+        for job in jobs:
+            bar.start(job)
+            try:
+                _train_cell(job, bar)
+            except Interrupted as error:
+                raise self._interrupted() from error
+            except KeyboardInterrupt as error:
+                raise self._interrupted() from error
+            except Exception as error:  # one cell that fails must not take the others with it
+                self._failed(job.cell.label, _words(error))
+            bar.finish(job)
+
+    def _train_in_processes(self, jobs: Sequence[_Job], bar: _Bar) -> None:
+        """As many jobs in flight as processes, so that none starts after Ctrl-C."""
+        context = multiprocessing.get_context("spawn")
+        count = min(self.jobs, len(jobs))
+        stop, passed = context.Event(), context.Value("q", 0)
+        threads = max(1, min(torch.get_num_threads(), _cores() // count))
+        pool = ProcessPoolExecutor(
+            count, mp_context=context, initializer=_start_worker, initargs=(threads, stop, passed, list(sys.path))
+        )
+        waiting, running = list(jobs), dict[Future[str | None], _Job]()
+        seen = 0
+        with _terminated_like_interrupted():
+            try:
+                while waiting or running:
+                    while waiting and len(running) < count:
+                        job = waiting.pop(0)
+                        with _interrupts_ignored():  # the processes inherit it, and hear of Ctrl-C from here alone
+                            running[pool.submit(_work, job)] = job
+                    done, _ = wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+                    bar.advance(passed.value - seen)
+                    seen = passed.value
+                    for future in done:
+                        job = running.pop(future)
+                        error = future.result()
+                        if error is not None:
+                            self._failed(job.cell.label, error)
+                        bar.count()
+            except KeyboardInterrupt as interruption:
+                stop.set()
+                self._stop(pool, running)
+                raise self._interrupted() from interruption
+            except BrokenProcessPool as broken:
+                raise EdgestillError(
+                    "a worker process ended without a word, as it does when memory runs out",
+                    where=", ".join(job.cell.label for job in running.values()),
+                    fix=f"--jobs {max(1, count - 1)}; the finished cells are kept",
+                ) from broken
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _stop(self, pool: ProcessPoolExecutor, running: Mapping[Future[str | None], _Job]) -> None:
+        """Passes Ctrl-C on and waits for the checkpoints; who does not end in time is ended."""
+        children = multiprocessing.active_children()
+        try:
+            for child in children:
+                if child.pid is not None:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(child.pid, signal.SIGINT)
+            wait(running, timeout=_PATIENCE_SECONDS)
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in children:
+                child.join(_POLL_SECONDS)
+        finally:
+            for child in children:
+                child.terminate()
+
+    def _failed(self, label: str, error: str) -> None:
+        self.failures.append(Failure(label, error))
+        self.progress.note(f"failed: {label}: {error}")
+
+    def _interrupted(self) -> Interrupted:
+        done = sum((cell.folder / artifact.MANIFEST).is_file() for cell in self.cells)
+        return Interrupted(
+            f"stopped; {done} of {len(self.cells)} cells are done",
+            where=str(self.folder),
+            fix="the same command goes on",
+        )
+
+
+class _Bar:
+    """One bar for all cells, in samples, so that its time left is right for cells of different size.
+
+    It is the progress of each training, too, whose steps it counts.
+    """
+
+    def __init__(self, progress: Progress, samples: int, done: int, cells: int) -> None:
+        self._progress, self._samples, self._done, self._cells = progress, samples, done, cells
+        self._stack = contextlib.ExitStack()
+        self._task: Task | None = None
+        self._of_cell = 0
+
+    def __enter__(self) -> _Bar:
+        self._task = self._stack.enter_context(self._progress.task("study", self._samples))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    @contextmanager
+    def task(self, title: str, total: int | None, unit: str = "samples") -> Iterator[Task]:
+        """A training's own task: the same bar."""
+        yield self
+
+    def note(self, message: str) -> None:
+        """One line."""
+        self._progress.note(message)
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        """Counts samples."""
+        self._of_cell += amount
+        if self._task is not None:
+            self._task.advance(amount)
+
+    def start(self, job: _Job) -> None:
+        """Names the cell that is trained now."""
+        self._of_cell = 0
+        if self._task is not None:
+            self._task.advance(0, f"{self._done}/{self._cells} cells, {job.cell.label}")
+
+    def finish(self, job: _Job) -> None:
+        """A cell is done; what a resumed one did not have to do is counted, too."""
+        self.advance(job.samples - self._of_cell)
+        self.count()
+
+    def count(self) -> None:
+        """One more cell is done."""
+        self._done += 1
+        if self._task is not None:
+            self._task.advance(0, f"{self._done}/{self._cells} cells")
+
+
+# -- one cell ---------------------------------------------------------------------------------------------------------
+
+
+def _train_cell(job: _Job, progress: Progress) -> None:
+    """Trains one cell, going on from its checkpoint where there is one, and writes its artefact."""
+    cell, recipe = job.cell, job.cell.combination.recipe
+    dataset, cache, student, objective = _modules(job)
+    training = cell.folder.with_name(cell.folder.name + ".training")
+    result = train(
+        student,
+        objective,
+        dataset,
+        cache,
+        _train_section(cell.combination),
+        recipe.data.augment,
+        training,
+        seed=cell.seed,
+        view_seed=job.view_seed,
+        progress=progress,
+        title=cell.label,
+    )
+    logits = evaluate_logits(student, objective, dataset.test).astype(np.float32)
+    test = dataset.test
+    kept = result.history[result.best_epoch - 1]
+    found = CellResult(
+        method=cell.combination.method,
+        factors=cell.combination.factors,
+        seed=cell.seed,
+        validation=result.metric.value,
+        test=evaluate(dataset.task, logits, test.labels, test.mask).value,
+        best_epoch=result.best_epoch,
+        epochs=result.epochs,
+        seconds=result.seconds,
+        samples_per_second=result.samples_per_second,
+        train_samples=len(dataset.train),
+        arch=result.arch,
+        parameters=result.parameters,
+        hard_weight=result.hard_weight,
+        device=result.device,
+        threads=torch.get_num_threads(),
+        terms={name: value for name, value in kept.items() if name not in ("epoch", "samples_per_second")},
+    )
+    with artifact.create(cell.folder, KIND, job.key, {"settings": job.settings}) as temporary:
+        (temporary / _CELL_FILE).write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        np.save(temporary / _LOGITS_FILE, logits)
+        if job.keep_student:
+            shutil.copytree(training, temporary / "student")
+    shutil.rmtree(training, ignore_errors=True)
+
+
+def _modules(job: _Job) -> tuple[Dataset, TeacherCache | None, Student, Any]:
+    """Data, teacher's outputs, and the untrained student and objective of a cell."""
+    combination, seed = job.cell.combination, job.cell.seed
+    recipe = combination.recipe
+    dataset = _data(job.data, job.rows, job.view_seed)
+    cache = None if job.cache is None else _cache(job.cache, job.data, job.rows, job.view_seed)
+    student = _build(recipe, dataset, job.arch, seed, job.base, job.allow_code)
+    objective = build_objective(
+        recipe.objective,
+        dataset,
+        cache,
+        student_dim=student.embedding_dim,
+        hard_weight=combination.hard_weight,
+        seed=seed,
+    )
+    return dataset, cache, student, objective
+
+
+def _build(recipe: Recipe, dataset: Dataset, arch: str | None, seed: int, base: Path, allow_code: bool) -> Student:
+    return build_student(
+        recipe.student,
+        dataset.input,
+        head_size(recipe.objective, len(dataset.classes)),
+        arch=arch,
+        seed=seed,
+        base=base,
+        allow_code=allow_code,
+    )
+
+
+def _train_section(combination: Combination) -> Any:
+    return combination.recipe.train.model_copy(update={"hard_weight": combination.hard_weight})
+
+
+@lru_cache(maxsize=8)
+def _whole(folder: Path, written: int) -> Dataset:
+    """The data of a base run; `written`: when, so that data which was made anew is opened anew."""
+    return open_dataset(folder)
+
+
+@lru_cache(maxsize=8)
+def _order(folder: Path, written: int, seed: int) -> np.ndarray[Any, Any]:
+    split = _whole(folder, written).train
+    return nested_order(Labels(split.labels, split.mask), seed=seed)
+
+
+@lru_cache(maxsize=2)
+def _subset(folder: Path, written: int, rows: int, seed: int) -> Dataset:
+    return subset(_whole(folder, written), _rows(folder, rows, seed))
+
+
+@lru_cache(maxsize=2)
+def _cache_subset(cache_folder: Path, parts: str, folder: Path, written: int, rows: int, seed: int) -> TeacherCache:
+    opened = open_cache(cache_folder, CacheParts.model_validate_json(parts))
+    return cache_rows(opened, _rows(folder, rows, seed))
+
+
+def _written(folder: Path) -> int:
+    return (folder / artifact.MANIFEST).stat().st_mtime_ns
+
+
+def _rows(folder: Path, rows: int, seed: int) -> np.ndarray[Any, Any]:
+    """The first `rows` of a stratified order of the training split that depends on nothing but the seed, ascending."""
+    return np.sort(_order(folder, _written(folder), seed)[:rows])
+
+
+def _data(folder: Path, rows: int | None, seed: int) -> Dataset:
+    """The data of a cell."""
+    written = _written(folder)
+    return _whole(folder, written) if rows is None else _subset(folder, written, rows, seed)
+
+
+def _cache(place: tuple[Path, CacheParts, int | None], data: Path, rows: int | None, seed: int) -> TeacherCache:
+    """The teacher's outputs for `_data` of the same arguments."""
+    folder, parts, subclasses = place
+    if rows is None:
+        cache = open_cache(folder, parts)
+    else:
+        cache = _cache_subset(folder, parts.model_dump_json(), data, _written(data), rows, seed)
+    return cache if subclasses is None else SubclassCache.of(cache, subclasses)
+
+
+# -- a worker process -------------------------------------------------------------------------------------------------
+
+_worker: dict[str, Any] = {}
+
+
+class _Counted(Silent):
+    """The progress of a training in a worker: counts samples where the main process reads them."""
+
+    def __init__(self, passed: Any) -> None:
+        self._passed = passed
+        self.counted = 0
+
+    @contextmanager
+    def task(self, title: str, total: int | None, unit: str = "samples") -> Iterator[Task]:
+        """The training's only task."""
+        yield self
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        """Counts samples."""
+        self.counted += amount
+        with self._passed.get_lock():
+            self._passed.value += amount
+
+
+def _start_worker(threads: int, stop: Any, passed: Any, path: list[str]) -> None:
+    os.setpgrp()  # Ctrl-C in the terminal reaches the main process alone, which passes it on once
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(threads)
+    sys.path[:] = path
+    _worker.update(stop=stop, passed=passed)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A main process that was killed leaves no worker behind; its last checkpoints are there to go on from."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _work(job: _Job) -> str | None:
+    """Trains one cell in a worker; the error's text where it failed."""
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if _worker["stop"].is_set():
+            return "stopped"
+        progress = _Counted(_worker["passed"])
+        _train_cell(job, progress)
+        progress.advance(job.samples - progress.counted)  # what a resumed cell did not have to do
+    except (Interrupted, KeyboardInterrupt):
+        return "stopped"
+    except Exception as error:  # told by the main process, which goes on with the other cells
+        return _words(error)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return None
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM stops the workers as Ctrl-C does, instead of leaving them alone."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+# -- small things -----------------------------------------------------------------------------------------------------
+
+
+def _base_key(recipe: Recipe) -> str:
+    """Hash of what decides data, teacher and cache, the number of training samples aside."""
+    data = recipe.data.model_dump(mode="json", exclude={"train_size"})
+    return artifact.content_key(data, recipe.teacher, recipe.seed)
+
+
+def _slug(text: str) -> str:
+    """A folder name: the text itself as far as it can be one, else with a hash of it."""
+    plain = text.replace(" ", "_")
+    if re.fullmatch(r"[A-Za-z0-9.=+_-]{1,80}", plain):
+        return plain
+    return f"{re.sub(r'[^A-Za-z0-9.=+_-]+', '-', plain)[:60]}-{artifact.content_key(text)[:8]}"
+
+
+def _words(error: Exception) -> str:
+    """An error on one line."""
+    if not isinstance(error, EdgestillError):
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return " ".join("; ".join(part for part in (error.message, error.where, error.evidence, error.fix) if part).split())
+
+
+@contextmanager
+def _named(label: str) -> Iterator[None]:
+    """An InputError about one combination says which."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(
+            f"{label}: {error.message}", where=error.where, evidence=error.evidence, fix=error.fix
+        ) from error
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

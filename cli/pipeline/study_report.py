@@ -1,0 +1,196 @@
+"""From a study's finished cells to its report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from statistics import mean, stdev
+
+from cli.pipeline.reporting import machine_facts
+from cli.pipeline.run import Run, needs_teacher
+from cli.pipeline.study import Cell, Study
+from cli.report.schema import DataFacts
+from cli.report.study_schema import (
+    Block,
+    CellResult,
+    ComparisonRow,
+    FailedCell,
+    MethodRow,
+    StudyReport,
+    TeacherFacts,
+)
+from distill.data import Dataset
+from distill.study import chance_of_all_wins, compare, over_samples
+from distill.teachers import SubclassCache
+from profiles import artifact
+from profiles.metrics import evaluate, primary_metric
+
+_FEW_SEEDS = 6
+"""The first number of seeds at which winning all of them is below 5 % by chance."""
+
+
+def build_study_report(study: Study) -> StudyReport:
+    """The document that every renderer reads; cells without a result are left out of it."""
+    run = study.base(study.grid.combinations[0])
+    dataset = run.dataset
+    finished = {cell: cell.read() for cell in study.cells if (cell.folder / artifact.MANIFEST).is_file()}
+    finished = {cell: found for cell, found in finished.items() if cell.label not in _failed(study)}
+    blocks = _blocks(study, finished)
+    return StudyReport(
+        name=study.loaded.recipe.name,
+        created=datetime.now().astimezone().isoformat(timespec="seconds"),
+        seconds=round(time.time() - study.started, 1),
+        versions=artifact.tool_versions(),
+        machine=machine_facts(),
+        recipe=study.loaded.origin,
+        folder=str(study.folder),
+        task=dataset.task,
+        metric=primary_metric(dataset.task),
+        n_test=len(dataset.test),
+        unit="image" if dataset.input.kind == "image" else "text",
+        data=DataFacts(
+            source=run.recipe.data.source,
+            title=dataset.name,
+            licence=dataset.licence,
+            citation=dataset.citation,
+            splits={name: len(dataset.split(name)) for name in ("train", "validation", "test")},
+            labels=dataset.classes,
+        ),
+        teachers=_teachers(study),
+        control=study.grid.control,
+        seeds=study.grid.seeds,
+        jobs=study.jobs,
+        methods=study.grid.methods,
+        factors=study.grid.factors,
+        blocks=blocks,
+        cells=tuple(finished.values()),
+        planned=len(study.cells),
+        failed=tuple(FailedCell(label=failure.label, error=failure.error) for failure in study.failures),
+        notes=_notes(study, blocks),
+    )
+
+
+def _failed(study: Study) -> set[str]:
+    return {failure.label for failure in study.failures}
+
+
+def _blocks(study: Study, finished: Mapping[Cell, CellResult]) -> tuple[Block, ...]:
+    groups: dict[str, dict[str, list[Cell]]] = {}
+    factors = {}
+    for combination in study.grid.combinations:
+        name = artifact.content_key(combination.factors)
+        factors[name] = combination.factors
+        cells = [cell for cell in finished if cell.combination.label == combination.label]
+        groups.setdefault(name, {})[combination.method] = sorted(cells, key=lambda cell: cell.seed)
+    blocks = []
+    for name, methods in groups.items():
+        control = methods[study.grid.control]
+        dataset = study.base(next(c for c in study.grid.combinations if c.factors == factors[name])).dataset
+        rows = tuple(
+            _row(dataset, cells, [] if method == study.grid.control else control, finished)
+            for method, cells in methods.items()
+            if cells
+        )
+        if rows:
+            first = finished[next(cell for cells in methods.values() for cell in cells)]
+            blocks.append(Block(factors=factors[name], train_samples=first.train_samples, rows=rows))
+    return tuple(blocks)
+
+
+def _row(
+    dataset: Dataset, cells: Sequence[Cell], control: Sequence[Cell], finished: Mapping[Cell, CellResult]
+) -> MethodRow:
+    """One method's cells; `control`: the reference's with the same factors, empty for the reference itself."""
+    found = [finished[cell] for cell in cells]
+    scores = [each.test for each in found]
+    return MethodRow(
+        method=found[0].method,
+        test={each.seed: each.test for each in found},
+        mean=mean(scores),
+        sd=stdev(scores) if len(scores) > 1 else None,
+        validation_mean=mean(each.validation for each in found),
+        seconds=mean(each.seconds for each in found),
+        hard_weight=found[0].hard_weight,
+        arch=found[0].arch,
+        parameters=found[0].parameters,
+        to_control=_comparison(dataset, cells, control, finished),
+    )
+
+
+def _comparison(
+    dataset: Dataset, cells: Sequence[Cell], control: Sequence[Cell], finished: Mapping[Cell, CellResult]
+) -> ComparisonRow | None:
+    """None without a seed that both have."""
+    theirs = {cell.seed: cell for cell in control}
+    pairs = [(cell, theirs[cell.seed]) for cell in cells if cell.seed in theirs]
+    if not pairs:
+        return None
+    samples = over_samples(
+        dataset.task,
+        [ours.logits() for ours, _ in pairs],
+        [other.logits() for _, other in pairs],
+        dataset.test.labels,
+        dataset.test.mask,
+    )
+    found = compare([finished[ours].test for ours, _ in pairs], [finished[other].test for _, other in pairs], samples)
+    return ComparisonRow(
+        difference=found.bootstrap.value,
+        by_seed={ours.seed: value for (ours, _), value in zip(pairs, found.differences, strict=True)},
+        bootstrap=(found.bootstrap.low, found.bootstrap.high),
+        seeds_interval=found.seeds,
+        samples_interval=(samples.low, samples.high),
+        confidence=found.bootstrap.confidence,
+        wins=found.bootstrap.wins,
+        n=found.bootstrap.n,
+        outcome=found.outcome,
+        seeds_needed=found.seeds_needed,
+        reasons=found.reasons,
+    )
+
+
+def _teachers(study: Study) -> tuple[TeacherFacts, ...]:
+    """Every base's own teacher, where a method needs one."""
+    found: dict[int, TeacherFacts] = {}
+    for combination in study.grid.combinations:
+        run: Run = study.base(combination)
+        sections = combination.recipe.objective
+        if id(run) in found or not needs_teacher(sections):
+            continue
+        cache = run.cache_for(sections)
+        if cache is None or isinstance(cache, SubclassCache):
+            continue
+        dataset, logits = run.dataset, cache.test_logits
+        test = None
+        if logits is not None and cache.num_logits == len(dataset.classes):
+            test = evaluate(dataset.task, logits.astype("float32"), dataset.test.labels, dataset.test.mask).value
+        trained = run.trained.get(("teacher", "teacher"))
+        found[id(run)] = TeacherFacts(
+            kind=run.recipe.teacher.kind,
+            arch=None if trained is None else trained.student.arch,
+            train_samples=len(dataset.train),
+            test=test,
+            factors={key: value for key, value in combination.factors.items() if key.startswith(("data.", "teacher."))}
+            if len({id(study.base(other)) for other in study.grid.combinations}) > 1
+            else {},
+        )
+    return tuple(found.values())
+
+
+def _notes(study: Study, blocks: Sequence[Block]) -> tuple[str, ...]:
+    """What the table does not show by itself."""
+    notes = list(study.notes)
+    comparisons = [row.to_control for block in blocks for row in block.rows if row.to_control is not None]
+    if len(study.grid.methods) == 1:
+        notes.append("one method: nothing to compare it with; --vary objective=supervised,... names others")
+    seeds = study.grid.seeds
+    if comparisons and 1 < seeds < _FEW_SEEDS:
+        notes.append(
+            f"all of {seeds} seeds are won, or none, by chance alone in {chance_of_all_wins(seeds):.0%} of cases"
+        )
+    if len(comparisons) > 1:
+        notes.append(
+            f"each interval holds at {comparisons[0].confidence:.0%} by itself, not for all {len(comparisons)} "
+            "comparisons together"
+        )
+    return tuple(notes)

@@ -1,0 +1,130 @@
+"""What a study found, as one versioned document: the only source of its table, plot and CSV. Fractions are 0..1."""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal
+
+from pydantic import Field
+
+from cli.report.schema import DataFacts, Machine, Part
+from distill.study import Outcome
+
+SCHEMA_VERSION: Final = 1
+
+
+class CellResult(Part):
+    """One training. validation, test: the task's metric of the kept epoch. terms: that epoch's losses and logs."""
+
+    method: str
+    factors: dict[str, Any]
+    seed: int
+    validation: float
+    test: float
+    best_epoch: int
+    epochs: int
+    seconds: float
+    samples_per_second: float
+    train_samples: int
+    arch: str
+    parameters: int
+    hard_weight: float
+    device: str
+    threads: int
+    terms: dict[str, float]
+
+
+class ComparisonRow(Part):
+    """A method minus the control, paired by seed.
+
+    difference: mean over seeds. bootstrap: percentile bootstrap over seeds. seeds_interval: Student's t over seeds,
+    None for one seed. samples_interval: bootstrap over test samples. outcome: "higher" or "lower" only where the last
+    two both leave out zero. seeds_needed: rough guide, None when more than 100 or unknown.
+    """
+
+    difference: float
+    by_seed: dict[int, float]
+    bootstrap: tuple[float, float]
+    seeds_interval: tuple[float, float] | None
+    samples_interval: tuple[float, float]
+    confidence: float
+    wins: int
+    n: int
+    outcome: Outcome
+    seeds_needed: int | None
+    reasons: tuple[str, ...]
+
+
+class MethodRow(Part):
+    """One method with one value of every factor. sd: over seeds, None for one. seconds: mean of one training."""
+
+    method: str
+    test: dict[int, float]
+    mean: float
+    sd: float | None
+    validation_mean: float
+    seconds: float
+    hard_weight: float
+    arch: str
+    parameters: int
+    to_control: ComparisonRow | None = None
+
+
+class Block(Part):
+    """All methods with one value of every factor. control: whether its cells are there to compare with."""
+
+    factors: dict[str, Any]
+    train_samples: int
+    rows: tuple[MethodRow, ...]
+
+
+class TeacherFacts(Part):
+    """A teacher that the cells share. train_samples: it saw so many, whatever a cell's own number is."""
+
+    kind: str
+    arch: str | None = None
+    train_samples: int
+    test: float | None = None
+    factors: dict[str, Any] = Field(default_factory=dict)
+
+
+class FailedCell(Part):
+    """A cell without a result."""
+
+    label: str
+    error: str
+
+
+class StudyReport(Part):
+    """A study's result."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: str
+    created: str
+    seconds: float
+    """Wall-clock time of the command that wrote this; finished cells cost it nothing."""
+    versions: dict[str, str]
+    machine: Machine
+    recipe: str
+    folder: str
+    task: str
+    metric: str
+    n_test: int
+    unit: Literal["image", "text", "sample"] = "sample"
+    data: DataFacts
+    teachers: tuple[TeacherFacts, ...] = ()
+    control: str
+    seeds: int
+    jobs: int
+    methods: tuple[str, ...]
+    factors: dict[str, tuple[Any, ...]]
+    blocks: tuple[Block, ...]
+    cells: tuple[CellResult, ...]
+    planned: int
+    """Cells of the grid."""
+    failed: tuple[FailedCell, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def exit_status(self) -> int:
+        """1 when a cell failed, else 0."""
+        return 1 if self.failed else 0
