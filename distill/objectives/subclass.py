@@ -31,6 +31,8 @@ _FIT_STEPS = 500
 """At least; 20 epochs of a few hundred samples would leave the head near its first weights."""
 _FIT_BATCH = 128
 _FIT_LEARNING_RATE = 3e-3
+_LEAST_SHARE = 0.01
+"""Of the mean deviation of the embedding's dimensions, that each is taken to have at least."""
 
 
 def class_logits_of(head: Tensor, subclasses: int, tau: float = 1.0) -> Tensor:
@@ -191,6 +193,8 @@ class Subclass(Objective):
         clean = embedding[0].double()
         mean = clean.mean(0).to(data.device, torch.float32)
         deviation = clean.std(0, correction=0)
+        # a dimension that hardly varies over the clean samples may do so in another view
+        deviation = deviation.clamp(min=_LEAST_SHARE * float(deviation.mean()))
         scale = torch.where(deviation > 0, deviation, 1).reciprocal().to(data.device, torch.float32)
         weight = nn.Parameter(self.head_weight.clone())
         bias = nn.Parameter(self.head_bias.clone())

@@ -105,8 +105,9 @@ class NetworkTeacher(Teacher):
 class ModuleTeacher(NetworkTeacher):
     """A module that returns (embedding (N, D), head output (N, C)), such as a trained student of the conv family.
 
-    The head output must be class logits, which holds for the `supervised` objective. `embedding_dim` and `head_size`
-    are the module's attributes; a Linear called `head` becomes the known head.
+    The head output must be class logits, which holds for the `supervised` objective, or subclass logits, as which
+    `SubclassCache` then marks them. `embedding_dim` and `head_size` are the module's attributes; a Linear called `head`
+    becomes the known head.
     """
 
     def __init__(self, module: nn.Module, device: torch.device | str = "cpu") -> None:

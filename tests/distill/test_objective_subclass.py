@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distill.data.section import AugmentSection
+from distill.objectives import subclass
 from distill.objectives.base import FitData
 from distill.objectives.compose import Composition, build_objective, build_teacher_objective
 from distill.objectives.kd import KD, kd_loss
@@ -26,9 +27,9 @@ from distill.objectives.subclass import (
 from distill.outputs import StudentOutput, TeacherOutput
 from distill.train_section import TrainSection
 from distill.training import train
-from profiles.errors import InputError
+from profiles.errors import InputError, Interrupted
 from tests.distill.objective_cases import batch, fit_data, random, shapes
-from tests.distill.training_cases import Cache, Case, dataset, same_weights, student
+from tests.distill.training_cases import Cache, Case, StopAfter, dataset, same_weights, student
 
 LABELS = torch.tensor([0, 1, 2, 0])
 
@@ -187,7 +188,8 @@ def test_the_student_matches_every_subclass(tau: float) -> None:
     head, logits = random(4, 6, seed=1).requires_grad_(), random(4, 6, seed=2).requires_grad_()
     terms = retrained(section)(StudentOutput(random(4, 6), head), TeacherOutput(None, logits), batch(LABELS))
     assert list(terms) == ["subclass"]
-    assert float(terms["subclass"]) == pytest.approx(0.5 * float(kd_loss(head, logits, tau)))
+    expected = 0.5 * float(kd_loss(head.detach(), logits.detach(), tau))
+    assert float(terms["subclass"].detach()) == pytest.approx(expected)
     terms["subclass"].backward()
     assert head.grad is not None
     assert logits.grad is None
@@ -196,9 +198,9 @@ def test_the_student_matches_every_subclass(tau: float) -> None:
 def test_one_subclass_is_knowledge_distillation() -> None:
     head, logits = random(4, 3, seed=1), random(4, 3, seed=2)
     outputs = StudentOutput(head, head), TeacherOutput(None, logits), batch(LABELS)
-    subclass = retrained(SubclassSection(subclasses_per_class=1, tau=4.0))(*outputs)
+    terms = retrained(SubclassSection(subclasses_per_class=1, tau=4.0))(*outputs)
     kd = KD(KDSection(tau=4.0), shapes(hard_weight=0.0))(*outputs)
-    assert float(subclass["subclass"]) == pytest.approx(float(kd["kd"]))
+    assert float(terms["subclass"]) == pytest.approx(float(kd["kd"]))
 
 
 def test_the_teacher_gets_the_auxiliary_term_alone() -> None:
@@ -252,6 +254,13 @@ def test_a_frozen_teachers_head_learns_classes_and_finds_subclasses() -> None:
     assert len(set(found.argmax(1).tolist())) == 4, found
 
 
+@pytest.fixture
+def short_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests in which how well the head fits does not matter."""
+    monkeypatch.setattr(subclass, "_FIT_STEPS", 1)
+
+
+@pytest.mark.usefixtures("short_fit")
 def test_a_frozen_teachers_head_is_a_buffer_and_a_function_of_the_seed() -> None:
     embedding, blob = clusters(64)
     kept = embedding.clone()
@@ -276,6 +285,7 @@ def test_a_frozen_teachers_head_is_a_buffer_and_a_function_of_the_seed() -> None
     assert torch.equal(first.head_weight, before)
 
 
+@pytest.mark.usefixtures("short_fit")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_constant_dimensions_and_a_single_row_are_finite(dtype: torch.dtype) -> None:
     embedding, blob = clusters(40)
@@ -378,6 +388,19 @@ def test_a_teacher_is_trained_with_both_losses(tmp_path: Path) -> None:
     assert last["loss/subclass/auxiliary"] < 0
 
 
+def test_an_interrupted_teacher_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    def trained(folder: Path, progress: StopAfter | None = None) -> Any:
+        net = network(12)
+        objective = build_teacher_objective(SubclassSection(subclasses_per_class=3), dataset(), student_dim=12)
+        train(net, objective, dataset(), None, SECTION, AUGMENT, folder, device="cpu", progress=progress)
+        return net
+
+    with pytest.raises(Interrupted):
+        trained(tmp_path / "stopped", StopAfter(8))
+    assert same_weights(trained(tmp_path / "stopped"), trained(tmp_path / "whole"))
+
+
+@pytest.mark.usefixtures("short_fit")
 @pytest.mark.parametrize("kind", ["retrained", "frozen"])
 def test_a_student_learns_and_a_second_call_trains_nothing(tmp_path: Path, kind: str) -> None:
     data, section = dataset(), SubclassSection(subclasses_per_class=3)
