@@ -23,6 +23,10 @@ CASES = {
     "mix": Case(
         [{"kind": "kd"}, {"kind": "ec", "transform": "mlp", "distance": "cosine", "dimension": 5}], norm=False
     ).with_(hard_weight=0.3, mixup=0.0, epochs=3),
+    "crd": Case("crd", norm=False),
+    "rkd": Case("rkd", norm=False),
+    "lelp": Case({"kind": "lelp", "subclasses_per_class": 4}, norm=False),
+    "subclass": Case("subclass", norm=False),
     "uneven": Case("kd", norm=False).with_(batch_size=15),
 }
 

@@ -64,7 +64,7 @@ def test_global_batch_norm_is_batch_norm(layer: type, shape: Any, options: Any, 
 @pytest.mark.slow
 def test_two_ranks_get_the_loss_curve_of_one_process(tmp_path: Path) -> None:
     """The same global batch: objective parameters, batch-coupled distances and BatchNorm's statistics included."""
-    cases = ["kd", "ec", "mix", "conv", "inverted"]
+    cases = ["kd", "ec", "mix", "conv", "inverted", "crd", "rkd", "lelp", "subclass"]
     done = torchrun(",".join(cases), tmp_path / "together")
     assert done.returncode == 0, done.stderr
     for case in cases:
