@@ -23,13 +23,8 @@ from distill.training import evaluate_logits, learning_rate, read_result
 from profiles.artifact import verify
 from profiles.errors import EdgestillError, InputError, Interrupted
 from profiles.metrics import evaluate
-from tests.distill.training_cases import Case, StopAfter, cache, dataset, same_weights
+from tests.distill.training_cases import OBJECTIVES, Case, StopAfter, cache, dataset, same_weights
 
-# the toy teacher's embedding has 10 dimensions, of which its head reads 3
-OBJECTIVES = [
-    pytest.param({"kind": entry.kind, **({"subclasses_per_class": 4} if entry.kind == "lelp" else {})}, id=entry.kind)
-    for entry in describe_objectives()
-]
 MULTILABEL = [entry.kind for entry in describe_objectives() if "multilabel" in entry.tasks]
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from distill import training
-from tests.distill.training_cases import Case
+from tests.distill.training_cases import OBJECTIVES, Case
 
 pytestmark = [
     pytest.mark.gpu,
@@ -13,8 +13,8 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("objective", ["supervised", "kd", "ec", "distance_correlation", "cosine_difference"])
-def test_the_loop_learns_in_bf16_on_the_gpu(objective: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_loop_learns_in_bf16_on_the_gpu(objective: dict[str, Any], tmp_path: Path) -> None:
     case = Case(objective).with_(epochs=12, learning_rate=0.02, ema=0.9, grad_clip=1.0)
     result, net, _ = case.run(tmp_path / "student", device="cuda")
     assert result.precision == ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32")
@@ -22,8 +22,8 @@ def test_the_loop_learns_in_bf16_on_the_gpu(objective: str, tmp_path: Path) -> N
     assert all(value.device.type == "cpu" for value in net.state_dict().values())
 
 
-@pytest.mark.parametrize("objective", ["kd", "ec", "distance_correlation", "cosine_difference"])
-def test_no_step_waits_for_the_gpu(objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_no_step_waits_for_the_gpu(objective: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = training.Run._step
 
     def strict(self: Any, *rows: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from distill.data.dataset import Dataset, InputSpec, Split, Task
 from distill.data.section import AugmentSection
 from distill.objectives.compose import Composition, build_objective, head_size
-from distill.objectives.section import ObjectiveSections
+from distill.objectives.section import ObjectiveSections, describe_objectives
 from distill.students import Student, build_student
 from distill.students.section import StudentSection
 from distill.train_section import TrainSection
@@ -25,6 +26,11 @@ from distill.training import TrainResult, train
 from profiles.progress import Silent
 
 SIDE = 8
+# the toy teacher's embedding has 10 dimensions, of which its head reads 3
+OBJECTIVES = [
+    pytest.param({"kind": entry.kind, **({"subclasses_per_class": 4} if entry.kind == "lelp" else {})}, id=entry.kind)
+    for entry in describe_objectives()
+]
 
 
 @dataclass(frozen=True)
