@@ -13,6 +13,9 @@ class TrainSection(Section):
     """How a student is trained; one loop serves every objective."""
 
     epochs: int = Field(30, ge=1, description="passes over the training split")
+    min_steps: int | None = Field(
+        None, ge=1, description="at least so many optimiser steps: a small training split gets more epochs for it"
+    )
     batch_size: int = Field(128, ge=1, description="samples per optimiser step, over all processes together")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="sgd has Nesterov momentum 0.9")
     learning_rate: float | Literal["auto"] = Field(
@@ -46,6 +49,14 @@ class TrainSection(Section):
     compile: bool = Field(False, description="torch.compile the student while it trains")
     checkpoint_every: int = Field(1, ge=1, description="epochs between checkpoints; Ctrl-C always writes one")
     tensorboard: bool = Field(False, description="write TensorBoard events beside metrics.jsonl")
+
+    def resolved(self, samples: int) -> TrainSection:
+        """The same with the epochs that `samples` training samples get; `min_steps` is then spent."""
+        if self.min_steps is None:
+            return self
+        steps_per_epoch = max(1, samples // self.batch_size)
+        epochs = max(self.epochs, -(-self.min_steps // steps_per_epoch))
+        return self.model_copy(update={"epochs": epochs, "min_steps": None})
 
     @property
     def peak_learning_rate(self) -> float:

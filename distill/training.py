@@ -112,6 +112,7 @@ def train(
     """
     progress = progress or Silent()
     _check(section, objective, dataset)
+    section = section.resolved(len(dataset.train))
     view_seed = seed if view_seed is None else view_seed
     key = _key(student, objective, dataset, cache, section, augmentation, seed, view_seed)
     if current(folder, "student", key) is not None:

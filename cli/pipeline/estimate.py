@@ -183,7 +183,10 @@ def _teacher_stages(run: Run, dataset: Dataset, earlier: _Earlier) -> list[Plann
         seed=run.recipe.seed,
         base=run.loaded.base,
     )
-    epochs = section.epochs or run.recipe.train.epochs
+    train = (
+        run.recipe.train if section.epochs is None else run.recipe.train.model_copy(update={"epochs": section.epochs})
+    )
+    epochs = train.resolved(len(dataset.train)).epochs
     step, forward = _timed(teacher, dataset, run.recipe.train.batch_size)
     stored = rows * (teacher.embedding_dim + outputs) * (2 if section.cache_dtype == "float16" else 4)
     return [
@@ -208,7 +211,7 @@ def _student_stage(run: Run, dataset: Dataset, arch: str, role: str, finished: b
         allow_code=run.allow_code,
     )
     step, _ = _timed(student, dataset, run.recipe.train.batch_size)
-    seconds = step * len(dataset.train) * run.recipe.train.epochs
+    seconds = step * len(dataset.train) * run.recipe.train.resolved(len(dataset.train)).epochs
     return _stage(f"{role} {arch}", seconds, weights_mib(student), finished)
 
 

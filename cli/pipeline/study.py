@@ -125,7 +125,7 @@ class _Job:
     def samples(self) -> int:
         """Samples that the training passes through."""
         rows = self.rows or len(_whole(self.data, _written(self.data)).train)
-        return rows * self.cell.combination.recipe.train.epochs
+        return rows * self.cell.combination.recipe.train.resolved(rows).epochs
 
 
 class Study:

@@ -97,4 +97,4 @@ def _seconds(study: Study, cell: Cell, same: list[CellResult], finished: list[Ce
     if not alike or not rows:
         return None
     per_sample = mean(found.seconds / (found.train_samples * found.epochs) for found in alike)
-    return per_sample * rows * cell.combination.recipe.train.epochs
+    return per_sample * rows * cell.combination.recipe.train.resolved(rows).epochs

@@ -48,9 +48,9 @@ class Shapes:
     """The sizes that objectives are built from.
 
     teacher_dim: D_t, None without embeddings. teacher_logits: columns of the teacher's logits, None without.
-    student_dim: D_s. hard_weight: the resolved weight of the ground-truth term. train_samples: size of the training split.
-    position: of the objective among the recipe's, for messages. subclasses: per class, of a teacher that was trained with
-    them; `teacher_logits` counts its classes.
+    student_dim: D_s. hard_weight: the resolved weight of the ground-truth term. train_samples: size of the training
+    split. position: of the objective among the recipe's, for messages. subclasses: per class, of a teacher that was
+    trained with them; `teacher_logits` counts its classes.
     """
 
     task: Task

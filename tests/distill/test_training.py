@@ -72,6 +72,13 @@ def test_the_artefact_holds_weights_metrics_and_settings(tmp_path: Path) -> None
     assert not net.training
 
 
+@pytest.mark.parametrize(("min_steps", "epochs"), [(None, 2), (1, 2), (12, 2), (13, 3), (60, 10)])
+def test_a_small_split_gets_the_epochs_that_its_steps_need(min_steps: int | None, epochs: int, tmp_path: Path) -> None:
+    result, _, _ = Case("kd").with_(min_steps=min_steps).run(tmp_path / "student")
+    assert result.epochs == len(result.history) == epochs
+    assert TrainSection(min_steps=5, batch_size=128).resolved(20).epochs == 30  # a split smaller than a batch
+
+
 def test_a_finished_training_is_loaded_and_not_done_again(tmp_path: Path) -> None:
     case = Case("ec")
     first, net, objective = case.run(tmp_path / "student")
