@@ -11,6 +11,7 @@ samples and the objectives' parameters, nothing else.
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import re
@@ -48,6 +49,7 @@ from distill.students import Student, build_student, default_arch
 from distill.teachers import SubclassCache, TeacherCache, open_cache
 from distill.teachers.cache import CacheParts
 from distill.teachers.subset import cache_rows
+from distill.train_section import TrainSection
 from distill.training import evaluate_logits, train
 from profiles import artifact
 from profiles.errors import EdgestillError, InputError, Interrupted
@@ -215,6 +217,8 @@ class Study:
         """
         with artifact.explain_os_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
+        for run in {id(run): run for run in map(self.base, self.grid.combinations)}.values():
+            run.prepare_folder()
         for combination in self.grid.combinations:
             with _named(combination.label):
                 self._check(combination)
@@ -269,7 +273,6 @@ class Study:
                 progress=self.progress,
                 allow_code=self.allow_code,
             )
-            run.prepare_folder()
             self._bases[name] = run
         return self._bases[name]
 
@@ -306,6 +309,7 @@ class Study:
         if cache is not None:
             place = (cache.folder, cache.parts, cache.subclasses if isinstance(cache, SubclassCache) else None)
         arch, data = self._arch(combination), run.folder / "data"
+        section = _train_section(combination).resolved(rows or len(run.dataset.train))
         weights = recipe.student.weights
         key = artifact.content_key(
             KIND,
@@ -314,7 +318,7 @@ class Study:
             None if cache is None else cache.key,
             None if rows is None else _rows(data, rows, recipe.seed),
             list(recipe.objective),
-            _train_section(combination).model_dump(mode="json", exclude={"checkpoint_every", "tensorboard"}),
+            section.model_dump(mode="json", exclude={"checkpoint_every", "tensorboard"}),
             recipe.data.augment,
             recipe.student,
             None if weights is None else artifact.file_hash(self.loaded.base / Path(weights).expanduser()),
@@ -546,7 +550,11 @@ def _train_cell(job: _Job, progress: Progress) -> None:
         hard_weight=result.hard_weight,
         device=result.device,
         threads=torch.get_num_threads(),
-        terms={name: value for name, value in kept.items() if name not in ("epoch", "samples_per_second")},
+        terms={
+            name: value
+            for name, value in kept.items()
+            if name not in ("epoch", "samples_per_second") and math.isfinite(value)  # a figure that is not defined
+        },
     )
     with artifact.create(cell.folder, KIND, job.key, {"settings": job.settings}) as temporary:
         (temporary / _CELL_FILE).write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -586,7 +594,7 @@ def _build(recipe: Recipe, dataset: Dataset, arch: str | None, seed: int, base: 
     )
 
 
-def _train_section(combination: Combination) -> Any:
+def _train_section(combination: Combination) -> TrainSection:
     return combination.recipe.train.model_copy(update={"hard_weight": combination.hard_weight})
 
 
