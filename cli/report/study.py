@@ -7,6 +7,7 @@ import io
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from string import ascii_letters
 from typing import TextIO
 
 from rich.cells import cell_len
@@ -35,6 +36,8 @@ _WIDE = 110
 _COLOURS = {"higher": "green", "lower": "bold red", "cannot tell": "yellow"}
 _MARKS = "●▲■◆○△□◇"
 _ASCII_MARKS = "ox+*#@%&"
+_MANY_MARKS = ascii_letters
+"""For more methods than there are shapes."""
 
 
 def print_study(report: StudyReport, stream: TextIO | None = None) -> None:
@@ -155,14 +158,15 @@ def _block(report: StudyReport, block: Block, style: Style) -> list[Text]:
     heads += ["wins", "time", "Outcome"]
     rows = [(_cells(row, report, wide, style), row.to_control) for row in block.rows]
     widths = [max(cell_len(head), *(cell_len(cells[i]) for cells, _ in rows)) for i, head in enumerate(heads)]
+    gap = "  " if 2 + sum(widths) + 2 * (len(widths) - 1) <= style.width else " "
     # the name gives way to the figures
-    widths[0] = max(8, min(widths[0], style.width - 2 - sum(room + 2 for room in widths[1:])))
+    widths[0] = max(8, min(widths[0], style.width - 2 - sum(widths[1:]) - len(gap) * (len(widths) - 1)))
     lines = []
     if block.factors:
         lines.append(Text(style.clean(_factor_words(block.factors)), style="bold"))
-    lines.append(Text("  " + _padded([style.clean(head) for head in heads], widths, style), style="dim"))
+    lines.append(Text("  " + _padded([style.clean(head) for head in heads], widths, gap, style), style="dim"))
     for cells, comparison in rows:
-        text = Text("  " + _padded(cells, widths, style))
+        text = Text("  " + _padded(cells, widths, gap, style))
         if comparison is None:
             text.stylize("dim")
         else:
@@ -172,10 +176,10 @@ def _block(report: StudyReport, block: Block, style: Style) -> list[Text]:
     return lines
 
 
-def _padded(cells: Sequence[str], widths: Sequence[int], style: Style) -> str:
+def _padded(cells: Sequence[str], widths: Sequence[int], gap: str, style: Style) -> str:
     fitted = [style.cut(cells[0], widths[0]), *cells[1:]]
     last = len(cells) - 1
-    return "  ".join(
+    return gap.join(
         cell + " " * (room - cell_len(cell)) if i == 0 else cell if i == last else " " * (room - cell_len(cell)) + cell
         for i, (cell, room) in enumerate(zip(fitted, widths, strict=True))
     )
@@ -223,6 +227,7 @@ def _plot(report: StudyReport, title: str, blocks: list[Block], style: Style) ->
     """Metric over the number of training samples; the methods stand beside each other where they have one size."""
     marks, shapes = (_ASCII_MARKS, ASCII) if style.ascii else (_MARKS, UNICODE)
     width = min(style.width, MAX_PLOT)
+    marks = marks if len(report.methods) <= len(marks) else _MANY_MARKS
     mark_of = {method: marks[i % len(marks)] for i, method in enumerate(report.methods)}
     points = [(block.train_samples, row.mean * 100, row.method) for block in blocks for row in block.rows]
     vertical = linear_axis([value for _, value, _ in points], 6, ceiling=100.0)
@@ -248,11 +253,19 @@ def _plot(report: StudyReport, title: str, blocks: list[Block], style: Style) ->
         edge = shapes.tick_left if row in ticks_at else shapes.down
         lines.append(f"{ticks_at.get(row, ''):>{gutter - 1}} {edge}{''.join(canvas.cells[row])}".rstrip())
     lines += x_axis(horizontal, columns, gutter, shapes, "", margin=spread)
-    legend = "   ".join(f"{mark} {method}" for method, mark in mark_of.items())
     texts = [Text(style.clean(line) if style.ascii else line) for line in lines]
-    return texts + wrapped(
-        style.clean(legend) if style.ascii else legend, width, " " * (gutter + 1), " " * (gutter + 1)
-    )
+    return [*texts, *_mark_legend(mark_of, width, " " * (gutter + 1), style)]
+
+
+def _mark_legend(mark_of: dict[str, str], width: int, indent: str, style: Style) -> list[Text]:
+    """Marks with their methods, a mark never parted from its name."""
+    lines = [indent]
+    for method, mark in mark_of.items():
+        entry = f"{mark} {style.clean(method)}"
+        if lines[-1].strip() and cell_len(lines[-1]) + 3 + cell_len(entry) > width:
+            lines.append(indent)
+        lines[-1] += ("   " if lines[-1].strip() else "") + entry
+    return [Text(line) for line in lines]
 
 
 def _untold(report: StudyReport, style: Style) -> list[Text]:
