@@ -12,7 +12,7 @@ from cli import complete, console
 from cli.commands.shared import JsonOption, examples, facts, plain_table
 
 if TYPE_CHECKING:
-    from distill.objectives.section import Description
+    from distill.objectives.section import Description, Parameter
 
 app = typer.Typer(
     epilog=examples("edgestill methods", "edgestill methods lelp", "edgestill methods ec", "edgestill methods --json")
@@ -100,13 +100,28 @@ def _print_one(entry: Description) -> None:
                 ("on the device", entry.inference_cost),
                 ("ground truth", f"weight {entry.default_hard_weight:g}, unless train.hard_weight says otherwise"),
                 ("mixup", "allowed" if entry.mixup else "not allowed: its teacher outputs cannot be mixed"),
+                ("study --tune", _tuned(entry)),
                 ("source", entry.source),
             ]
         )
     )
-    rows = [(parameter.name, _toml(parameter.default), parameter.meaning) for parameter in entry.parameters]
+    rows = [(parameter.name, _toml(parameter.default), _meaning(parameter, entry)) for parameter in entry.parameters]
     console.emit("")
     console.emit(plain_table(("Setting", "Default", "Meaning"), rows))
+
+
+def _meaning(parameter: Parameter, entry: Description) -> str:
+    search = entry.search.get(parameter.name)
+    return parameter.meaning + (f"; tuned: {search.words}" if search else "")
+
+
+def _tuned(entry: Description) -> str:
+    """What `edgestill study --tune` searches: keys of the recipe with their ranges, own settings by name."""
+    from distill.objectives.section import LEARNING_RATE_SEARCH
+
+    parts = [f"train.learning_rate x 1/{LEARNING_RATE_SEARCH:g} to {LEARNING_RATE_SEARCH:g}"]
+    parts += [f"{key} {search.words}" if "." in key else key for key, search in entry.search.items()]
+    return "searches " + "; ".join(parts)
 
 
 def _toml(value: object) -> str:

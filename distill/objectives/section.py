@@ -14,6 +14,33 @@ Need = Literal["logits", "embedding", "labels", "classes"]
 Task = Literal["multiclass", "multilabel"]
 WeightSchedule = Literal["constant", "warm-up", "decay"]
 Distance = Literal["distance_correlation", "cosine_difference", "cosine"]
+LEARNING_RATE_SEARCH = 4.0
+"""Tuning tries `train.learning_rate` from the recipe's by this to the recipe's times this, for every method alike."""
+
+
+class Search(Section):
+    """What tuning tries for one key: anything from low to high (log: evenly in the logarithm), or one of `choices`."""
+
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    choices: tuple[int | str, ...] = ()
+
+    @property
+    def words(self) -> str:
+        """`1 to 8, log` or `2, 4, 8, 16`."""
+        if self.choices:
+            return ", ".join(str(choice) for choice in self.choices)
+        return f"{self.low:g} to {self.high:g}{', log' if self.log else ''}"
+
+
+def _around(default: float) -> Search:
+    """Two decades around a factor's default."""
+    return Search(low=default / 10, high=default * 10, log=True)
+
+
+_TAU = Search(low=1, high=8, log=True)
+_HARD_WEIGHT = Search(low=0, high=0.9)
 
 
 class ObjectiveBase(Section):
@@ -35,6 +62,8 @@ class ObjectiveBase(Section):
     source: ClassVar[str]
     control: ClassVar[bool] = False
     """True for what is there to be compared with, not to be shipped."""
+    search: ClassVar[dict[str, Search]] = {}
+    """What `edgestill study --tune` tries: of this table's keys, and dotted ones of the recipe."""
 
     weight: float = Field(1.0, ge=0, description="factor on this objective's terms")
     weight_schedule: WeightSchedule = Field(
@@ -93,6 +122,7 @@ class KDSection(ObjectiveBase):
     mixup = True
     training_cost = "one softmax of the cached logits"
     source = "Hinton, Vinyals & Dean 2015, arXiv 1503.02531"
+    search: ClassVar[dict[str, Search]] = {"tau": _TAU, "train.hard_weight": _HARD_WEIGHT}
 
     kind: Literal["kd"] = "kd"
     tau: float = Field(4.0, gt=0, description="temperature that softens teacher and student")
@@ -110,6 +140,7 @@ class DistanceCorrelationSection(ObjectiveBase):
     needs = frozenset({"embedding"})
     training_cost = "two (batch, batch) distance matrices"
     source = "Ding & Lerch 2023, arXiv 2306.17424; U-centring: Szekely & Rizzo 2014"
+    search: ClassVar[dict[str, Search]] = {"weight": _around(2.33)}
 
     kind: Literal["distance_correlation"] = "distance_correlation"
     weight: float = Field(
@@ -129,6 +160,7 @@ class CosineDifferenceSection(ObjectiveBase):
     needs = frozenset({"embedding"})
     training_cost = "two (batch, batch) similarity matrices"
     source = "Ding & Lerch 2023, arXiv 2306.17424"
+    search: ClassVar[dict[str, Search]] = {"weight": _around(2.33)}
 
     kind: Literal["cosine_difference"] = "cosine_difference"
     weight: float = Field(
@@ -144,6 +176,11 @@ class EmbeddingCompressionSection(ObjectiveBase):
     needs = frozenset({"embedding", "labels"})
     training_cost = "transform and head on cached embeddings, two (batch, batch) matrices; dropped after training"
     source = "Ding & Lerch 2024, arXiv 2402.06761; exact normalisation and defaults are our reading"
+    search: ClassVar[dict[str, Search]] = {
+        "lam": Search(low=0.3, high=0.95),
+        "transform": Search(choices=("linear", "mlp")),
+        "distance": Search(choices=get_args(Distance)),
+    }
 
     kind: Literal["embedding_compression"] = "embedding_compression"
     lam: float = Field(0.7, ge=0, le=1, description="weight of the distance term; the ground truth gets 1 - lam")
@@ -177,6 +214,7 @@ class DKDSection(ObjectiveBase):
     tasks = frozenset({"multiclass"})
     training_cost = "two softmaxes of the cached logits"
     source = "Zhao et al. 2022, arXiv 2203.08679"
+    search: ClassVar[dict[str, Search]] = {"alpha": _around(1.0), "beta": Search(low=1, high=16, log=True), "tau": _TAU}
 
     kind: Literal["dkd"] = "dkd"
     weight_schedule: WeightSchedule = Field(
@@ -195,6 +233,7 @@ class DISTSection(ObjectiveBase):
     needs = frozenset({"logits", "classes"})
     training_cost = "two softmaxes and their correlations"
     source = "Huang et al. 2022, arXiv 2205.10536"
+    search: ClassVar[dict[str, Search]] = {"weight": _around(2.0), "tau": _TAU}
 
     kind: Literal["dist"] = "dist"
     weight: float = Field(2.0, ge=0, description="factor on this objective's terms")
@@ -209,6 +248,7 @@ class EmbeddingSection(ObjectiveBase):
     needs = frozenset({"logits", "embedding"})
     training_cost = "one linear map of the student's embedding, dropped after training"
     source = "the embedding baseline of Loo et al. 2024, arXiv 2409.20449; scale and weight are our reading"
+    search: ClassVar[dict[str, Search]] = {"lam": _around(1.0), "tau": _TAU, "train.hard_weight": _HARD_WEIGHT}
 
     kind: Literal["embedding"] = "embedding"
     lam: float = Field(
@@ -229,6 +269,7 @@ class FitNetSection(ObjectiveBase):
     needs = frozenset({"embedding"})
     training_cost = "one linear map of the student's embedding, dropped after training"
     source = "Romero et al. 2015, arXiv 1412.6550; weight as in Tian et al. 2020, arXiv 1910.10699"
+    search: ClassVar[dict[str, Search]] = {"weight": _around(100.0)}
 
     kind: Literal["fitnet"] = "fitnet"
     weight: float = Field(100.0, ge=0, description="factor on the mean squared error")
@@ -242,6 +283,7 @@ class VIDSection(ObjectiveBase):
     needs = frozenset({"embedding"})
     training_cost = "one linear map of the student's embedding and a variance per dimension, dropped after training"
     source = "Ahn et al. 2019, arXiv 1904.05835"
+    search: ClassVar[dict[str, Search]] = {"weight": _around(1.0)}
 
     kind: Literal["vid"] = "vid"
 
@@ -254,6 +296,7 @@ class RKDSection(ObjectiveBase):
     needs = frozenset({"embedding"})
     training_cost = "(batch, batch) distances and (batch, batch, batch) angles: batches of at most a few hundred"
     source = "Park et al. 2019, arXiv 1904.05068"
+    search: ClassVar[dict[str, Search]] = {"distance_weight": _around(25.0), "angle_weight": _around(50.0)}
 
     kind: Literal["rkd"] = "rkd"
     distance_weight: float = Field(25.0, ge=0, description="weight of the pairwise distances")
@@ -268,6 +311,7 @@ class CRDSection(ObjectiveBase):
     needs = frozenset({"embedding"})
     training_cost = "two projections and a memory bank of 2 x samples x dimension floats, dropped after training"
     source = "Tian et al. 2020, arXiv 1910.10699"
+    search: ClassVar[dict[str, Search]] = {"weight": _around(0.8), "tau": Search(low=0.02, high=0.3, log=True)}
 
     kind: Literal["crd"] = "crd"
     weight: float = Field(0.8, ge=0, description="factor on this objective's terms")
@@ -291,6 +335,11 @@ class LELPSection(ObjectiveBase):
     training_cost = "an offline fit on the cached embeddings, one projection of them per batch"
     inference_cost = "a head of classes x subclasses outputs and one log-sum-exp, both in the exported graph"
     source = "Loo et al. 2024, arXiv 2409.20449; normalisation, grids and defaults are our reading"
+    search: ClassVar[dict[str, Search]] = {
+        "subclasses_per_class": Search(choices=(2, 4, 8, 16)),
+        "beta": _around(1.0),
+        "tau": _TAU,
+    }
 
     kind: Literal["lelp"] = "lelp"
     subclasses_per_class: int = Field(8, ge=1, description="parts of every class, S; worth searching in 2, 4, 8, 16")
@@ -324,6 +373,10 @@ class SubclassSection(ObjectiveBase):
     training_cost = 'a second teacher (kind "train"), or a new head on the embeddings of a frozen one'
     inference_cost = "a head of classes x subclasses outputs and one log-sum-exp, both in the exported graph"
     source = "Mueller, Kornblith & Hinton 2020, arXiv 2002.03936; the student's weights are our reading"
+    search: ClassVar[dict[str, Search]] = {
+        "weight": _around(1.0),
+        "tau": _TAU,
+    }  # the rest would train another teacher for every trial
 
     kind: Literal["subclass"] = "subclass"
     subclasses_per_class: int = Field(8, ge=1, description="subclasses of every class")
@@ -537,6 +590,7 @@ class Description(Section):
     mixup: bool
     default_hard_weight: float
     parameters: tuple[Parameter, ...]
+    search: dict[str, Search]
     training_cost: str
     inference_cost: str
     source: str
@@ -560,6 +614,7 @@ def describe_objectives() -> tuple[Description, ...]:
                 for name, field in cls.model_fields.items()
                 if name != "kind"
             ),
+            search=cls.search,
             training_cost=cls.training_cost,
             inference_cost=cls.inference_cost,
             source=cls.source,
