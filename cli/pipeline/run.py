@@ -40,7 +40,8 @@ from distill.objectives.section import (
     check_needs,
     resolve_hard_weight,
 )
-from distill.objectives.subclass import class_logits_of, retrained_for, teacher_section
+from distill.objectives.split_head import class_logits_of
+from distill.objectives.subclass import retrained_for, teacher_section
 from distill.students import Student, build_student, default_arch, parse_arch, teacher_arch
 from distill.students.arch import check_family
 from distill.students.section import StudentSection, torch_word

@@ -30,7 +30,8 @@ from distill.objectives.section import (
     check_needs,
     resolve_hard_weight,
 )
-from distill.objectives.subclass import Subclass, SubclassTeacher, class_logits_of, teacher_section
+from distill.objectives.split_head import class_logits_of
+from distill.objectives.subclass import Subclass, SubclassTeacher, teacher_section
 from distill.objectives.supervised import Supervised
 from distill.objectives.vid import VID
 from distill.outputs import Batch, StudentOutput, TeacherOutput

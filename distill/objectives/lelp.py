@@ -30,6 +30,7 @@ from torch import Tensor
 from distill.objectives.base import FitData, Objective, Shapes, at_least_float32, required
 from distill.objectives.embedding_compression import EmbeddingCompression
 from distill.objectives.section import LELPSection, ObjectiveBase
+from distill.objectives.split_head import class_logits_of, log_sum_exp
 from distill.outputs import Batch, StudentOutput, TeacherOutput
 from profiles.errors import InputError
 
@@ -56,32 +57,6 @@ class Subclasses(NamedTuple):
 
 
 # -- the loss ---------------------------------------------------------------------------------------------------------
-
-
-def log_sum_exp(x: Tensor) -> Tensor:
-    """log sum exp over the last dimension, from plain operators.
-
-    Every runtime then computes it without overflow: some execute ONNX's ReduceLogSumExp as log(sum(exp(x))), which is
-    infinite in FP16 from x = 12 on.
-    """
-    top = x.detach().amax(-1, keepdim=True)
-    result: Tensor = (x - top).exp().sum(-1).log() + top.squeeze(-1)
-    return result
-
-
-def subclass_class_logits(head: Tensor, classes: int, tau: float) -> Tensor:
-    """tau logsumexp_s(o_{c,s} / tau): the logits whose softmax at temperature tau is the sum over the subclasses.
-
-    Args:
-        head: o (N, C S); the subclasses of one class lie side by side.
-        classes: C.
-        tau: temperature > 0. Without it here, a perfect student would change labels at tau != 1.
-
-    Returns:
-        (N, C).
-    """
-    parts = head.reshape(head.shape[0], classes, -1)
-    return log_sum_exp(parts) if tau == 1 else tau * log_sum_exp(parts / tau)
 
 
 def subclass_coordinates(embedding: Tensor, subclasses: Subclasses) -> Tensor:
@@ -425,10 +400,8 @@ class LELP(Objective):
         return classes * cast(LELPSection, section).subclasses_per_class
 
     def class_logits(self, head: Tensor) -> Tensor:
-        """(N, C S) -> (N, C), see `subclass_class_logits`; part of the exported graph."""
-        if self.section.subclasses_per_class == 1:
-            return head
-        return subclass_class_logits(head, self.shapes.classes, self.section.tau)
+        """(N, C S) -> (N, C), see `class_logits_of`; part of the exported graph."""
+        return class_logits_of(head, self.section.subclasses_per_class, self.section.tau)
 
     def attach(self, others: Sequence[Objective]) -> None:
         """Finds the frozen transform whose embedding is split, for `on = "compressed"`."""

@@ -23,6 +23,7 @@ from distill.objectives.base import FitData, Objective, Shapes, at_least_float32
 from distill.objectives.ground_truth import cross_entropy
 from distill.objectives.kd import kd_loss
 from distill.objectives.section import AnyObjective, SubclassSection
+from distill.objectives.split_head import class_logits_of
 from distill.outputs import Batch, StudentOutput, TeacherOutput
 from profiles.errors import InputError
 
@@ -33,35 +34,6 @@ _FIT_BATCH = 128
 _FIT_LEARNING_RATE = 3e-3
 _LEAST_SHARE = 0.01
 """Of the mean deviation of the embedding's dimensions, that each is taken to have at least."""
-
-
-def class_logits_of(head: Tensor, subclasses: int, tau: float = 1.0) -> Tensor:
-    """tau logsumexp_s(o_cs / tau): class logits whose softmax at `tau` sums the subclasses' probabilities.
-
-    Args:
-        head: o (..., C S), the subclasses of one class next to each other.
-        subclasses: S.
-        tau: temperature > 0.
-
-    Returns:
-        (..., C) in the type of `head`. S = 1 gives `head` itself. Permuting a class's subclasses changes nothing.
-    """
-    parts = head.reshape(*head.shape[:-1], head.shape[-1] // subclasses, subclasses)
-    return tau * torch.logsumexp(parts / tau, dim=-1)
-
-
-def class_log_probabilities(head: Tensor, subclasses: int, tau: float = 1.0) -> Tensor:
-    """logsumexp_s of the log-probabilities of the subclasses at temperature `tau`.
-
-    Args:
-        head: o (..., C S), the subclasses of one class next to each other.
-        subclasses: S.
-        tau: temperature > 0.
-
-    Returns:
-        (..., C), at least float32, <= 0; their exponentials sum to 1.
-    """
-    return class_logits_of(torch.log_softmax(at_least_float32(head) / tau, dim=-1), subclasses)
 
 
 def auxiliary_loss(logits: Tensor, temperature: float = 1.0) -> Tensor:

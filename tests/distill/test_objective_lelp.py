@@ -24,12 +24,11 @@ from distill.objectives.lelp import (
     fit_probe,
     fit_subclasses,
     lelp_terms,
-    log_sum_exp,
     random_rotation,
     removed_directions,
-    subclass_class_logits,
 )
 from distill.objectives.section import LELPSection, ObjectiveSections
+from distill.objectives.split_head import class_logits_of, log_sum_exp
 from distill.outputs import Batch, StudentOutput, TeacherOutput
 from distill.students import load_student, save_student
 from export.onnx import export_graph
@@ -179,14 +178,14 @@ def test_one_subclass_is_knowledge_distillation() -> None:
 def test_the_class_part_is_knowledge_distillation_on_the_class_logits() -> None:
     head, z, a = example()
     parts = lelp_terms(head, z, a, tau=2.0, beta=1.0)
-    assert float(parts[0]) == pytest.approx(float(kd_loss(subclass_class_logits(head, 3, 2.0), z, 2.0)), rel=1e-12)
+    assert float(parts[0]) == pytest.approx(float(kd_loss(class_logits_of(head, S, 2.0), z, 2.0)), rel=1e-12)
 
 
 def test_permuting_the_subclasses_of_a_class_leaves_its_class_outputs() -> None:
     head, z, a = example()
     order = torch.tensor([2, 0, 3, 1])
     moved = head.view(6, 3, S)[:, :, order].flatten(1)
-    torch.testing.assert_close(subclass_class_logits(moved, 3, 2.0), subclass_class_logits(head, 3, 2.0))
+    torch.testing.assert_close(class_logits_of(moved, S, 2.0), class_logits_of(head, S, 2.0))
     before, after = lelp_terms(head, z, a, tau=2.0, beta=1.0), lelp_terms(moved, z, a, tau=2.0, beta=1.0)
     assert float(after[0]) == pytest.approx(float(before[0]), rel=1e-12)
     assert float(after[1]) != pytest.approx(float(before[1]), rel=1e-3)
@@ -196,8 +195,8 @@ def test_permuting_the_subclasses_of_a_class_leaves_its_class_outputs() -> None:
 def test_class_logits_without_the_temperature_flip_labels_of_a_perfect_student(tau: float) -> None:
     z, a = random(2000, 3, seed=1), 2 * random(2000, 3, 8, seed=2)
     head = perfect_head(z, a, tau, 1.0)
-    assert torch.equal(subclass_class_logits(head, 3, tau).argmax(1), z.argmax(1))
-    flipped = (subclass_class_logits(head, 3, 1.0).argmax(1) != z.argmax(1)).double().mean()
+    assert torch.equal(class_logits_of(head, S, tau).argmax(1), z.argmax(1))
+    flipped = (class_logits_of(head, S, 1.0).argmax(1) != z.argmax(1)).double().mean()
     assert float(flipped) > 0.01
 
 
@@ -216,7 +215,7 @@ def test_gradients_agree_with_finite_differences() -> None:
         assert torch.autograd.gradcheck(
             lambda o, part=part: lelp_terms(o, z, a, tau=2.0, beta=1.5)[part], (head.clone().requires_grad_(),)
         )
-    assert torch.autograd.gradcheck(lambda o: subclass_class_logits(o, 3, 2.0), (head.clone().requires_grad_(),))
+    assert torch.autograd.gradcheck(lambda o: class_logits_of(o, S, 2.0), (head.clone().requires_grad_(),))
 
 
 @pytest.mark.parametrize("size", [(1, 3, S), (5, 1, S), (5, 3, 1), (1, 1, 1)])
@@ -782,7 +781,7 @@ def test_other_objectives_read_the_class_logits_of_the_split_head() -> None:
     out = random(90, 3 * S, seed=9, dtype=torch.float32)
     terms = mix(StudentOutput(out, out), TeacherOutput(t.e, t.z), batch(t.labels))
     assert head_size(mix.sections, 3) == 3 * S
-    assert float(terms["kd"]) == pytest.approx(0.7 * float(kd_loss(subclass_class_logits(out, 3, 2.0), t.z, 2.0)))
+    assert float(terms["kd"]) == pytest.approx(0.7 * float(kd_loss(class_logits_of(out, S, 2.0), t.z, 2.0)))
     assert float(terms["kd"]) == pytest.approx(0.7 * float(terms[CLASS]), rel=1e-5)
 
 

@@ -15,12 +15,11 @@ from distill.objectives.base import FitData
 from distill.objectives.compose import Composition, build_objective, build_teacher_objective
 from distill.objectives.kd import KD, kd_loss
 from distill.objectives.section import KDSection, SubclassSection, SupervisedSection
+from distill.objectives.split_head import class_logits_of
 from distill.objectives.subclass import (
     Subclass,
     SubclassTeacher,
     auxiliary_loss,
-    class_log_probabilities,
-    class_logits_of,
     retrained_for,
     teacher_section,
 )
@@ -75,7 +74,6 @@ def test_class_outputs_agree_with_numpy(tau: float) -> None:
     np.testing.assert_allclose(class_logits_of(head, 3, tau), logits, rtol=1e-12)
     probabilities = powers / powers.sum(1, keepdims=True)
     classes = np.stack([probabilities[:, :3].sum(1), probabilities[:, 3:].sum(1)], 1)
-    np.testing.assert_allclose(class_log_probabilities(head, 3, tau), np.log(classes), rtol=1e-12)
     np.testing.assert_allclose(torch.softmax(class_logits_of(head, 3, tau) / tau, 1), classes, rtol=1e-12)
 
 
@@ -83,7 +81,7 @@ def test_gradients_agree_with_finite_differences() -> None:
     z = random(4, 6, seed=3).requires_grad_()
     assert torch.autograd.gradcheck(lambda z: auxiliary_loss(z, 0.7), (z,))
     assert torch.autograd.gradcheck(lambda z: class_logits_of(z, 2, 2.0), (z,))
-    assert torch.autograd.gradcheck(lambda z: class_log_probabilities(z, 3, 2.0), (z,))
+    assert torch.autograd.gradcheck(lambda z: class_logits_of(z, 3, 2.0), (z,))
 
 
 def test_the_auxiliary_loss_does_not_see_order_shift_or_scale() -> None:
@@ -140,7 +138,7 @@ def test_descending_the_auxiliary_loss_moves_samples_apart() -> None:
 )
 def test_degenerate_batches_are_finite(z: Tensor) -> None:
     z = z.clone().requires_grad_()
-    value = auxiliary_loss(z) + class_log_probabilities(z, 1).sum()
+    value = auxiliary_loss(z)
     value.backward()
     assert torch.isfinite(value)
     assert z.grad is not None
@@ -163,10 +161,9 @@ def test_a_flat_sample_among_others_has_no_gradient() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     z = (random(5, 6, seed=3) * 200).to(dtype)
-    for function in (auxiliary_loss, lambda z: class_log_probabilities(z, 3, 2.0).mean()):
-        value = function(z)
-        assert value.dtype == torch.float32
-        assert float(value) == pytest.approx(float(function(z.double())), rel=1e-5)
+    value = auxiliary_loss(z)
+    assert value.dtype == torch.float32
+    assert float(value) == pytest.approx(float(auxiliary_loss(z.double())), rel=1e-5)
 
 
 def test_permuting_subclasses_leaves_classes_alone() -> None:
