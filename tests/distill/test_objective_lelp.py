@@ -195,8 +195,8 @@ def test_permuting_the_subclasses_of_a_class_leaves_its_class_outputs() -> None:
 def test_class_logits_without_the_temperature_flip_labels_of_a_perfect_student(tau: float) -> None:
     z, a = random(2000, 3, seed=1), 2 * random(2000, 3, 8, seed=2)
     head = perfect_head(z, a, tau, 1.0)
-    assert torch.equal(class_logits_of(head, S, tau).argmax(1), z.argmax(1))
-    flipped = (class_logits_of(head, S, 1.0).argmax(1) != z.argmax(1)).double().mean()
+    assert torch.equal(class_logits_of(head, 8, tau).argmax(1), z.argmax(1))
+    flipped = (class_logits_of(head, 8, 1.0).argmax(1) != z.argmax(1)).double().mean()
     assert float(flipped) > 0.01
 
 
