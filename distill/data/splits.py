@@ -46,8 +46,8 @@ def take_stratified(
 def nested_order(labels: Labels, *, seed: int) -> Array:
     """An order of the rows whose first n rows keep the class shares, for every n: nested training sets of any sizes.
 
-    multiclass: one sample of each class first, then the classes interleaved evenly, so that every prefix holds each
-    class within two samples of its share. multilabel: halves by iterative stratification, again and again.
+    multiclass: one sample of each class first, then the classes interleaved evenly, so that no class of a prefix is off
+    its share by more samples than there are classes. multilabel: halves by iterative stratification, again and again.
 
     Returns:
         int64 (N,), a permutation.

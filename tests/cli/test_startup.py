@@ -31,7 +31,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert all(name in done.stdout for name in COMMANDS)
 
 
-@pytest.mark.parametrize("name", ["init", "report", "devices", "methods", "data", "doctor", "run"])
+@pytest.mark.parametrize("name", ["init", "report", "devices", "methods", "data", "doctor", "run", "study"])
 def test_the_help_of_a_command_does_not_import_torch(name: str) -> None:
     code = (
         "import sys\n"

@@ -1,0 +1,560 @@
+"""`edgestill study`: what is refused, and a small real study from the command line to its table."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cli.overrides import parse_values
+from cli.pipeline import study as pipeline
+from cli.pipeline.study import Study
+from cli.recipe import load_recipe
+from cli.report.study import render_study, to_csv
+from cli.report.study_schema import StudyReport
+from cli.study_grid import build_grid, method_label
+from distill.data.load import open_dataset
+from distill.data.make_fashion_mnist_small import PACKAGED
+from profiles.errors import EdgestillError, InputError, Interrupted
+from tests.cli.cli_runner import Result, edgestill
+from tests.distill.training_cases import StopAfter
+
+RECIPE = """
+name = "small"
+
+[data]
+source = "npz"
+path = "clothes.npz"
+
+[data.augment]
+crop = 1
+views = 2
+
+[teacher]
+arch = "conv-w12-d1-k3"
+epochs = 1
+
+[student]
+arch = "conv-w8-d1-k3"
+
+[train]
+epochs = 2
+batch_size = 32
+"""
+VARY = ("--vary", "objective=supervised,kd", "--vary", "data.train_size=60,240")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe for 400 real images of three classes."""
+    folder = tmp_path_factory.mktemp("clothes")
+    with np.load(PACKAGED) as stored:
+        images, labels = stored["train_images"][:400], stored["train_labels"][:400]
+    np.savez_compressed(folder / "clothes.npz", images=images, labels=labels % 3)
+    path = folder / "small.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """The folder of a finished study of 2 methods, 2 sizes and 2 seeds, and what the command printed."""
+    folder = tmp_path_factory.mktemp("studies") / "small"
+    result = edgestill("study", str(recipe), *VARY, "--seeds", "2", "--out", str(folder))
+    assert result.status == 0, result.err
+    return folder, result
+
+
+def report_of(folder: Path) -> StudyReport:
+    return StudyReport.model_validate_json((folder / "study.json").read_text())
+
+
+def times(folder: Path) -> dict[str, int]:
+    """When each finished cell was written."""
+    return {
+        str(path.relative_to(folder)): path.stat().st_mtime_ns for path in sorted(folder.glob("cells/*/*/cell.json"))
+    }
+
+
+def scores(report: StudyReport) -> dict[tuple[str, str, int], tuple[float, float, int]]:
+    return {
+        (cell.method, str(cell.factors), cell.seed): (cell.test, cell.validation, cell.best_epoch)
+        for cell in report.cells
+    }
+
+
+# -- what is asked ----------------------------------------------------------------------------------------------------
+
+
+def test_values_are_split_at_commas_outside_of_brackets_and_quotes() -> None:
+    text = 'supervised,{kind="kd",tau=1.0},[{kind="ec"},{kind="kd"}], 0.5 ,true,"a,b"'
+    assert parse_values(text, "--vary") == (
+        "supervised",
+        {"kind": "kd", "tau": 1.0},
+        [{"kind": "ec"}, {"kind": "kd"}],
+        0.5,
+        True,
+        "a,b",
+    )
+
+
+_words = st.text("abcdefghijklmnopqrstuvwxyz_-", min_size=1, max_size=8).filter(
+    lambda word: word not in ("true", "false", "inf", "nan", "-inf", "-nan")
+)
+_plain = st.one_of(
+    st.integers(-(2**40), 2**40),
+    st.booleans(),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(st.characters(min_codepoint=32, max_codepoint=126, exclude_characters='"\\'), max_size=12),
+)
+_values = st.recursive(
+    _plain,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(["kind", "tau", "x"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+def toml(value: Any) -> str:
+    """A value as TOML in one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {toml(entry)}" for key, entry in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(toml(entry) for entry in value) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+@given(st.lists(_values, min_size=1, max_size=5))
+def test_any_list_of_toml_values_comes_back_from_its_text(values: list[Any]) -> None:
+    assert list(parse_values(",".join(toml(value) for value in values), "--vary")) == values
+
+
+@given(st.lists(_words, min_size=1, max_size=5))
+def test_words_need_no_quotes(words: list[str]) -> None:
+    assert parse_values(",".join(words), "--vary") == tuple(words)
+
+
+@given(st.text(st.sampled_from("ab,[]{}\"'=1 "), max_size=20))
+def test_any_text_gives_values_or_an_explanation(text: str) -> None:
+    with contextlib.suppress(InputError):
+        assert len(parse_values(text, "--vary")) >= 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("kd,,ec", "nothing between"),
+        ("", "nothing between"),
+        ("{kind=kd}", "not a TOML value"),
+        ('{kind="kd"', "} is missing"),
+        ('"kd', '" is missing'),
+    ],
+)
+def test_what_cannot_be_read_is_explained(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_values(text, "--vary")
+
+
+def test_methods_are_named_by_kind_and_by_what_is_not_default(recipe: Path) -> None:
+    vary = ["objective=supervised,ec,{kind='kd',tau=1.0},[{kind='ec',detach=false},{kind='kd'}]"]
+    grid = build_grid(load_recipe(str(recipe), ["train.hard_weight=0.3"]), vary=vary)
+    assert grid.methods == (
+        "supervised",
+        "embedding_compression",
+        "kd tau=1",
+        "embedding_compression detach=false+kd",
+    )
+    assert grid.control == "supervised"
+    assert [one.hard_weight for one in grid.combinations] == [None, 0.3, 0.3, 0.3]
+
+
+def test_a_control_goes_by_its_label_its_alias_or_its_table(recipe: Path) -> None:
+    loaded, vary = load_recipe(str(recipe)), ["objective=ec,{kind='kd',tau=1.0}"]
+    assert build_grid(loaded, vary=vary).control == "embedding_compression"
+    assert build_grid(loaded, vary=vary, control="ec").control == "embedding_compression"
+    assert build_grid(loaded, vary=vary, control="kd tau=1").control == "kd tau=1"
+    assert build_grid(loaded, vary=vary, control="{kind='kd',tau=1.0}").control == "kd tau=1"
+
+
+def test_the_recipe_says_what_is_compared_and_the_command_line_replaces_a_list(recipe: Path) -> None:
+    path = recipe.with_name("table.toml")
+    path.write_text(
+        RECIPE
+        + """
+[study]
+seeds = 3
+control = "mixed"
+[study.vary]
+objective = ["supervised", {kind = "kd", tau = 1.0}]
+data.train_size = [60, 120]
+"train.epochs" = [1]
+[[study.variant]]
+name = "mixed"
+set = ["train.hard_weight=0.3", 'objective=[{kind="ec"},{kind="kd"}]']
+"""
+    )
+    loaded = load_recipe(str(path))
+    grid = build_grid(loaded, vary=["data.train_size=80"])
+    assert grid.methods == ("supervised", "kd tau=1", "mixed")
+    assert grid.factors == {"data.train_size": (80,), "train.epochs": (1,)}
+    assert (grid.control, grid.seeds) == ("mixed", 3)
+    assert len(grid.combinations) == 3
+    mixed = grid.combinations[2].recipe
+    assert [section.kind for section in mixed.objective] == ["embedding_compression", "kd"]
+    assert mixed.train.hard_weight == 0.3
+    assert method_label(mixed.objective) == "embedding_compression+kd"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([], ["nothing to compare", "--vary"]),
+        (["--vary", "objective"], ["KEY=VALUE"]),
+        (["--vary", "objectives=kd,ec"], ["objectives", "objective"]),
+        (["--vary", "objective=supervised,kdd"], ["objective=kdd", '"kd"']),
+        (["--vary", 'objective=kd,{kind="kd",taus=1}'], ["taus", "tau"]),
+        (["--vary", "train.epochs=2,none"], ["train.epochs=none"]),
+        (["--vary", "train.epochs=2,2"], ["train.epochs", "twice"]),
+        (["--vary", "objective=kd,kd"], ["two methods are called"]),
+        (["--vary", "objective=kd", "--vary", "objective=ec"], ["varied twice"]),
+        (["--vary", "objective=supervised,[{kind='ec'},{kind='kd'}]"], ["embedding_compression+kd", "hard_weight"]),
+        (["--vary", "objective=supervised,kd", "--control", "lelp"], ["control", "lelp"]),
+        (["--vary", "objective=supervised,ec", "--set", "train.mixup=0.2"], ["embedding_compression", "train.mixup"]),
+        (["--vary", "measure.threads=1,2"], ["measure.threads", "changes nothing"]),
+        (["--vary", "objective=supervised,kd", "--seeds", "0"], ["--seeds"]),
+        (["--vary", "objective=supervised,kd", "--jobs", "0"], ["--jobs"]),
+        (["--vary", "objective=supervised,kd", "--json", "--csv", "-"], ["standard output"]),
+        (["--vary", "objective=kd", "--vary", "data.train_size=60,9000"], ["9000", "data.train_size"]),
+        (["--vary", "objective=kd", "--vary", "data.train_size=2,60"], ["train_size=2", "3 classes"]),
+        (
+            ["--vary", 'objective=supervised,{kind="crd",negatives=100}', "--vary", "data.train_size=60,240"],
+            ["crd", "train_size=60", "negatives"],
+        ),
+        (["--vary", "objective=supervised,kd", "--set", "teacher.kind=none"], ["kd", "logits"]),
+        (["--vary", "student.arch=conv-w8-d1-k3,conv-w8-q1"], ["student", "conv-w8-q1"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_work_is_refused_before_anything_is_trained(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], parts: list[str]
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("something was trained")
+
+    monkeypatch.setattr("cli.pipeline.run.train", never)
+    monkeypatch.setattr("cli.pipeline.study.train", never)
+    # a recipe's teacher of kind "none" takes no arch
+    base = ["--set", "teacher.arch=conv-w12-d1-k3"] if "teacher.kind=none" not in arguments else []
+    path = recipe
+    if not base:
+        path = recipe.with_name("untaught.toml")
+        path.write_text(RECIPE.replace('arch = "conv-w12-d1-k3"\nepochs = 1\n', ""))
+    result = edgestill("-q", "study", str(path), *arguments, *base, "--out", str(tmp_path / "s"))
+    assert result.status == 2, result.err
+    for part in parts:
+        assert part in result.err
+
+
+# -- a small study ----------------------------------------------------------------------------------------------------
+
+
+def test_the_table_shows_every_method_at_every_size(finished: tuple[Path, Result]) -> None:
+    _, result = finished
+    assert "data.train_size = 60" in result.out
+    assert "data.train_size = 240" in result.out
+    assert result.out.count("supervised") >= 3
+    assert "over training samples" in result.out
+    assert "on all 240 training samples" in result.out
+    assert all(len(line) <= 80 for line in result.out.splitlines() if "study.json" not in line)
+
+
+def test_the_report_holds_what_the_cells_hold(finished: tuple[Path, Result]) -> None:
+    folder, _ = finished
+    report = report_of(folder)
+    assert (report.planned, len(report.cells), report.exit_status) == (8, 8, 0)
+    assert [block.train_samples for block in report.blocks] == [60, 240]
+    for block in report.blocks:
+        control, kd = block.rows
+        assert control.method == "supervised"
+        assert control.to_control is None
+        assert kd.to_control is not None
+        differences = [kd.test[seed] - control.test[seed] for seed in (0, 1)]
+        assert kd.to_control.difference == pytest.approx(np.mean(differences))
+        assert list(kd.to_control.by_seed.values()) == pytest.approx(differences)
+        assert kd.mean == pytest.approx(np.mean(list(kd.test.values())))
+        assert kd.sd == pytest.approx(np.std(list(kd.test.values()), ddof=1))
+        assert kd.hard_weight == 0.1
+    assert report.teachers[0].train_samples == 240
+    labels = open_dataset(folder / "base" / "data").test.labels
+    for cell in report.cells:
+        slug = f"{cell.method}--train_size={cell.factors['data.train_size']}"
+        logits = np.load(folder / "cells" / slug / f"seed-{cell.seed}" / "test_logits.npy")
+        assert logits.dtype == np.float32
+        assert cell.test == pytest.approx((logits.argmax(1) == labels).mean())
+
+
+def test_trainings_leave_neither_weights_nor_checkpoints(finished: tuple[Path, Result]) -> None:
+    folder, _ = finished
+    assert not list(folder.glob("cells/**/*.safetensors"))
+    assert not list(folder.glob("cells/**/*.pt"))
+    assert len(list(folder.glob("cells/*/*"))) == 8
+
+
+def test_a_finished_study_is_only_read(finished: tuple[Path, Result], recipe: Path) -> None:
+    folder, _ = finished
+    before = times(folder)
+    result = edgestill("-q", "study", str(recipe), *VARY, "--seeds", "2", "--out", str(folder), "--json")
+    assert result.status == 0
+    assert times(folder) == before
+    assert scores(StudyReport.model_validate(json.loads(result.out))) == scores(report_of(folder))
+
+
+def test_more_seeds_and_more_values_leave_finished_cells_alone(
+    finished: tuple[Path, Result], recipe: Path, tmp_path: Path
+) -> None:
+    folder, _ = finished
+    before = times(folder)
+    table = tmp_path / "cells.csv"
+    grown = ("--vary", "objective=supervised,kd,ec", "--vary", "data.train_size=60,240")
+    result = edgestill("-q", "study", str(recipe), *grown, "--seeds", "3", "--out", str(folder), "--csv", str(table))
+    assert result.status == 0, result.err
+    after = times(folder)
+    assert len(after) == 18
+    assert {name: after[name] for name in before} == before
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 18
+    assert {row["method"] for row in rows} == {"supervised", "kd", "embedding_compression"}
+    assert {row["data.train_size"] for row in rows} == {"60", "240"}
+    assert all(0 <= float(row["test"]) <= 1 for row in rows)
+
+
+def test_a_dry_run_tells_what_is_done_and_writes_nothing(
+    finished: tuple[Path, Result], recipe: Path, tmp_path: Path
+) -> None:
+    folder, _ = finished
+    asked = ("--vary", "objective=supervised,dkd", "--vary", "data.train_size=60,240", "--seeds", "2", "--dry-run")
+    result = edgestill("-q", "study", str(recipe), *asked, "--out", str(folder))
+    lines = [" ".join(line.split()) for line in result.out.splitlines()]
+    assert "supervised, train_size=60 2 of 2 done" in lines
+    assert any(line.startswith("dkd, train_size=240 0 of 2 done about") for line in lines)
+    assert "4 of 8 cells are done" in result.out
+    elsewhere = edgestill("-q", "study", str(recipe), *asked, "--out", str(tmp_path / "new"), "--json")
+    assert json.loads(elsewhere.out)["done"] == 0
+    assert json.loads(elsewhere.out)["seconds"] is None
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_setting_makes_the_cells_anew(finished: tuple[Path, Result], recipe: Path) -> None:
+    folder, _ = finished
+    study = Study(load_recipe(str(recipe)), folder, vary={"objective": ["supervised"], "data.train_size": [60, 240]})
+    changed = Study(
+        load_recipe(str(recipe), ["train.weight_decay=0.1"]),
+        folder,
+        vary={"objective": ["supervised"], "data.train_size": [60, 240]},
+    )
+    assert [job.key for job in study.prepare()] != [job.key for job in changed.prepare()]
+
+
+def test_smaller_training_sets_are_parts_of_larger_ones_and_share_cache_and_data(
+    finished: tuple[Path, Result], recipe: Path
+) -> None:
+    folder, _ = finished
+    study = Study(load_recipe(str(recipe)), folder, vary={"objective": ["kd"], "data.train_size": [60, 240]}, seeds=1)
+    small, large = study.prepare()
+    few, cached_few, *_ = pipeline._modules(small)
+    many, cached_many, *_ = pipeline._modules(large)
+    assert few.train.rows is not None
+    assert many.train.rows is not None
+    assert set(few.train.rows.tolist()) < set(many.train.rows.tolist())
+    shares = [np.bincount(data.train.labels) / len(data.train) for data in (few, many)]
+    assert np.abs(shares[0] - shares[1]).max() < 0.05
+    assert cached_few is not None
+    assert cached_many is not None
+    assert cached_few.folder == cached_many.folder
+    where = {row: place for place, row in enumerate(many.train.rows.tolist())}
+    places = [where[row] for row in few.train.rows.tolist()]
+    assert cached_few.train_logits is not None
+    assert cached_many.train_logits is not None
+    assert np.array_equal(cached_few.train_logits, cached_many.train_logits[:, places])
+
+
+def test_a_stopped_study_goes_on_and_ends_as_if_it_had_not_been(
+    finished: tuple[Path, Result], recipe: Path, tmp_path: Path
+) -> None:
+    """Ctrl-C in the middle of the third training: two cells are kept, the third goes on from its checkpoint."""
+    folder, _ = finished
+
+    def study(progress: Any = None) -> Study:
+        vary = {"objective": ["supervised", "kd"], "data.train_size": [60, 240]}
+        return Study(load_recipe(str(recipe)), tmp_path / "s", vary=vary, seeds=1, progress=progress)
+
+    study().prepare()  # the teacher is there; what follows counts steps of students
+    stop = StopAfter(15)
+    with pytest.raises(Interrupted, match="2 of 4 cells are done"):
+        study(stop).train()
+    kept = times(tmp_path / "s")
+    assert len(kept) == 2
+    assert list((tmp_path / "s").glob("cells/*/*.partial/checkpoint.pt"))
+    resumed = StopAfter(10_000)
+    report = study(resumed).run()
+    assert any("resumed" in note for note in resumed.notes)
+    after = times(tmp_path / "s")
+    assert len(after) == 4
+    assert {name: after[name] for name in kept} == kept
+    whole = {
+        key: value for key, value in scores(report_of(folder)).items() if key[2] == 0 and "embedding" not in key[0]
+    }
+    assert scores(report) == whole
+
+
+def test_a_training_that_fails_is_named_and_the_others_go_on(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = pipeline.train
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        if options["seed"] == 1 and options["title"].startswith("kd"):
+            raise EdgestillError("the loss is not a number any more", where="epoch 1")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(pipeline, "train", failing)
+    asked = ("--vary", "objective=supervised,kd", "--seeds", "2", "--set", "train.epochs=1")
+    result = edgestill("study", str(recipe), *asked, "--out", str(tmp_path / "s"))
+    assert result.status == 1
+    assert "kd, seed 1: the loss is not a number any more" in " ".join(result.out.split())
+    assert "3 of 4 cells" in result.out
+    report = report_of(tmp_path / "s")
+    assert [cell.label for cell in report.failed] == ["kd, seed 1"]
+    row = report.blocks[0].rows[1]
+    assert row.to_control is not None
+    assert row.to_control.n == 1
+    monkeypatch.setattr(pipeline, "train", real)
+    assert edgestill("-q", "study", str(recipe), *asked, "--out", str(tmp_path / "s")).status == 0
+
+
+def test_settings_of_data_and_teacher_get_a_base_of_their_own(recipe: Path, tmp_path: Path) -> None:
+    vary = {"objective": ["supervised", "kd"], "teacher.epochs": [1, 2]}
+    study = Study(load_recipe(str(recipe), ["train.epochs=1"]), tmp_path / "s", vary=vary, seeds=1)
+    report = study.run()
+    bases = sorted(path.name for path in (tmp_path / "s").iterdir() if path.name.startswith("base"))
+    assert bases[0] == "base"
+    assert len(bases) == 2
+    assert [teacher.factors for teacher in report.teachers] == [{"teacher.epochs": 1}, {"teacher.epochs": 2}]
+    assert len(report.blocks) == 2
+    plain = [block.rows[0].test for block in report.blocks]
+    assert plain[0] == plain[1]  # the plain student does not see the teacher
+
+
+def test_kept_students_can_be_loaded(recipe: Path, tmp_path: Path) -> None:
+    asked = ("--vary", "objective=supervised", "--seeds", "1", "--set", "train.epochs=1", "--keep-students")
+    assert edgestill("-q", "study", str(recipe), *asked, "--out", str(tmp_path / "s")).status == 0
+    assert list((tmp_path / "s").glob("cells/supervised/seed-0/student/student.safetensors"))
+
+
+# -- several processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_numbers_of_one(recipe: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    found = []
+    for jobs in ("1", "2"):
+        command = [sys.executable, "-m", "cli.app", "-q", "study", str(recipe), *VARY, "--seeds", "2"]
+        done = subprocess.run(
+            [*command, "--jobs", jobs, "--out", str(tmp_path / jobs), "--json"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(scores(StudyReport.model_validate(json.loads(done.stdout))))
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_every_process_and_the_same_command_goes_on(recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    command = [sys.executable, "-m", "cli.app", "study", str(recipe), "--vary", "objective=supervised,kd"]
+    command += ["--seeds", "1", "--jobs", "2", "--out", str(folder), "--set", "data.train_size=60"]
+    command += ["--set", "train.epochs=200", "--set", "train.checkpoint_every=10"]
+    # a shell's background jobs ignore Ctrl-C, and so would what they start
+    stop = signal.SIGTERM if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else signal.SIGINT
+    working = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("cells/*/*.partial/checkpoint.pt")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    working.send_signal(stop)
+    out, _ = working.communicate(timeout=60)
+    assert working.returncode == 130, out
+    assert "the same command goes on" in out
+    assert "Traceback" not in out
+    assert list(folder.glob("cells/*/*.partial/checkpoint.pt"))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert len(times(folder)) == 2
+
+
+# -- how it looks -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+@pytest.mark.parametrize("ascii_only", [False, True])
+def test_no_line_is_wider_than_the_terminal(finished: tuple[Path, Result], width: int, ascii_only: bool) -> None:
+    report = report_of(finished[0]).model_copy(update={"folder": "runs/small"})
+    renamed = [
+        block.model_copy(
+            update={"rows": tuple(row.model_copy(update={"method": row.method + " tau=1" * 8}) for row in block.rows)}
+        )
+        for block in report.blocks
+    ]
+    long = report.model_copy(
+        update={"blocks": tuple(renamed), "methods": tuple(name + " tau=1" * 8 for name in report.methods)}
+    )
+    for shown in (report, long):
+        text = render_study(shown, width=width, ascii_only=ascii_only)
+        assert max(len(line) for line in text.splitlines()) <= width
+        assert text.isascii() or not ascii_only
+
+
+def test_colours_are_only_added(finished: tuple[Path, Result]) -> None:
+    import re
+
+    report = report_of(finished[0])
+    coloured = render_study(report, color=True)
+    assert "\x1b[" in coloured
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == render_study(report)
+
+
+def test_more_methods_than_marks_go_by_letters(finished: tuple[Path, Result]) -> None:
+    report = report_of(finished[0])
+    many = tuple(f"method {number}" for number in range(12))
+    rows = [
+        tuple(block.rows[0].model_copy(update={"method": name, "to_control": None}) for name in many)
+        for block in report.blocks
+    ]
+    blocks = tuple(block.model_copy(update={"rows": row}) for block, row in zip(report.blocks, rows, strict=True))
+    text = render_study(report.model_copy(update={"methods": many, "blocks": blocks}))
+    assert "a method 0" in text
+    assert "l method 11" in text
+
+
+def test_the_csv_of_a_report_has_a_row_per_cell(finished: tuple[Path, Result]) -> None:
+    report = report_of(finished[0])
+    assert len(to_csv(report).splitlines()) == 1 + len(report.cells)
