@@ -226,7 +226,7 @@ class Preparation:
         for split in images.SPLITS:
             path = self.folder / name / f"{split}.npy"
             array = np.load(path if path.is_file() else self.folder / name / "embeddings.npy", mmap_mode="r")
-            found.append(np.asarray(array[dataset.split(split).rows], np.float64))
+            found.append(np.asarray(array[dataset.split(split).rows], np.float32))
         labels = [dataset.split(split).labels for split in images.SPLITS]
         return references.linear_probe((found[0], found[1], found[2]), (labels[0], labels[1], labels[2]))
 
