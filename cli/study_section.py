@@ -35,10 +35,12 @@ class StudySection(Section):
     `vary`: dotted recipe keys with the values that they take. "objective" (and the variants) are the methods, every
     other key is a factor; all combinations are trained with every seed. `control`: the method that the others are
     compared with, by its name in the table; None: "supervised" if it is among them, else the first.
+    `tune`: trials of the tuning of every combination on the validation split, before its cells; None: none.
     """
 
     seeds: int = Field(5, ge=1, le=1000)
     control: str | None = None
+    tune: int | None = Field(None, ge=1)
     vary: Annotated[dict[str, tuple[Any, ...]], BeforeValidator(_flat)] = Field(default_factory=dict)
     variant: tuple[VariantSection, ...] = ()
 

@@ -17,6 +17,7 @@ app = typer.Typer()
     epilog=examples(
         "edgestill study quickstart --vary objective=supervised,kd,ec --seeds 5",
         "edgestill study shelf.toml --vary objective=supervised,kd --vary data.train_size=500,2000",
+        "edgestill study shelf.toml --vary objective=supervised,kd --tune 20",
         "edgestill study shelf.toml --vary 'objective=kd,{kind=\"kd\",tau=1.0}' --control kd",
     )
 )
@@ -40,6 +41,15 @@ def study(
             "--control",
             metavar="METHOD",
             help="What the others are compared with.  [default: supervised, else the first]",
+            show_default=False,
+        ),
+    ] = None,
+    tune: Annotated[
+        int | None,
+        typer.Option(
+            "--tune",
+            metavar="TRIALS",
+            help="First tune every method with so many trainings each, on the validation split; needs Optuna.",
             show_default=False,
         ),
     ] = None,
@@ -72,6 +82,11 @@ def study(
         raise InputError("only one thing can go to standard output", where="--json and --csv", fix="--csv FILE")
     loaded = load_recipe(recipe, overrides or ())
     build_grid(loaded, vary=vary or (), seeds=seeds, control=control)  # mistakes are told before anything heavy loads
+    trials = loaded.recipe.study.tune if tune is None else tune
+    if trials is not None:
+        from cli.search import check_trials
+
+        check_trials(trials)
     folder = out or Path("runs") / f"{loaded.recipe.name}-study"
     from cli.pipeline.study import Study
 
@@ -85,6 +100,7 @@ def study(
         progress=console.make_progress(),
         allow_code=allow_code,
         keep_students=keep_students,
+        tune=trials,
     )
     if dry_run:
         from cli.pipeline.study_plan import plan_study, render_plan

@@ -28,33 +28,36 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from cli.overrides import set_key
 from cli.pipeline.run import SUPERVISED, Run
-from cli.recipe import LoadedRecipe, Recipe, check
-from cli.report.study_schema import CellResult
+from cli.recipe import LoadedRecipe, Recipe
+from cli.report.study_schema import CellResult, TuningRow
+from cli.search import check_trials
 from cli.study_grid import Combination, build_grid, short_key, shown
 from distill.data import Dataset
 from distill.data.dataset import subset
 from distill.data.labels import Labels
 from distill.data.load import open_dataset
 from distill.data.splits import nested_order
-from distill.objectives.compose import build_objective, head_size
+from distill.objectives.compose import Composition, build_objective, head_size
 from distill.objectives.section import check_data
 from distill.students import Student, build_student, default_arch
 from distill.teachers import SubclassCache, TeacherCache, open_cache
 from distill.teachers.cache import CacheParts
 from distill.teachers.subset import cache_rows
 from distill.train_section import TrainSection
-from distill.training import evaluate_logits, train
+from distill.training import TrainResult, evaluate_logits, train
 from profiles import artifact
 from profiles.errors import EdgestillError, InputError, Interrupted
 from profiles.metrics import evaluate
 from profiles.progress import Progress, Silent, Task
+
+if TYPE_CHECKING:
+    from cli.pipeline.tune import Tuning
 
 KIND = "study cell"
 _FORM = 1
@@ -103,12 +106,12 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """Everything that a process needs to train one cell; small enough to be sent to another one.
 
     rows: training samples, None for all. cache: folder, parts and subclasses per class (None: a plain cache) of the
     teacher's outputs, None where no objective needs a teacher. settings: hash of the recipe's keys alone, by which a
-    dry run knows a finished cell without loading anything.
+    dry run knows a finished cell without loading anything. tuning: the cell is not trained but tuned.
     """
 
     cell: Cell
@@ -122,12 +125,19 @@ class _Job:
     base: Path
     allow_code: bool
     keep_student: bool
+    tuning: Tuning | None = None
+
+    @property
+    def label(self) -> str:
+        """`kd, train_size=500, seed 3`, or `kd, train_size=500, tuning`."""
+        return self.cell.label if self.tuning is None else f"{self.cell.combination.label}, tuning"
 
     @property
     def samples(self) -> int:
-        """Samples that the training passes through."""
+        """Samples that the training passes through, or all trainings of the tuning that are left."""
         rows = self.rows or len(_whole(self.data, _written(self.data)).train)
-        return rows * self.cell.combination.recipe.train.resolved(rows).epochs
+        trainings = 1 if self.tuning is None else self.tuning.left
+        return rows * self.cell.combination.recipe.train.resolved(rows).epochs * trainings
 
 
 class Study:
@@ -143,9 +153,10 @@ class Study:
         progress: shows the work.
         allow_code: the user allowed the recipe to import code by dotted path.
         keep_students: keep every cell's trained student.
+        tune: trials of the tuning of every combination, which come before the cells; None: as the recipe says.
 
     Raises:
-        InputError: see `build_grid`.
+        InputError: see `build_grid`; tuning without Optuna.
     """
 
     def __init__(
@@ -160,9 +171,13 @@ class Study:
         progress: Progress | None = None,
         allow_code: bool = False,
         keep_students: bool = False,
+        tune: int | None = None,
     ) -> None:
         if jobs < 1:
             raise InputError(f"{jobs} jobs", where="--jobs", fix="--jobs 1")
+        self.trials = loaded.recipe.study.tune if tune is None else tune
+        if self.trials is not None:
+            check_trials(self.trials)
         self.loaded, self.folder = loaded, folder
         self.grid = build_grid(loaded, vary=vary, seeds=seeds, control=control)
         self.jobs = jobs
@@ -171,11 +186,8 @@ class Study:
         self.failures: list[Failure] = []
         self.notes: list[str] = []
         self.started = time.time()
-        self.cells = tuple(
-            Cell(combination, seed, folder / "cells" / slug / f"seed-{seed}")
-            for seed in range(self.grid.seeds)
-            for combination, slug in zip(self.grid.combinations, self._slugs(), strict=True)
-        )
+        self.tuning: tuple[TuningRow, ...] = ()
+        self.cells = self._cells()
         self._bases: dict[str, Run] = {}
 
     def run(self) -> Any:
@@ -194,8 +206,15 @@ class Study:
         return report
 
     def train(self) -> None:
-        """Trains every cell that is not finished; `failures` names those that could not be."""
+        """Tunes where that is asked for, then trains every cell that is not finished; `failures` names what failed."""
         jobs = self.prepare()
+        if self.trials is not None:
+            from cli.pipeline.tune import tune_study
+
+            self._try_to_build(jobs)
+            tuned = tune_study(self)
+            cells = [cell for cell in self.cells if cell.combination in tuned]
+            jobs = [self.job(cell.combination, cell.seed, cell.folder) for cell in cells]
         left = [job for job in jobs if artifact.current(job.cell.folder, KIND, job.key) is None]
         self._try_to_build(left)
         if len(left) < len(jobs):
@@ -203,13 +222,22 @@ class Study:
         if not left:
             return
         done = len(jobs) - len(left)
-        with _Bar(self.progress, sum(job.samples for job in left), done, len(jobs)) as bar:
+        self.work(left, done, len(jobs), "cells")
+
+    def work(self, left: Sequence[Job], done: int, count: int, things: str) -> None:
+        """Does the jobs here, or in several processes; `done` of `count` things need nothing. See `failures`."""
+        with _Bar(self.progress, sum(job.samples for job in left), done, count, things) as bar:
             if min(self.jobs, len(left)) == 1:
                 self._train_here(left, bar)
             else:
                 self._train_in_processes(left, bar)
 
-    def prepare(self) -> list[_Job]:
+    def use(self, combinations: Sequence[Combination]) -> None:
+        """Replaces the combinations by the same ones with tuned settings."""
+        self.grid = replace(self.grid, combinations=tuple(combinations))
+        self.cells = self._cells()
+
+    def prepare(self) -> list[Job]:
         """Checks everything that can be checked, then makes data, teachers and caches; one job per cell, done or not.
 
         Raises:
@@ -222,33 +250,7 @@ class Study:
         for combination in self.grid.combinations:
             with _named(combination.label):
                 self._check(combination)
-        return [self._job(cell.combination, cell.seed, cell.folder) for cell in self.cells]
-
-    def validation_metric(self, combination: Combination, changes: Mapping[str, Any], seed: int, folder: Path) -> float:
-        """Trains one cell with other settings and returns its metric on the validation split, a fraction.
-
-        For a search over settings: the test split of such a cell decides nothing.
-
-        Args:
-            combination: of this study's grid.
-            changes: dotted recipe keys with their values.
-            seed: of the cell.
-            folder: of its artefact; a finished one is read, not made again.
-
-        Raises:
-            InputError: a wrong key or value.
-            EdgestillError: the training failed.
-        """
-        values = combination.recipe.model_dump(mode="json", exclude_none=True)
-        for key, value in changes.items():
-            set_key(values, key, value, f"{key}={shown(value)}")
-        changed = replace(combination, recipe=check(values, self.loaded.origin))
-        with _named(changed.label):
-            self._check(changed)
-        job = self._job(changed, seed, folder)
-        if artifact.current(folder, KIND, job.key) is None:
-            _train_cell(job, self.progress)
-        return job.cell.read().validation
+        return [self.job(cell.combination, cell.seed, cell.folder) for cell in self.cells]
 
     # -- data and teachers -------------------------------------------------------------------------------------------
 
@@ -299,7 +301,8 @@ class Study:
         own = section.arch or recipe.target[0].arch
         return own or default_arch(section.family, run.targets[0].size_class, run.dataset.input)
 
-    def _job(self, combination: Combination, seed: int, folder: Path) -> _Job:
+    def job(self, combination: Combination, seed: int, folder: Path) -> Job:
+        """What a process needs to train this cell; makes teacher and cache where they are missing."""
         recipe, run = combination.recipe, self.base(combination)
         cache = run.cache_for(recipe.objective)
         rows = recipe.data.train_size
@@ -326,7 +329,7 @@ class Study:
             seed,
             recipe.seed,
         )
-        return _Job(
+        return Job(
             cell=Cell(combination, seed, folder),
             key=key,
             settings=self.settings_key(combination, seed),
@@ -348,7 +351,7 @@ class Study:
             *(_train_section(combination), base.train, base.student, recipe.seed, seed),
         )
 
-    def _try_to_build(self, jobs: Sequence[_Job]) -> None:
+    def _try_to_build(self, jobs: Sequence[Job]) -> None:
         """Builds every objective once, so that what only shows beside the teacher's outputs is told before training."""
         seen = set()
         for job in jobs:
@@ -359,7 +362,16 @@ class Study:
             with _named(combination.label):
                 _modules(job)
 
-    def _slugs(self) -> list[str]:
+    def _cells(self) -> tuple[Cell, ...]:
+        """Tuned cells have a folder of their own, so that a study keeps those with the defaults beside them."""
+        folder = self.folder / ("cells" if self.trials is None else "cells-tuned")
+        return tuple(
+            Cell(combination, seed, folder / slug / f"seed-{seed}")
+            for seed in range(self.grid.seeds)
+            for combination, slug in zip(self.grid.combinations, self.slugs(), strict=True)
+        )
+
+    def slugs(self) -> list[str]:
         """One folder name per combination."""
         slugs = [
             "--".join(
@@ -376,20 +388,20 @@ class Study:
 
     # -- training ----------------------------------------------------------------------------------------------------
 
-    def _train_here(self, jobs: Sequence[_Job], bar: _Bar) -> None:
+    def _train_here(self, jobs: Sequence[Job], bar: _Bar) -> None:
         for job in jobs:
-            bar.start(job)
+            bar.start()
             try:
-                _train_cell(job, bar)
+                _do(job, bar)
             except Interrupted as error:
                 raise self._interrupted() from error
             except KeyboardInterrupt as error:
                 raise self._interrupted() from error
             except Exception as error:  # one cell that fails must not take the others with it
-                self._failed(job.cell.label, _words(error))
+                self._failed(job.label, _words(error))
             bar.finish(job)
 
-    def _train_in_processes(self, jobs: Sequence[_Job], bar: _Bar) -> None:
+    def _train_in_processes(self, jobs: Sequence[Job], bar: _Bar) -> None:
         """As many jobs in flight as processes, so that none starts after Ctrl-C."""
         context = multiprocessing.get_context("spawn")
         count = min(self.jobs, len(jobs))
@@ -398,7 +410,7 @@ class Study:
         pool = ProcessPoolExecutor(
             count, mp_context=context, initializer=_start_worker, initargs=(threads, stop, passed, list(sys.path))
         )
-        waiting, running = list(jobs), dict[Future[str | None], _Job]()
+        waiting, running = list(jobs), dict[Future[str | None], Job]()
         seen = 0
         with _terminated_like_interrupted():
             try:
@@ -414,7 +426,7 @@ class Study:
                         job = running.pop(future)
                         error = future.result()
                         if error is not None:
-                            self._failed(job.cell.label, error)
+                            self._failed(job.label, error)
                         bar.count()
             except KeyboardInterrupt as interruption:
                 stop.set()
@@ -423,13 +435,13 @@ class Study:
             except BrokenProcessPool as broken:
                 raise EdgestillError(
                     "a worker process ended without a word, as it does when memory runs out",
-                    where=", ".join(job.cell.label for job in running.values()),
+                    where=", ".join(job.label for job in running.values()),
                     fix=f"--jobs {max(1, count - 1)}; the finished cells are kept",
                 ) from broken
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _stop(self, pool: ProcessPoolExecutor, running: Mapping[Future[str | None], _Job]) -> None:
+    def _stop(self, pool: ProcessPoolExecutor, running: Mapping[Future[str | None], Job]) -> None:
         """Passes Ctrl-C on and waits for the checkpoints; who does not end in time is ended."""
         children = multiprocessing.active_children()
         try:
@@ -464,8 +476,8 @@ class _Bar:
     It is the progress of each training, too, whose steps it counts.
     """
 
-    def __init__(self, progress: Progress, samples: int, done: int, cells: int) -> None:
-        self._progress, self._samples, self._done, self._cells = progress, samples, done, cells
+    def __init__(self, progress: Progress, samples: int, done: int, count: int, things: str) -> None:
+        self._progress, self._samples, self._done, self._all = progress, samples, done, f"{count} {things}"
         self._stack = contextlib.ExitStack()
         self._task: Task | None = None
         self._of_cell = 0
@@ -492,13 +504,13 @@ class _Bar:
         if self._task is not None:
             self._task.advance(amount)
 
-    def start(self, job: _Job) -> None:
-        """Names the cell that is trained now."""
+    def start(self) -> None:
+        """Counts from the start of a cell; its label would leave no room for the time in 80 columns."""
         self._of_cell = 0
         if self._task is not None:
-            self._task.advance(0, f"{self._done}/{self._cells} cells, {job.cell.label}")
+            self._task.advance(0, f"{self._done}/{self._all}")
 
-    def finish(self, job: _Job) -> None:
+    def finish(self, job: Job) -> None:
         """A cell is done; what a resumed one did not have to do is counted, too."""
         self.advance(job.samples - self._of_cell)
         self.count()
@@ -507,14 +519,38 @@ class _Bar:
         """One more cell is done."""
         self._done += 1
         if self._task is not None:
-            self._task.advance(0, f"{self._done}/{self._cells} cells")
+            self._task.advance(0, f"{self._done}/{self._all}")
 
 
 # -- one cell ---------------------------------------------------------------------------------------------------------
 
 
-def _train_cell(job: _Job, progress: Progress) -> None:
-    """Trains one cell, going on from its checkpoint where there is one, and writes its artefact."""
+def _do(job: Job, progress: Progress) -> None:
+    if job.tuning is None:
+        _train_cell(job, progress)
+    else:
+        from cli.pipeline.tune import run_trials
+
+        run_trials(job, job.tuning, progress)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A cell's training, which never sees the test split. folder: of its artefact and its checkpoint."""
+
+    dataset: Dataset
+    student: Student
+    objective: Composition
+    result: TrainResult
+    folder: Path
+
+    def remove(self) -> None:
+        """Removes what the training wrote."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def fit(job: Job, progress: Progress) -> Trained:
+    """Trains one cell, going on from its checkpoint where there is one."""
     cell, recipe = job.cell, job.cell.combination.recipe
     dataset, cache, student, objective = _modules(job)
     training = cell.folder.with_name(cell.folder.name + ".training")
@@ -531,8 +567,14 @@ def _train_cell(job: _Job, progress: Progress) -> None:
         progress=progress,
         title=cell.label,
     )
-    logits = evaluate_logits(student, objective, dataset.test).astype(np.float32)
-    test = dataset.test
+    return Trained(dataset, student, objective, result, training)
+
+
+def _train_cell(job: Job, progress: Progress) -> None:
+    """Trains one cell, judges it on the test split and writes its artefact."""
+    cell, trained = job.cell, fit(job, progress)
+    dataset, result, test = trained.dataset, trained.result, trained.dataset.test
+    logits = evaluate_logits(trained.student, trained.objective, test).astype(np.float32)
     kept = result.history[result.best_epoch - 1]
     found = CellResult(
         method=cell.combination.method,
@@ -560,11 +602,11 @@ def _train_cell(job: _Job, progress: Progress) -> None:
         (temporary / _CELL_FILE).write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
         np.save(temporary / _LOGITS_FILE, logits)
         if job.keep_student:
-            shutil.copytree(training, temporary / "student")
-    shutil.rmtree(training, ignore_errors=True)
+            shutil.copytree(trained.folder, temporary / "student")
+    trained.remove()
 
 
-def _modules(job: _Job) -> tuple[Dataset, TeacherCache | None, Student, Any]:
+def _modules(job: Job) -> tuple[Dataset, TeacherCache | None, Student, Composition]:
     """Data, teacher's outputs, and the untrained student and objective of a cell."""
     combination, seed = job.cell.combination, job.cell.seed
     recipe = combination.recipe
@@ -687,14 +729,14 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _work(job: _Job) -> str | None:
+def _work(job: Job) -> str | None:
     """Trains one cell in a worker; the error's text where it failed."""
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if _worker["stop"].is_set():
             return "stopped"
         progress = _Counted(_worker["passed"])
-        _train_cell(job, progress)
+        _do(job, progress)
         progress.advance(job.samples - progress.counted)  # what a resumed cell did not have to do
     except (Interrupted, KeyboardInterrupt):
         return "stopped"

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import mean
 
 from cli.pipeline.study import KIND, Cell, Study
-from cli.report.study_schema import CellResult
 from cli.report.words import duration
+from cli.study_grid import Combination
 from profiles import artifact
 from profiles.errors import InputError
 from profiles.section import Section
 
 
 class PlannedCells(Section):
-    """One method with one value of every factor. `seconds`: for those left, None where nothing is known."""
+    """The cells of one method with one value of every factor, or the trials of its tuning.
+
+    `seconds`: for those left, None where nothing is known.
+    """
 
     label: str
     cells: int
@@ -22,12 +27,18 @@ class PlannedCells(Section):
 
 
 class StudyPlan(Section):
-    """What a study would train. seconds: of the cells that are left, teacher and cache not in them; None: unknown."""
+    """What a study would train. seconds: of what is left, teacher and cache not in it; None: unknown.
+
+    tuning: trials come before the cells. cells, done: of the cells alone; trials, trials_done: of the tunings.
+    """
 
     folder: str
     control: str
     seeds: int
     jobs: int
+    tuning: tuple[PlannedCells, ...] = ()
+    trials: int = 0
+    trials_done: int = 0
     combinations: tuple[PlannedCells, ...]
     cells: int
     done: int
@@ -40,37 +51,58 @@ def plan_study(study: Study) -> StudyPlan:
     A cell counts as done when it was made with the same keys of the recipe; whether the data itself has changed shows
     when the study runs.
     """
-    done = {cell: cell.read() for cell in study.cells if _is_done(study, cell)}
-    rows = []
+    times: list[_Time] = []
+    trials, rows = [], []
+    if study.trials is not None:
+        from cli.pipeline.tune import look
+
+        trials = look(study)
+        for combination, _, results in trials:
+            for result in results:
+                if result.epochs is not None and result.train_samples is not None:
+                    times.append(_Time(combination, result.seconds, result.train_samples, result.epochs))
+    unknown = {combination.label for combination, number, results in trials if len(results) < number}
+    done = {
+        cell: cell.read()
+        for cell in study.cells
+        if cell.combination.label not in unknown and _is_done(study, cell)  # their settings are not known yet
+    }
+    times += [_Time(cell.combination, one.seconds, one.train_samples, one.epochs) for cell, one in done.items()]
+    tuning = [
+        _planned(f"{combination.label}, tuning", number, len(results), _seconds(combination, times))
+        for combination, number, results in trials
+    ]
     for combination in study.grid.combinations:
         cells = [cell for cell in study.cells if cell.combination is combination]
-        finished = [done[cell] for cell in cells if cell in done]
-        one = _seconds(study, cells[0], finished, list(done.values()))
-        left = len(cells) - len(finished)
-        seconds = 0.0 if left == 0 else None if one is None else round(one * left, 1)
-        rows.append(PlannedCells(label=combination.label, cells=len(cells), done=len(finished), seconds=seconds))
-    known = [row.seconds for row in rows if row.seconds is not None]
+        finished = sum(cell in done for cell in cells)
+        rows.append(_planned(combination.label, len(cells), finished, _seconds(combination, times)))
+    known = [row.seconds for row in (*tuning, *rows) if row.seconds is not None]
     return StudyPlan(
         folder=str(study.folder),
         control=study.grid.control,
         seeds=study.grid.seeds,
         jobs=study.jobs,
+        tuning=tuple(tuning),
+        trials=sum(row.cells for row in tuning),
+        trials_done=sum(row.done for row in tuning),
         combinations=tuple(rows),
         cells=len(study.cells),
         done=len(done),
-        seconds=round(sum(known) / study.jobs, 1) if len(known) == len(rows) else None,
+        seconds=round(sum(known) / study.jobs, 1) if len(known) == len(tuning) + len(rows) else None,
     )
 
 
 def render_plan(plan: StudyPlan) -> str:
     """The plan as text."""
-    width = max(len(row.label) for row in plan.combinations)
+    rows = (*plan.tuning, *plan.combinations)
+    width = max(len(row.label) for row in rows)
     lines = [f"study folder {plan.folder}, control {plan.control}, {plan.seeds} seeds", ""]
-    for row in plan.combinations:
+    for row in rows:
         left = "" if row.done == row.cells else "  ?" if row.seconds is None else f"  about {duration(row.seconds)}"
         lines.append(f"  {row.label:<{width}}  {row.done:>3} of {row.cells} done{left}")
-    lines += ["", f"{plan.done} of {plan.cells} cells are done"]
-    if plan.done < plan.cells:
+    tuning = f"{plan.trials_done} of {plan.trials} tuning trials and " if plan.tuning else ""
+    lines += ["", f"{tuning}{plan.done} of {plan.cells} cells are done"]
+    if plan.done < plan.cells or plan.trials_done < plan.trials:
         if plan.seconds is None:
             lines.append("the time for the rest is known when the first cells are finished")
         else:
@@ -88,13 +120,30 @@ def _is_done(study: Study, cell: Cell) -> bool:
     return bool(manifest.info.get("settings") == study.settings_key(cell.combination, cell.seed))
 
 
-def _seconds(study: Study, cell: Cell, same: list[CellResult], finished: list[CellResult]) -> float | None:
+@dataclass(frozen=True)
+class _Time:
+    """What one finished training took."""
+
+    combination: Combination
+    seconds: float
+    train_samples: int
+    epochs: int
+
+
+def _planned(label: str, cells: int, done: int, one: float | None) -> PlannedCells:
+    """`one`: seconds of one training."""
+    seconds = 0.0 if done == cells else None if one is None else round(one * (cells - done), 1)
+    return PlannedCells(label=label, cells=cells, done=done, seconds=seconds)
+
+
+def _seconds(combination: Combination, times: Sequence[_Time]) -> float | None:
     """Of one training: the mean of those of its combination, else from the time per sample of its method, or of all."""
+    same = [found.seconds for found in times if found.combination.label == combination.label]
     if same:
-        return mean(found.seconds for found in same)
-    alike = [found for found in finished if found.method == cell.combination.method] or finished
-    rows = cell.combination.recipe.data.train_size or max((found.train_samples for found in finished), default=0)
+        return mean(same)
+    alike = [found for found in times if found.combination.method == combination.method] or times
+    rows = combination.recipe.data.train_size or max((found.train_samples for found in times), default=0)
     if not alike or not rows:
         return None
     per_sample = mean(found.seconds / (found.train_samples * found.epochs) for found in alike)
-    return per_sample * rows * cell.combination.recipe.train.resolved(rows).epochs
+    return per_sample * rows * combination.recipe.train.resolved(rows).epochs

@@ -65,6 +65,8 @@ def build_study_report(study: Study) -> StudyReport:
         factors=study.grid.factors,
         blocks=blocks,
         cells=tuple(finished.values()),
+        tune=study.trials,
+        tuning=study.tuning,
         planned=len(study.cells),
         failed=tuple(FailedCell(label=failure.label, error=failure.error) for failure in study.failures),
         notes=_notes(study, blocks),

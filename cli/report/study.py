@@ -16,7 +16,7 @@ from rich.text import Text
 
 from cli.report.pareto import latency_axis, linear_axis
 from cli.report.plot import ASCII, ROWS, UNICODE, Canvas, x_axis
-from cli.report.study_schema import Block, ComparisonRow, MethodRow, StudyReport
+from cli.report.study_schema import Block, CellResult, ComparisonRow, MethodRow, StudyReport, TuningRow
 from cli.report.terminal import (
     MAX_PLOT,
     MAX_PROSE,
@@ -62,7 +62,7 @@ def render_study(report: StudyReport, width: int = 80, color: bool = False, asci
     lines += [Text(), *_legend(report, style)]
     for title, blocks in curves(report):
         lines += [Text(), *_plot(report, title, blocks, style)]
-    lines += [*_untold(report, style), *_failures(report, style)]
+    lines += [*_tuning(report, style), *_untold(report, style), *_failures(report, style)]
     lines += [line for note in report.notes for line in wrapped(style.clean(note), _prose(style), "  note: ", "    ")]
     lines += [Text(), Text().append("cells    ", "dim").append(f"{report.folder}/study.json")]
     if not color:
@@ -85,14 +85,34 @@ def render_study(report: StudyReport, width: int = 80, color: bool = False, asci
 
 
 def to_csv(report: StudyReport) -> str:
-    """One row per cell; factors by their keys, metrics as fractions, losses and logs under `term:`."""
+    """One row per training; factors by their keys, metrics as fractions, losses and logs under `term:`.
+
+    Of a tuned study, the last columns are the number of the tuning trial, empty for the cells, and the searched
+    settings under `set:`. Trials come first; they have no test metric.
+    """
     keys = list(report.factors)
     terms = sorted({name for cell in report.cells for name in cell.terms})
     plain = ("validation", "test", "best_epoch", "epochs", "seconds", "samples_per_second", "train_samples")
     more = ("arch", "parameters", "hard_weight", "device", "threads")
+    searched = sorted({key for row in report.tuning for key in row.search})
+    tuned = ["trial", *(f"set:{key}" for key in searched)] if report.tune is not None else []
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["method", *keys, "seed", "metric", *plain, *more, *(f"term:{name}" for name in terms)])
+    writer.writerow(["method", *keys, "seed", "metric", *plain, *more, *(f"term:{name}" for name in terms), *tuned])
+    for row in report.tuning:
+        for trial in row.trials:
+            writer.writerow(
+                [
+                    row.method,
+                    *(shown(row.factors[key]) for key in keys),
+                    row.seed,
+                    report.metric,
+                    *(getattr(trial, name, None) for name in plain),
+                    *[None] * (len(more) + len(terms)),
+                    trial.number,
+                    *(trial.settings.get(key) for key in searched),
+                ]
+            )
     for cell in report.cells:
         writer.writerow(
             [
@@ -102,9 +122,18 @@ def to_csv(report: StudyReport) -> str:
                 report.metric,
                 *(getattr(cell, name) for name in (*plain, *more)),
                 *(cell.terms.get(name, "") for name in terms),
+                *([None, *(_settings(report, cell).get(key) for key in searched)] if tuned else []),
             ]
         )
     return out.getvalue()
+
+
+def _settings(report: StudyReport, cell: CellResult) -> dict[str, object]:
+    """The searched settings that a cell has."""
+    for row in report.tuning:
+        if (row.method, row.factors) == (cell.method, cell.factors):
+            return (row.chosen or row.defaults).settings
+    return {}
 
 
 def curves(report: StudyReport) -> list[tuple[str, list[Block]]]:
@@ -266,6 +295,46 @@ def _mark_legend(mark_of: dict[str, str], width: int, indent: str, style: Style)
             lines.append(indent)
         lines[-1] += ("   " if lines[-1].strip() else "") + entry
     return [Text(line) for line in lines]
+
+
+def _tuning(report: StudyReport, style: Style) -> list[Text]:
+    """A row per tuning, and below it the settings that it chose."""
+    if not report.tuning:
+        return []
+    title = metric_title(report.metric)
+    text = (
+        f"{_count(report.tune or 0, 'training')} per method with seed {report.tuning[0].seed}, the first with its "
+        f"defaults; judged by the validation split's {title} alone, of which the best of several promises too much"
+    )
+    rows = [_tuning_cells(row, style) for row in report.tuning]
+    heads = ["Method", f"defaults {title} %", "best", "trial", "time"]
+    widths = [max(cell_len(head), *(cell_len(cells[i]) for cells in rows)) for i, head in enumerate(heads)]
+    widths[0] = max(8, min(widths[0], style.width - 2 - sum(room + 2 for room in widths[1:])))
+    lines = [Text(), Text("Tuning", style="bold"), *wrapped(style.clean(text), _prose(style), "  ", "  ", "dim")]
+    lines.append(Text("  " + _padded(heads, widths, "  ", style), style="dim"))
+    for row, cells in zip(report.tuning, rows, strict=True):
+        lines.append(Text("  " + _padded(cells, widths, "  ", style)))
+        lines += wrapped(style.clean(_settings_words(row)), _prose(style), "    ", "    ", "dim")
+    return lines
+
+
+def _tuning_cells(row: TuningRow, style: Style) -> list[str]:
+    label = ", ".join([row.method, *(f"{short_key(key)}={shown(value)}" for key, value in row.factors.items())])
+    scores = [None if trial is None else trial.validation for trial in (row.defaults, row.chosen)]
+    which = f"{'-' if row.best is None else row.best + 1}/{len(row.trials)}"
+    return [style.clean(label), *("-" if s is None else percent(s, 2) for s in scores), which, duration(row.seconds)]
+
+
+def _settings_words(row: TuningRow) -> str:
+    """`learning_rate 0.004, tau 2.3`, and what failed."""
+    chosen = row.chosen or row.defaults
+    words = ", ".join(f"{key.removeprefix('objective.')} {shown(value)}" for key, value in chosen.settings.items())
+    if not row.search:
+        words = "nothing to search: what could be is compared"
+    elif not row.best:
+        words = f"the defaults: {words}"
+    failed = [trial for trial in row.trials if trial.error]
+    return words + (f"; {len(failed)} failed, such as: {failed[0].error}" if failed else "")
 
 
 def _untold(report: StudyReport, style: Style) -> list[Text]:

@@ -33,6 +33,48 @@ class CellResult(Part):
     terms: dict[str, float]
 
 
+class TrialResult(Part):
+    """One training of a tuning, which never sees the test split. settings: values of the searched recipe keys.
+
+    validation: the task's metric of the kept epoch; None: the training failed, and `error` says why.
+    """
+
+    number: int
+    settings: dict[str, Any]
+    validation: float | None
+    seconds: float = 0.0
+    best_epoch: int | None = None
+    epochs: int | None = None
+    train_samples: int | None = None
+    error: str | None = None
+
+
+class TuningRow(Part):
+    """The tuning of one method with one value of every factor.
+
+    search: what was tried for every key, in words. trials: all of one seed; the first has the method's defaults.
+    best: number of the trial whose settings the cells have; None: no trial has a result.
+    """
+
+    method: str
+    factors: dict[str, Any]
+    search: dict[str, str]
+    seed: int
+    trials: tuple[TrialResult, ...]
+    best: int | None
+    seconds: float
+
+    @property
+    def defaults(self) -> TrialResult:
+        """The trial with the method's defaults."""
+        return self.trials[0]
+
+    @property
+    def chosen(self) -> TrialResult | None:
+        """The best trial."""
+        return None if self.best is None else self.trials[self.best]
+
+
 class ComparisonRow(Part):
     """A method minus the control, paired by seed.
 
@@ -119,6 +161,9 @@ class StudyReport(Part):
     factors: dict[str, tuple[Any, ...]]
     blocks: tuple[Block, ...]
     cells: tuple[CellResult, ...]
+    tune: int | None = None
+    """Trials of every tuning; None: the methods were not tuned."""
+    tuning: tuple[TuningRow, ...] = ()
     planned: int
     """Cells of the grid."""
     failed: tuple[FailedCell, ...] = ()
