@@ -461,6 +461,26 @@ def test_settings_of_data_and_teacher_get_a_base_of_their_own(recipe: Path, tmp_
     assert plain[0] == plain[1]  # the plain student does not see the teacher
 
 
+def test_several_labels_are_judged_by_map(recipe: Path, tmp_path: Path) -> None:
+    with np.load(PACKAGED) as stored:
+        images, labels = stored["train_images"][:300], stored["train_labels"][:300]
+    several = np.stack([labels % 2, labels % 3 == 0, labels > 5], axis=1).astype(np.uint8)
+    known = np.random.default_rng(0).random(several.shape) < 0.9
+    np.savez_compressed(tmp_path / "several.npz", images=images, labels=several, mask=known)
+    path = tmp_path / "several.toml"
+    path.write_text(RECIPE.replace("clothes.npz", "several.npz").replace("[data]", '[data]\ntask = "multilabel"', 1))
+    asked = ("--vary", "objective=supervised,kd", "--vary", "data.train_size=60,200", "--seeds", "2")
+    result = edgestill("-q", "study", str(path), *asked, "--out", str(tmp_path / "s"))
+    assert result.status == 0, result.err
+    report = report_of(tmp_path / "s")
+    assert report.metric == "mAP"
+    row = report.blocks[0].rows[1]
+    assert row.to_control is not None
+    low, high = row.to_control.samples_interval
+    assert low <= row.to_control.difference <= high
+    assert "mAP %" in result.out
+
+
 def test_kept_students_can_be_loaded(recipe: Path, tmp_path: Path) -> None:
     asked = ("--vary", "objective=supervised", "--seeds", "1", "--set", "train.epochs=1", "--keep-students")
     assert edgestill("-q", "study", str(recipe), *asked, "--out", str(tmp_path / "s")).status == 0
