@@ -16,6 +16,9 @@ class TrainSection(Section):
     min_steps: int | None = Field(
         None, ge=1, description="at least so many optimiser steps: a small training split gets more epochs for it"
     )
+    validations: int | None = Field(
+        None, ge=1, description="at most so many looks at the validation split, evenly spread; default: every epoch"
+    )
     batch_size: int = Field(128, ge=1, description="samples per optimiser step, over all processes together")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="sgd has Nesterov momentum 0.9")
     learning_rate: float | Literal["auto"] = Field(
@@ -57,6 +60,11 @@ class TrainSection(Section):
         steps_per_epoch = max(1, samples // self.batch_size)
         epochs = max(self.epochs, -(-self.min_steps // steps_per_epoch))
         return self.model_copy(update={"epochs": epochs, "min_steps": None})
+
+    def validates_after(self, epoch: int) -> bool:
+        """Whether the validation split is looked at after epoch `epoch` (from 1); always after the last."""
+        every = 1 if self.validations is None else -(-self.epochs // self.validations)
+        return epoch % every == 0 or epoch == self.epochs
 
     @property
     def peak_learning_rate(self) -> float:

@@ -51,7 +51,7 @@ class TrainResult(Section):
 
     metric: primary metric of the task on the validation split, of the kept epoch. seconds: all epochs with their
     validation, and before them the fit of what objectives fit first (EC's transform). samples_per_second: training
-    steps only. history: one record per epoch, as in metrics.jsonl.
+    steps only. history: one record per epoch, as in metrics.jsonl; with the validation metric where it was looked at.
     """
 
     arch: str
@@ -353,11 +353,9 @@ class Run:
         self.window_start = self.step_in_epoch
 
     def _end_epoch(self, samples_per_second: float) -> None:
-        """Validates, keeps the best weights and writes the metrics."""
+        """Notes the losses, validates where it is due, and writes the metrics."""
         if self.data.teacher_checksum() != self.checksum:
             raise EdgestillError("the cached teacher outputs changed during training", where=str(self.folder))
-        logits = self._validation_logits()
-        value = _metric_value(self.dataset, logits)
         steps = self.steps_per_epoch
         last_step = (self.epoch + 1) * steps - 1
         record: dict[str, float] = {
@@ -365,11 +363,25 @@ class Run:
             "learning_rate": learning_rate(self.section, last_step, self.section.epochs * steps),
             "loss": sum(self.totals) / steps,
             **{f"loss/{name}": total / steps for name, total in zip(self.names, self.totals, strict=True)},
-            f"validation/{primary_metric(self.dataset.task)}": value,
             "samples_per_second": samples_per_second,
             **self.objective.logs(),
         }
         self.history.append(record)
+        if self.section.validates_after(self.epoch + 1):
+            self._validate(record)
+        if self.writer is not None:
+            for name, value in record.items():
+                self.writer.add_scalar(name, value, self.epoch + 1)
+            self.writer.flush()
+        self.epoch += 1
+        self.step_in_epoch = self.window_start = 0
+        self.totals = []
+
+    def _validate(self, record: dict[str, float]) -> None:
+        """Adds the validation metric to the epoch's record, and keeps the weights when they are the best so far."""
+        logits = self._validation_logits()
+        value = _metric_value(self.dataset, logits)
+        record[f"validation/{primary_metric(self.dataset.task)}"] = value
         # of equal epochs the later one: its learning rate was lower
         if not self.best or value >= self.best["value"]:
             self.best = {
@@ -379,13 +391,6 @@ class Run:
                 "student": _copy(self._kept_student()),
                 "objective": _copy(self.objective),
             }
-        if self.writer is not None:
-            for name, value in record.items():
-                self.writer.add_scalar(name, value, self.epoch + 1)
-            self.writer.flush()
-        self.epoch += 1
-        self.step_in_epoch = self.window_start = 0
-        self.totals = []
 
     def _kept_student(self) -> nn.Module:
         return self.student if self.average is None else self.average.module

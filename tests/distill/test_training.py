@@ -79,6 +79,19 @@ def test_a_small_split_gets_the_epochs_that_its_steps_need(min_steps: int | None
     assert TrainSection(min_steps=5, batch_size=128).resolved(20).epochs == 30  # a split smaller than a batch
 
 
+@pytest.mark.parametrize(
+    ("validations", "looked"), [(None, [1, 2, 3, 4, 5]), (2, [3, 5]), (3, [2, 4, 5]), (1, [5]), (9, [1, 2, 3, 4, 5])]
+)
+def test_validation_is_looked_at_as_often_as_asked(validations: int | None, looked: list[int], tmp_path: Path) -> None:
+    result, net, composed = (case := Case("kd").with_(epochs=5, validations=validations)).run(tmp_path / "student")
+    found = [int(record["epoch"]) for record in result.history if "validation/top1" in record]
+    assert found == looked
+    assert result.best_epoch in looked
+    assert len(result.history) == 5
+    logits = evaluate_logits(net, composed, case.data.validation, device="cpu")
+    assert evaluate("multiclass", logits, case.data.validation.labels).value == pytest.approx(result.metric.value)
+
+
 def test_a_finished_training_is_loaded_and_not_done_again(tmp_path: Path) -> None:
     case = Case("ec")
     first, net, objective = case.run(tmp_path / "student")
