@@ -412,12 +412,13 @@ class Study:
         )
         waiting, running = list(jobs), dict[Future[str | None], Job]()
         seen = 0
-        with _terminated_like_interrupted():
+        with _handled(signal.SIGTERM, _interrupt):
             try:
                 while waiting or running:
                     while waiting and len(running) < count:
                         job = waiting.pop(0)
-                        with _interrupts_ignored():  # the processes inherit it, and hear of Ctrl-C from here alone
+                        # the processes inherit it, and hear of Ctrl-C from here alone
+                        with _handled(signal.SIGINT, signal.SIG_IGN):
                             running[pool.submit(_work, job)] = job
                     done, _ = wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
                     bar.advance(passed.value - seen)
@@ -713,7 +714,8 @@ class _Counted(Silent):
 
 
 def _start_worker(threads: int, stop: Any, passed: Any, path: list[str]) -> None:
-    os.setpgrp()  # Ctrl-C in the terminal reaches the main process alone, which passes it on once
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # Ctrl-C in the terminal reaches the main process alone, which passes it on once
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
     sys.path[:] = path
@@ -748,26 +750,21 @@ def _work(job: Job) -> str | None:
 
 
 @contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _handled(number: signal.Signals, handler: Any) -> Iterator[None]:
+    """Another handler of a signal for a while; outside of the main thread signals are somebody else's."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        signal.signal(number, previous)
 
 
-@contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
+def _interrupt(number: int, frame: Any) -> None:
     """SIGTERM stops the workers as Ctrl-C does, instead of leaving them alone."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    raise KeyboardInterrupt
 
 
 # -- small things -----------------------------------------------------------------------------------------------------

@@ -170,12 +170,14 @@ def _header(report: StudyReport, style: Style) -> list[Text]:
     status = Text(done or f"{report.planned} cells", style="bold red" if done else "")
     lines += sides(Text(style.clean(", ".join(parts))), status, style.width)
     for teacher in report.teachers:
-        name = " ".join(part for part in (teacher.kind, teacher.arch) if part)
         score = "" if teacher.test is None else f", {percent(teacher.test)} %"
         which = f" ({_factor_words(teacher.factors)})" if teacher.factors else ""
-        text = f"teacher{which}: {name}, on all {teacher.train_samples:,} training samples{score}"
-        if TRAIN_SIZE in report.factors:
-            text += "; it saw more than the smaller sets that students learn from"
+        if teacher.kind == "train":
+            text = f"teacher{which}: {teacher.arch}, trained on {teacher.train_samples:,} samples{score}"
+            if len(report.factors.get(TRAIN_SIZE, ())) > 1:
+                text += "; it saw more than the smaller sets that students learn from"
+        else:
+            text = f"teacher{which}: of kind {teacher.kind}, not trained here{score}"
         lines += wrapped(style.clean(text), _prose(style), "", "  ", "dim")
     return lines
 
@@ -304,7 +306,7 @@ def _tuning(report: StudyReport, style: Style) -> list[Text]:
     title = metric_title(report.metric)
     text = (
         f"{_count(report.tune or 0, 'training')} per method with seed {report.tuning[0].seed}, the first with its "
-        f"defaults; judged by the validation split's {title} alone, of which the best of several promises too much"
+        f"defaults; judged by the validation split's {title} alone, whose highest of several promises too much"
     )
     rows = [_tuning_cells(row, style) for row in report.tuning]
     heads = ["Method", f"defaults {title} %", "best", "trial", "time"]
@@ -328,7 +330,11 @@ def _tuning_cells(row: TuningRow, style: Style) -> list[str]:
 def _settings_words(row: TuningRow) -> str:
     """`learning_rate 0.004, tau 2.3`, and what failed."""
     chosen = row.chosen or row.defaults
-    words = ", ".join(f"{key.removeprefix('objective.')} {shown(value)}" for key, value in chosen.settings.items())
+    short = [short_key(key) for key in chosen.settings]
+    words = ", ".join(
+        f"{name if short.count(name) == 1 else key} {shown(value)}"
+        for name, (key, value) in zip(short, chosen.settings.items(), strict=True)
+    )
     if not row.search:
         words = "nothing to search: what could be is compared"
     elif not row.best:
