@@ -24,14 +24,15 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 
-from cli.console import progress
+from cli.console import make_progress
 from cli.pipeline.study import Study
 from cli.pipeline.study_report import build_study_report
 from cli.recipe import load_recipe
 from cli.report.study_schema import ComparisonRow, StudyReport
 from distill.study import compare, over_samples
 from profiles.errors import EdgestillError, Interrupted
-from tests.benchmarks.evidence import prepare
+from tests.benchmarks.evidence.images import label_sets
+from tests.benchmarks.evidence.prepare import prepare
 
 RESULTS = Path(__file__).parents[1] / "results"
 STUDIES = {
@@ -56,7 +57,7 @@ class Evidence:
     def study(self, name: str) -> Study:
         """The study of a recipe, in its folder."""
         loaded = load_recipe(str(self.folder / f"{name}.toml"))
-        return Study(loaded, self.folder / "studies" / name, jobs=self.jobs, progress=progress())
+        return Study(loaded, self.folder / "studies" / name, jobs=self.jobs, progress=make_progress())
 
     def run(self, name: str) -> None:
         """Trains what is missing; the few-class studies want the oracle's trainings, too."""
@@ -85,7 +86,7 @@ class Evidence:
         return {
             "title": STUDIES[name],
             "created": found.created,
-            "machine": found.machine.model_dump(mode="json"),
+            "machine": found.machine.title,
             "versions": found.versions,
             "classes": len(found.data.labels),
             "test": found.n_test,
@@ -114,7 +115,7 @@ class Evidence:
             if cell.combination.method == study.grid.control and cell.combination.factors == factors and _done(cell)
         }
         ten = [cell for cell in fine.cells if cell.combination.factors == factors and _done(cell)]
-        coarse = prepare.images.label_sets(np.arange(10, dtype=np.uint8))[label_set].astype(int)
+        coarse = label_sets(np.arange(10, dtype=np.uint8))[label_set].astype(int)
         pairs = [(_summed(cell.logits(), coarse), control[cell.seed]) for cell in ten if cell.seed in control]
         if not pairs:
             return None
@@ -174,11 +175,11 @@ def markdown(found: Mapping[str, Any]) -> str:
         "",
         f"`{found['command']}`, {found['date']}; {found['machine']}; {found['versions']}.",
         "",
-        "Accuracy on the test split of the epoch that validation chose, mean ± standard deviation over seeds, in percent. "
-        "Differences to the plain student (`supervised`) in points, paired by seed: 95 % percentile bootstrap over seeds "
-        "(too narrow for five seeds), Student's t over seeds, bootstrap over test samples. *higher* and *lower* need both "
-        "of the last two on one side of zero. Each interval holds by itself, not for all comparisons together. Seconds "
-        "are of one training, wall-clock, on cores that other programs may have shared.",
+        "Accuracy on the test split of the epoch that validation chose, mean ± standard deviation over seeds, in "
+        "percent. Differences to the plain student (`supervised`) in points, paired by seed: 95 % percentile bootstrap "
+        "over seeds (too narrow for five seeds), Student's t over seeds, bootstrap over test samples. *higher* and "
+        "*lower* need both of the last two on one side of zero. Each interval holds by itself, not for all comparisons "
+        "together. Seconds are of one training, wall-clock, on cores that other programs may have shared.",
         "",
     ]
     for name, study in found["studies"].items():
@@ -265,7 +266,7 @@ def main() -> int:
         parser.error(f'"{unknown[0]}" is none of {", ".join(STUDIES)}')
     evidence = Evidence(options.folder, options.jobs)
     try:
-        prepare.prepare(options.folder)
+        prepare(options.folder)
         if options.minutes:
             _run_for(evidence, options.names or list(STUDIES), 60 * options.minutes)
         studies = {name: found for name in STUDIES if (found := evidence.report(name)) is not None}

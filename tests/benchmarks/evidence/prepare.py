@@ -18,7 +18,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -269,6 +269,19 @@ def _accuracies(dataset: Dataset, logits: Array) -> dict[str, float]:
     return found
 
 
+def prepare(folder: Path, names: Sequence[str] = ()) -> None:
+    """Makes what is missing of `names` (of STEPS; none: all) in `folder`, copies the recipes and writes facts.json.
+
+    Raises:
+        EdgestillError: something cannot be fetched or made.
+    """
+    preparation = Preparation(folder)
+    preparation.copy_recipes()
+    for name in names or STEPS:
+        STEPS[name](preparation)
+    preparation.facts()
+
+
 def main() -> int:
     """Makes what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -280,12 +293,8 @@ def main() -> int:
     if unknown:
         parser.error(f'"{unknown[0]}" is none of {", ".join(STEPS)}')
     torch.set_num_threads(options.threads)
-    preparation = Preparation(options.folder)
     try:
-        preparation.copy_recipes()
-        for name in options.names or STEPS:
-            STEPS[name](preparation)
-        preparation.facts()
+        prepare(options.folder, options.names)
     except EdgestillError as error:
         print(error, file=sys.stderr)
         return 1
