@@ -71,7 +71,8 @@ def study(
     """Train every combination of methods and settings with several seeds, and say which method is better.
 
     One teacher and one cache serve all trainings. Resumable: the same command goes on, and with more seeds or values it
-    trains only what is missing. Exit status: 0 done, 1 a training failed, 2 wrong input, 130 interrupted.
+    trains only what is missing. --tune searches what `edgestill methods NAME` says, but keeps what you changed or vary.
+    Exit status: 0 done, 1 a training failed, 2 wrong input, 130 interrupted.
     """
     from cli import console
     from cli.recipe import load_recipe

@@ -26,8 +26,8 @@ from profiles.errors import EdgestillError, InputError, Interrupted
 from profiles.progress import Progress
 
 KIND = "tuning trial"
-SEED = 1000
-"""Of every trial; a study's own seeds are 0 to 999 at most."""
+SEED = 1_000_000
+"""Of every trial, far from a study's own seeds, which count up from 0."""
 _FORM = 1
 """Raise when the way a trial is made changes, so that older ones are made anew."""
 _TRIAL_FILE = "trial.json"

@@ -266,7 +266,7 @@ def test_two_processes_tune_as_one_does(finished: tuple[Path, Result], recipe: P
 def test_the_report_shows_trials_and_settings(finished: tuple[Path, Result]) -> None:
     folder, result = finished
     out = " ".join(result.out.split())
-    assert "3 trainings per method with seed 1000, the first with its defaults" in out
+    assert f"3 trainings per method with seed {tune.SEED}, the first with its defaults" in out
     assert "3/3 tunings" in result.err
     report = report_of(folder)
     for row in report.tuning:
@@ -291,7 +291,7 @@ def test_the_csv_has_a_row_per_training(finished: tuple[Path, Result]) -> None:
     assert len(rows) == 9 + 3
     trials = [row for row in rows if row["trial"]]
     assert len(trials) == 9
-    assert all(row["test"] == "" and row["seed"] == "1000" and row["validation"] for row in trials)
+    assert all(row["test"] == "" and row["seed"] == str(tune.SEED) and row["validation"] for row in trials)
     cell = next(row for row in rows if row["method"] == "kd" and not row["trial"])
     assert report.tuning[1].chosen is not None
     assert float(cell["set:objective.kd.tau"]) == report.tuning[1].chosen.settings["objective.kd.tau"]
