@@ -152,7 +152,6 @@ def test_missing_scikit_learn_says_how_to_install_it(monkeypatch: pytest.MonkeyP
 
 
 def test_the_references_choose_on_validation_and_tell_the_test_accuracy() -> None:
-    pytest.importorskip("sklearn")
     random = np.random.default_rng(0)
     labels = tuple(random.integers(0, 2, size) for size in (60, 30, 30))
     inputs = tuple(random.normal(size=(len(part), 5)) + 4 * part[:, None] for part in labels)
