@@ -3,9 +3,9 @@
     methods = {"objective": ["supervised", "kd"]}
     report = Study(load_recipe("quickstart"), Path("runs/quickstart-study"), vary=methods).run()
 
-Data split, teacher and cache are made once, with the recipe's seed, for the largest training set; smaller sets are
-nested, class-stratified subsets of it. The seed of a cell changes the student's initial weights, the order of the
-samples and the objectives' parameters, nothing else.
+Data split, teacher and cache are made once, with the recipe's seed, for the recipe's own training split or a larger one
+that is asked for; smaller sizes are nested, class-stratified subsets of it. The seed of a cell changes the student's
+initial weights, the order of the samples and the objectives' parameters, nothing else.
 """
 
 from __future__ import annotations
@@ -255,12 +255,16 @@ class Study:
     # -- data and teachers -------------------------------------------------------------------------------------------
 
     def base(self, combination: Combination) -> Run:
-        """The run that owns data, teacher and cache of a combination, made for the largest training set."""
+        """The run that owns data, teacher and cache of a combination.
+
+        They are made for the recipe's own training split, or a larger one that a combination asks for: the student
+        of few samples learns from the teacher that there is.
+        """
         recipe, own = combination.recipe, self.loaded.recipe
         name = _base_key(recipe)
         if name not in self._bases:
             fitting = [other.recipe for other in self.grid.combinations if _base_key(other.recipe) == name]
-            sizes = [each.data.train_size for each in fitting or [recipe]]
+            sizes = [each.data.train_size for each in (*fitting, recipe, own)]
             largest = None if None in sizes else max(size for size in sizes if size is not None)
             changes: dict[str, Any] = {
                 "data": recipe.data.model_copy(update={"train_size": largest}),
@@ -282,6 +286,13 @@ class Study:
         """Refuses what cannot work before any teacher is trained."""
         recipe, run = combination.recipe, self.base(combination)
         dataset, rows = run.dataset, recipe.data.train_size
+        if rows is not None and rows > len(dataset.train):
+            raise InputError(
+                f"train_size = {rows} is more than there is",
+                where="data.train_size",
+                evidence=f"{len(dataset.train)} training samples",
+                fix=f"data.train_size = {len(dataset.train)} or less",
+            )
         if rows is not None and rows < len(dataset.classes) and dataset.task == "multiclass":
             raise InputError(
                 f"{rows} training samples for {len(dataset.classes)} classes",

@@ -20,7 +20,6 @@ from cli.report.study_schema import (
     StudyReport,
     TeacherFacts,
 )
-from cli.study_grid import TRAIN_SIZE
 from distill.data import Dataset
 from distill.study import chance_of_all_wins, compare, over_samples
 from distill.teachers import SubclassCache
@@ -186,10 +185,11 @@ def _notes(study: Study, blocks: Sequence[Block]) -> tuple[str, ...]:
     comparisons = [row.to_control for block in blocks for row in block.rows if row.to_control is not None]
     if len(study.grid.methods) == 1:
         notes.append("one method: nothing to compare it with; --vary objective=supervised,... names others")
-    if len(study.grid.factors.get(TRAIN_SIZE, ())) > 1:
+    whole = len(study.base(study.grid.combinations[0]).dataset.train)
+    if any(block.train_samples < whole for block in blocks):
         notes.append(
-            "smaller training sets are nested parts of the largest one, class shares kept; teacher, normalisation and "
-            "tokenizer are those of the largest"
+            f"smaller training sets are nested parts of the {whole:,} training samples, class shares kept; teacher, "
+            "normalisation and tokenizer are those of all of them"
         )
     seeds = study.grid.seeds
     if comparisons and 1 < seeds < _FEW_SEEDS:

@@ -47,6 +47,7 @@ def test_a_few_class_recipe_reads_what_is_prepared_for_it(tmp_path: Path, monkey
         }
 
     monkeypatch.setattr(images, "fashion", few)
+    monkeypatch.setattr(images, "many", lambda: few()["train"])
     preparation = Preparation(tmp_path)
     preparation.copy_recipes()
     facts = preparation.few_class()

@@ -104,7 +104,7 @@ class Evidence:
     def _oracle(self, study: Study, label_set: str, block: Mapping[str, Any]) -> dict[str, Any] | None:
         """The student that learned the ten true classes from the labels, its probabilities summed to the two.
 
-        Its 1,000 images are not the binary study's: each label set stratifies its own.
+        Its images are others of the same 30,000: each label set stratifies its own subset.
         """
         fine = self.study(ORACLE)
         factors = block["factors"]

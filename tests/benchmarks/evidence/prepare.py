@@ -78,23 +78,30 @@ class Preparation:
     # -- images ------------------------------------------------------------------------------------------------------
 
     def few_class(self) -> dict[str, Any]:
-        """The images under each label set: <label set>-<split>.npz, rows in the same order in all of them."""
+        """The images under each label set: <label set>-<split>.npz, rows in the same order in all of them; and the
+        packaged training images alone."""
 
         def write(folder: Path) -> dict[str, Any]:
+            packaged = images.fashion()["train"]
+            np.savez_compressed(folder / "packaged-train.npz", images=packaged.images, labels=packaged.classes)
+            parts = {**images.fashion(), "train": images.many()}
             ones: dict[str, dict[str, float]] = {}
-            for split, part in images.fashion().items():
+            for split, part in parts.items():
                 for name, labels in images.label_sets(part.classes).items():
                     np.savez_compressed(folder / f"{name}-{split}.npz", images=part.images, labels=labels)
                     if name != "ten":
                         ones.setdefault(name, {})[split] = round(float(labels.mean()), 4)
             return {
-                "samples": {split: len(part.images) for split, part in images.fashion().items()},
+                "samples": {split: len(part.images) for split, part in parts.items()},
                 "upper_body": list(images.UPPER_BODY),
                 "share_of_ones": ones,
             }
 
-        parts = (artifact.file_hash(catalogue.fetch("fashion-mnist-small")), catalogue.FASHION_FILES, images.UPPER_BODY)
+        parts = (*self._image_sources(), images.UPPER_BODY, images.MORE_PER_CLASS)
         return self.make("few-class", parts, write)
+
+    def _image_sources(self) -> tuple[Any, ...]:
+        return artifact.file_hash(catalogue.fetch("fashion-mnist-small")), catalogue.FASHION_FILES
 
     def embeddings_image(self) -> dict[str, Any]:
         """Frozen EfficientNet-Lite0's embeddings of the images."""
@@ -116,13 +123,7 @@ class Preparation:
                 "threads": torch.get_num_threads(),
             }
 
-        parts = (
-            artifact.file_hash(catalogue.fetch("fashion-mnist-small")),
-            catalogue.FASHION_FILES,
-            packages.WHEELS,
-            images.SIDE,
-        )
-        return self.make("embeddings-image", parts, write)
+        return self.make("embeddings-image", (*self._image_sources(), packages.WHEELS, images.SIDE), write)
 
     # -- texts -------------------------------------------------------------------------------------------------------
 
