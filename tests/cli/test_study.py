@@ -279,8 +279,8 @@ def test_the_table_shows_every_method_at_every_size(finished: tuple[Path, Result
     assert "data.train_size = 240" in result.out
     assert result.out.count("supervised") >= 3
     assert "over training samples" in result.out
-    assert "trained on 289 samples" in result.out  # the recipe's own training split
-    assert "nested parts of the 289 training samples" in " ".join(result.out.split())
+    assert "trained on 280 samples" in result.out  # the recipe's own training split
+    assert "nested parts of the 280 training samples" in " ".join(result.out.split())
     assert all(len(line) <= 80 for line in result.out.splitlines() if "study.json" not in line)
 
 
@@ -300,7 +300,7 @@ def test_the_report_holds_what_the_cells_hold(finished: tuple[Path, Result]) -> 
         assert kd.mean == pytest.approx(np.mean(list(kd.test.values())))
         assert kd.sd == pytest.approx(np.std(list(kd.test.values()), ddof=1))
         assert kd.hard_weight == 0.1
-    assert report.teachers[0].train_samples == 240
+    assert report.teachers[0].train_samples == 280
     labels = open_dataset(folder / "base" / "data").test.labels
     for cell in report.cells:
         slug = f"{cell.method}--train_size={cell.factors['data.train_size']}"
