@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from profiles.errors import InputError, nearest
 from profiles.section import Section
@@ -13,6 +13,7 @@ Need = Literal["logits", "embedding", "labels", "classes"]
 """What an objective needs: the teacher's logits, its embedding, labels, more than two classes."""
 Task = Literal["multiclass", "multilabel"]
 WeightSchedule = Literal["constant", "warm-up", "decay"]
+_SCHEDULED = ("warm-up", "decay")
 Distance = Literal["distance_correlation", "cosine_difference", "cosine"]
 LEARNING_RATE_SEARCH = 4.0
 """Tuning tries `train.learning_rate` from the recipe's by this to the recipe's times this, for every method alike."""
@@ -65,6 +66,9 @@ class ObjectiveBase(Section):
     search: ClassVar[dict[str, Search]] = {}
     """What `edgestill study --tune` tries: of this table's keys, and dotted ones of the recipe."""
 
+    only_with: ClassVar[dict[str, tuple[str, tuple[Any, ...]]]] = {}
+    """Setting -> (another one, the values of that one with which it means anything)."""
+
     weight: float = Field(1.0, ge=0, description="factor on this objective's terms")
     weight_schedule: WeightSchedule = Field(
         "constant", description="warm-up: the weight rises from 0; decay: it falls to 0; each linearly"
@@ -75,6 +79,17 @@ class ObjectiveBase(Section):
         le=1,
         description="share of the training that the rise takes from its start (default 0.1), the fall to its end (1)",
     )
+
+    @model_validator(mode="after")
+    def _every_setting_means_something(self) -> Self:
+        for name, (other, values) in {"weight_share": ("weight_schedule", _SCHEDULED), **self.only_with}.items():
+            changed = getattr(self, name) != type(self).model_fields[name].default
+            if changed and getattr(self, other) not in values:
+                wanted = " or ".join(_toml(value) for value in values)
+                raise ValueError(
+                    f'"{name}" changes nothing with {other} = {_toml(getattr(self, other))}; it belongs to {wanted}'
+                )
+        return self
 
     def factor(self, progress: float) -> float:
         """What the weight is multiplied with at a point of the training.
@@ -98,7 +113,7 @@ class ObjectiveBase(Section):
 
 
 class SupervisedSection(ObjectiveBase):
-    """Ground truth alone."""
+    """Ground truth alone; it has no term of its own to be weighted."""
 
     title = "Supervised"
     summary = "the plain student: learns from the labels, sees no teacher"
@@ -109,6 +124,13 @@ class SupervisedSection(ObjectiveBase):
     control = True
 
     kind: Literal["supervised"] = "supervised"
+
+    @model_validator(mode="after")
+    def _no_weight(self) -> Self:
+        for name in ("weight", "weight_schedule"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f'"{name}" changes nothing here: the labels have the weight train.hard_weight')
+        return self
 
 
 class KDSection(ObjectiveBase):
@@ -182,6 +204,13 @@ class EmbeddingCompressionSection(ObjectiveBase):
         "distance": Search(choices=get_args(Distance)),
     }
 
+    only_with: ClassVar[dict[str, tuple[str, tuple[Any, ...]]]] = {
+        "biased": ("distance", ("distance_correlation",)),
+        "hidden": ("transform", ("mlp",)),
+        "warmup_epochs": ("schedule", ("warmup",)),
+        "fit_epochs": ("schedule", ("frozen",)),
+    }
+
     kind: Literal["embedding_compression"] = "embedding_compression"
     lam: float = Field(0.7, ge=0, le=1, description="weight of the distance term; the ground truth gets 1 - lam")
     mu: float = Field(1.0, ge=0, description="weight of the task loss that trains the transform")
@@ -248,7 +277,12 @@ class EmbeddingSection(ObjectiveBase):
     needs = frozenset({"logits", "embedding"})
     training_cost = "one linear map of the student's embedding, dropped after training"
     source = "the embedding baseline of Loo et al. 2024, arXiv 2409.20449; scale and weight are our reading"
-    search: ClassVar[dict[str, Search]] = {"lam": _around(1.0), "tau": _TAU, "train.hard_weight": _HARD_WEIGHT}
+    search: ClassVar[dict[str, Search]] = {
+        # up to the plain squared norm of embeddings of unit length
+        "lam": Search(low=0.1, high=1000, log=True),
+        "tau": _TAU,
+        "train.hard_weight": _HARD_WEIGHT,
+    }
 
     kind: Literal["embedding"] = "embedding"
     lam: float = Field(
@@ -341,6 +375,10 @@ class LELPSection(ObjectiveBase):
         "tau": _TAU,
     }
 
+    only_with: ClassVar[dict[str, tuple[str, tuple[Any, ...]]]] = dict.fromkeys(
+        ("projection", "null_space", "rotation"), ("subclasses", ("projection",))
+    )
+
     kind: Literal["lelp"] = "lelp"
     subclasses_per_class: int = Field(8, ge=1, description="parts of every class, S; worth searching in 2, 4, 8, 16")
     beta: float = Field(1.0, ge=0, description="sharpness of the subclass probabilities; 0: all equal")
@@ -403,6 +441,10 @@ AnyObjective = (
 )
 _BY_KIND: dict[str, type[ObjectiveBase]] = {cls.model_fields["kind"].default: cls for cls in get_args(AnyObjective)}
 _ALIASES = {"ec": "embedding_compression"}
+
+
+def _toml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else str(value)
 
 
 def _one(value: Any) -> Any:

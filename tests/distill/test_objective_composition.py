@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -323,7 +324,6 @@ def test_lelp_on_a_compressed_embedding_needs_a_transform_that_stands_still(sche
     ("keys", "factors"),
     [
         ({}, {0.0: 1, 0.5: 1, 1.0: 1}),
-        ({"weight_share": 0.3}, {0.0: 1, 0.1: 1, 1.0: 1}),
         ({"weight_schedule": "warm-up"}, {0.0: 0, 0.05: 0.5, 0.1: 1, 0.5: 1, 1.0: 1}),
         ({"weight_schedule": "warm-up", "weight_share": 0.4}, {0.0: 0, 0.1: 0.25, 0.4: 1, 1.0: 1}),
         ({"weight_schedule": "warm-up", "weight_share": 1}, {0.0: 0, 0.25: 0.25, 1.0: 1}),
@@ -338,7 +338,7 @@ def test_a_weight_schedule_rises_or_falls_linearly_over_its_share(keys: Any, fac
 
 @settings(deadline=None)
 @given(
-    schedule=st.sampled_from(["constant", "warm-up", "decay"]),
+    schedule=st.sampled_from(["warm-up", "decay"]),
     share=st.none() | st.floats(0, 1, exclude_min=True),
     points=st.lists(st.floats(0, 1), min_size=2).map(sorted),
 )
@@ -441,3 +441,26 @@ def test_every_objective_is_described_by_its_own_fields() -> None:
 def test_reading_a_recipe_loads_no_torch() -> None:
     code = "import sys, distill.objectives.section, distill.train_section; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ({"kind": "kd", "weight_share": 0.2}, '"weight_share" changes nothing with weight_schedule = "constant"'),
+        ({"kind": "supervised", "weight": 0.5}, "train.hard_weight"),
+        ({"kind": "supervised", "weight_schedule": "decay"}, "train.hard_weight"),
+        ({"kind": "lelp", "subclasses": "random", "rotation": False}, 'belongs to "projection"'),
+        ({"kind": "ec", "hidden": 8}, 'belongs to "mlp"'),
+        ({"kind": "ec", "schedule": "frozen", "warmup_epochs": 5}, 'belongs to "warmup"'),
+        ({"kind": "ec", "distance": "cosine", "biased": True}, 'belongs to "distance_correlation"'),
+    ],
+)
+def test_a_setting_that_would_change_nothing_is_refused(table: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(says)):
+        READ(table)
+
+
+def test_a_setting_that_its_neighbour_gives_a_meaning_is_taken() -> None:
+    (dkd,) = READ({"kind": "dkd", "weight_share": 0.2})
+    assert dkd.factor(0.1) == 0.5
+    assert READ({"kind": "ec", "transform": "mlp", "hidden": 8})[0].hidden == 8
