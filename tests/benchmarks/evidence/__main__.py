@@ -116,6 +116,8 @@ class Evidence:
         }
         ten = [cell for cell in fine.cells if cell.combination.factors == factors and _done(cell)]
         coarse = label_sets(np.arange(10, dtype=np.uint8))[label_set].astype(int)
+        if not np.array_equal(coarse[fine.base(fine.grid.combinations[0]).dataset.test.labels], test.labels):
+            raise AssertionError("the two data sets have different test rows")
         pairs = [(_summed(cell.logits(), coarse), control[cell.seed]) for cell in ten if cell.seed in control]
         if not pairs:
             return None
@@ -278,7 +280,7 @@ def main() -> int:
         return 1
     last = max(studies.values(), key=lambda study: str(study["created"]))
     found = {
-        "command": f"python -m tests.benchmarks.evidence --jobs {options.jobs} --minutes 120",
+        "command": " ".join(["python -m tests.benchmarks.evidence", *sys.argv[1:]]),
         "date": last["created"],
         "machine": last["machine"],
         "versions": ", ".join(f"{name} {version}" for name, version in last["versions"].items()),
