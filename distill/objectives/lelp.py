@@ -13,8 +13,8 @@ subclasses along informative directions of the embedding, and the student predic
     class logits:  tau logsumexp_s(o_{c,s} / tau),  in the ground-truth term and in the exported graph
 
 The per-class projections, the null space, the rotation, the two temperatures and the single KL without ground truth are
-the paper's as described by others; the normalisation by sigma, what small and empty classes get, the probe and the
-defaults are our reading.
+the paper's as described by others; the normalisation by sigma, what small and empty classes get, the recovered head,
+the probe and the defaults are our reading.
 """
 
 from __future__ import annotations
@@ -39,6 +39,11 @@ _CHUNK = 4096
 _RESOLUTION = 1e-14
 """Share of the embeddings' squared size below which variation is rounding: float32's resolution, squared."""
 _SMALLEST_SCALE = 1e-3
+_RECOVERY_RIDGE = 1e-6
+"""Of the embedding's mean variance; what varies less is float16's rounding, and reading it would blur W."""
+_RECOVERY_ERROR = 1e-2
+"""Share of the logits' variance up to which the head counts as linear. A linear one has below 1e-3, in float16 and with
+fewer samples than dimensions, too; a softmax behind it gives several 1e-2."""
 _PROBE_DECAY = 1e-3
 _PROBE_ITERATIONS = 200
 _FIGURE_ROWS = 1024
@@ -213,6 +218,56 @@ def fit_subclasses(
     return Subclasses(means, directions, (variances / subclasses).sqrt().clamp_min(smallest))
 
 
+def recover_head(embedding: Tensor, logits: Tensor, *, device: torch.device) -> Tensor | None:
+    """The linear head that made these logits, up to what softmax does not see; None when no linear head did.
+
+    Ridge regression of z - mean over the classes of z on e, both centred, in closed form: log-probabilities count as
+    the logits behind them. A head is linear if the leave-one-out error, |r_i / (1 - h_i)|^2 summed with h_i the
+    leverages, is at most 1 % of the logits' variance, so that it means something when N < D, too. Deterministic.
+
+    Args:
+        embedding: e (N, D), any floating type.
+        logits: z (N, C), on the same device.
+        device: where to compute.
+
+    Returns:
+        W (C, D), float64, its mean over the classes 0.
+    """
+    rows, size = embedding.shape
+    everything = torch.arange(rows, device=embedding.device)
+
+    def centred_logits(chosen: Tensor) -> Tensor:
+        z = logits[chosen].to(device, torch.float64)
+        return z - z.mean(1, keepdim=True)
+
+    mean = torch.zeros(size, dtype=torch.float64, device=device)
+    logit_mean = torch.zeros(logits.shape[1], dtype=torch.float64, device=device)
+    for e, chosen in _chunks(embedding, everything, device):
+        mean += e.sum(0) / rows
+        logit_mean += centred_logits(chosen).sum(0) / rows
+    scatter = torch.zeros(size, size, dtype=torch.float64, device=device)
+    products = torch.zeros(size, logits.shape[1], dtype=torch.float64, device=device)
+    for e, chosen in _chunks(embedding, everything, device):
+        scatter += (e - mean).T @ (e - mean)
+        products += (e - mean).T @ (centred_logits(chosen) - logit_mean)
+    ridge = _RECOVERY_RIDGE * scatter.trace() / size
+    if not ridge > 0:
+        return None
+    values, vectors = torch.linalg.eigh(scatter)
+    whitening = vectors / (values.clamp_min(0) + ridge).sqrt()
+    weight = (whitening @ (whitening.T @ products)).T
+    error, variation, original = torch.zeros(3, dtype=torch.float64, device=device).unbind()
+    for e, chosen in _chunks(embedding, everything, device):
+        x, z = e - mean, centred_logits(chosen)
+        leverage = 1 / rows + (x @ whitening).square().sum(1, keepdim=True)
+        residual = z - logit_mean - x @ weight.T
+        error += (residual / (1 - leverage).clamp_min(_RESOLUTION)).square().sum()
+        variation += (z - logit_mean).square().sum()
+        original += logits[chosen].to(device, torch.float64).square().sum()
+    linear = variation > _RESOLUTION * original and error <= _RECOVERY_ERROR * variation
+    return weight - weight.mean(0) if linear else None
+
+
 def fit_probe(embedding: Tensor, labels: Tensor, *, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """A linear head for embeddings whose own is not known: multinomial logistic regression.
 
@@ -347,14 +402,18 @@ class LELP(Objective):
     augmentation. The targets of a batch come from the embedding of the view that the student sees.
 
     z_T are the teacher's logits where it has one per class; a single logit z of a two-class teacher counts as [0, z];
-    else the probe's logits. W is the teacher's head, where it is known and gives these logits, else the probe's.
-    `on = "compressed"`: e is the frozen transform's output, W and z_T are its head's.
+    else the probe's logits. W is the head that gives these logits: the teacher's own where it is known, else the one
+    that `recover_head` reads off logits and embeddings (stored outputs, ONNX) where they are an affine function of each
+    other, else the probe's: `fit_probe`, on the labels. `on = "compressed"`: e is the frozen transform's output, W and
+    z_T are its head's.
 
     `subclasses = "random"` (control): a_i ~ N(0, I) of size (C, S), drawn once per training sample from the seed. It
     has the RMS that sigma gives to real coordinates, so the same beta makes targets of the same sharpness.
 
     Attributes:
-        head_source: where W and z_T come from, known after `prepare`. "probe": at least one of them is the probe's.
+        head_source: where W and z_T come from, known after `prepare`. "teacher": both are the teacher's, or z_T is and
+            no W is needed. "recovered": z_T is the teacher's, W was read off it. "probe": at least one of them is the
+            probe's. "compressed": both are the transform's.
     """
 
     removed: Tensor
@@ -371,7 +430,7 @@ class LELP(Objective):
             raise RuntimeError("LELP was built without teacher embeddings")
         self.section = section
         self.builds_on_others = section.on == "compressed"
-        self.head_source: Literal["teacher", "probe", "compressed"] = (
+        self.head_source: Literal["teacher", "recovered", "probe", "compressed"] = (
             "compressed" if self.builds_on_others else "teacher"
         )
         # in a tuple: as a submodule it would be in the checkpoint and in the optimiser twice
@@ -427,16 +486,10 @@ class LELP(Objective):
         if self.builds_on_others:
             embedding = torch.cat([self._space(part.to(data.device)) for part in torch.split(embedding, _CHUNK)])
         labels = data.labels.to(embedding.device)
-        weight = self._head(data)
         needs_weight = self.section.null_space and self.section.subclasses == "projection"
-        if not self.builds_on_others:
-            reads_probe = not self._reads_logits or (needs_weight and weight is None)
-            self.head_source = "probe" if reads_probe else "teacher"
-            if reads_probe and not fitted:
-                probe = fit_probe(embedding, labels, classes=self.shapes.classes, device=data.device)
-                self.probe_weight.copy_(probe[0])
-                self.probe_bias.copy_(probe[1])
-                weight = probe[0] if weight is None else weight
+        weight = self._head(data)
+        if not self.builds_on_others and (not self._reads_logits or (needs_weight and weight is None)):
+            weight = self._recovered_or_probe(embedding, labels, data, fitted)
         if self.section.subclasses == "random":
             self._draw(data, len(embedding))
         elif not fitted:
@@ -451,6 +504,24 @@ class LELP(Objective):
             return None
         weight = data.head_weight.to(data.device, torch.float64)
         return _with_zero(weight.T).T if len(weight) == 1 < self.shapes.classes else weight
+
+    def _recovered_or_probe(self, embedding: Tensor, labels: Tensor, data: FitData, fitted: bool) -> Tensor | None:
+        """W where the teacher's is not known; None when a checkpoint already has what was made of it."""
+        if fitted:
+            self.head_source = "probe" if self.probe_weight.any() else "recovered"
+            return None
+        if self._reads_logits:
+            logits = required(data.logits)[0]
+            logits = _with_zero(logits) if logits.shape[1] < self.shapes.classes else logits
+            weight = recover_head(embedding, logits, device=data.device)
+            if weight is not None:
+                self.head_source = "recovered"
+                return weight
+        self.head_source = "probe"
+        weight, bias = fit_probe(embedding, labels, classes=self.shapes.classes, device=data.device)
+        self.probe_weight.copy_(weight)
+        self.probe_bias.copy_(bias)
+        return weight
 
     def _fit(self, embedding: Tensor, labels: Tensor, weight: Tensor | None, data: FitData) -> None:
         removed = torch.zeros(self.removed.shape, dtype=torch.float64, device=data.device)
@@ -522,9 +593,10 @@ class LELP(Objective):
         return {"lelp/class": self.weight * parts[0], "lelp/subclass": self.weight * parts[1]}
 
     def logs(self) -> dict[str, float]:
-        """`lelp/probe`: 1 if W or the class probabilities come from the probe. `lelp/teacher_subclass_entropy`: 0..1,
-        1 when all subclasses of a class are equally likely, as with beta = 0."""
-        figures = {"lelp/probe": float(self.head_source == "probe")}
+        """`lelp/probe`: 1 if W or the class probabilities come from the probe. `lelp/recovered`: 1 if W was read off
+        logits and embeddings. `lelp/teacher_subclass_entropy`: 0..1, 1 when all subclasses of a class are equally
+        likely, as with beta = 0."""
+        figures = {f"lelp/{source}": float(self.head_source == source) for source in ("probe", "recovered")}
         if self._entropy is not None:
             figures["lelp/teacher_subclass_entropy"] = self._entropy
         return figures

@@ -25,6 +25,7 @@ from distill.objectives.lelp import (
     fit_subclasses,
     lelp_terms,
     random_rotation,
+    recover_head,
     removed_directions,
 )
 from distill.objectives.section import LELPSection, ObjectiveSections
@@ -207,6 +208,19 @@ def test_log_sum_exp_neither_overflows_nor_loses_its_gradient() -> None:
     value.sum().backward()
     torch.testing.assert_close(x.grad, x.softmax(1))
     assert torch.isfinite(log_sum_exp(torch.full((1, 4), 60.0, dtype=torch.float16))).all()
+
+
+@pytest.mark.parametrize("tau", [0.004, 0.3, 1.0, 4.0])
+def test_class_logits_in_half_precision_survive_a_small_temperature(tau: float) -> None:
+    # 300 / 0.004 is beyond the largest FP16 number, and so is the distance of the classes' logits
+    head = torch.tensor([[300.0, 299.0, -300.0, 0.5], [-300.0, -300.0, 6e4, -6e4]], dtype=torch.float16).requires_grad_()
+    found = class_logits_of(head, 2, tau)
+    exact = head.detach().double().requires_grad_()
+    expected = tau * torch.logsumexp(exact.reshape(2, 2, 2) / tau, -1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
+    found.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(head.grad.double(), exact.grad, rtol=1e-2, atol=1e-3)
 
 
 def test_gradients_agree_with_finite_differences() -> None:
@@ -641,18 +655,131 @@ def test_a_teacher_without_logits_is_read_through_a_probe() -> None:
     assert z.shape == (90, 3)
 
 
-def test_logits_without_a_known_head_are_matched_and_the_probe_gives_the_null_space() -> None:
+def bent(t: SimpleNamespace) -> SimpleNamespace:
+    """A teacher whose logits are no linear map of its embedding."""
+    return replace_values(t, z=3 * torch.tanh(t.z) + t.e.square().mean(1, keepdim=True) * t.w[:, 0])
+
+
+def recover(e: Tensor, z: Tensor) -> Tensor | None:
+    return recover_head(e, z, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_linear_head_is_read_off_logits_and_embeddings(dtype: torch.dtype) -> None:
+    t = teacher(900)
+    stored = replace_values(t, e=t.e.to(dtype), z=t.z.to(dtype))
+    objective = fresh(t)
+    objective.prepare(data(stored, head=False))
+    assert objective.head_source == "recovered"
+    assert objective.logs()["lelp/recovered"] == 1
+    assert objective.logs()["lelp/probe"] == 0
+    assert not objective.probe_weight.any()
+    # what the real head reads is gone: its probabilities are those of the mean for every embedding
+    p = objective.null_space
+    probabilities = (t.e @ p @ t.w.T + t.b).softmax(1)
+    assert (probabilities - probabilities[0]).abs().max() < (1e-4 if dtype == torch.float64 else 5e-3)
+    exact = lelp(t)
+    assert exact.logs()["lelp/recovered"] == 0
+    torch.testing.assert_close(p, exact.null_space, atol=1e-4 if dtype == torch.float64 else 1e-3, rtol=0)
+    assert torch.equal(objective.targets(TeacherOutput(t.e, t.z), torch.arange(900))[0], t.z)
+
+
+def test_the_recovered_head_agrees_with_numpy() -> None:
     t = teacher()
+    x = np.c_[t.e.numpy(), np.ones(90)]
+    expected = np.linalg.lstsq(x, t.z.numpy(), rcond=None)[0][:-1].T
+    found = recover(t.e, t.z)
+    assert found is not None
+    np.testing.assert_allclose(found.numpy(), expected - expected.mean(0), atol=1e-4)
+    assert torch.equal(found, recover(t.e, t.z))
+
+
+def leave_one_out(e: np.ndarray, z: np.ndarray) -> float:
+    """The same error by fitting every sample's prediction on all the others, with an intercept."""
+    z = z - z.mean(1, keepdims=True)
+    ridge = 1e-6 * ((e - e.mean(0)) ** 2).sum() / e.shape[1]
+    error = 0.0
+    for i in range(len(e)):
+        rest = np.arange(len(e)) != i
+        x, y = e[rest] - e[rest].mean(0), z[rest] - z[rest].mean(0)
+        w = np.linalg.solve(x.T @ x + ridge * np.eye(e.shape[1]), x.T @ y)
+        error += float(((z[i] - z[rest].mean(0) - (e[i] - e[rest].mean(0)) @ w) ** 2).sum())
+    return error / float(((z - z.mean(0)) ** 2).sum())
+
+
+@pytest.mark.parametrize(("rows", "size"), [(60, 8), (30, 40)])
+def test_a_head_is_linear_up_to_a_leave_one_out_error_of_a_hundredth(rows: int, size: int) -> None:
+    """More samples than dimensions, and fewer: there a fit without held-out samples would explain anything."""
+    spread = 0.5 ** torch.arange(size, dtype=torch.float64)
+    e = random(rows, size, seed=1) * spread + 2
+    z, noise = e @ random(3, size, seed=2).T, random(rows, 3, seed=3)
+    share = leave_one_out(e.numpy(), (z + 0.05 * noise).numpy())
+    for target, expected in ((0.009, True), (0.011, False)):
+        noisy = z
+        scale = 0.05 * (target / share) ** 0.5
+        for _ in range(20):
+            noisy = z + scale * noise
+            scale *= (target / leave_one_out(e.numpy(), noisy.numpy())) ** 0.5
+        assert (recover(e, noisy) is not None) == expected
+    assert recover(e, noise) is None
+
+
+def test_log_probabilities_are_as_good_as_logits_and_probabilities_are_not() -> None:
+    t = teacher()
+    plain = recover(t.e, t.z)
+    assert plain is not None
+    torch.testing.assert_close(recover(t.e, t.z.log_softmax(1)), plain)
+    assert recover(t.e, t.z.softmax(1)) is None
+
+
+@pytest.mark.parametrize("change", ["constant embedding", "constant logits", "one sample"])
+def test_nothing_is_recovered_from_what_does_not_vary(change: str) -> None:
+    t = teacher()
+    e = t.e[:1].expand(90, 8) if change == "constant embedding" else t.e
+    z = t.z[:1].expand(90, 3) if change == "constant logits" else t.z
+    rows = 1 if change == "one sample" else 90
+    assert recover(e[:rows], z[:rows]) is None
+
+
+def test_a_constant_column_and_a_class_that_is_always_the_same_are_recovered() -> None:
+    t = teacher()
+    e, z = torch.cat([t.e, torch.full((90, 1), 1e3)], 1), t.z.clone()
+    z[:, 1] = 0
+    found = recover(e, z)
+    assert found is not None
+    assert found[:, 8].abs().max() < 1e-6
+    w = t.w.clone()
+    w[1] = 0
+    torch.testing.assert_close(found[:, :8], w - w.mean(0), atol=1e-4, rtol=0)
+
+
+def test_a_single_logit_without_a_known_head_is_recovered() -> None:
+    t = teacher(classes=2)
+    single = replace_values(t, z=t.z[:, 1:] - t.z[:, :1])
+    objective = fresh(t, {"teacher_logits": 1})
+    objective.prepare(data(single, head=False))
+    assert objective.head_source == "recovered"
+    torch.testing.assert_close(objective.null_space, lelp(t).null_space, atol=1e-4, rtol=0)
+
+
+def test_logits_of_no_linear_head_are_matched_and_the_probe_gives_the_null_space() -> None:
+    t = bent(teacher())
     objective = fresh(t)
     objective.prepare(data(t, head=False))
     assert objective.head_source == "probe"
+    assert objective.logs()["lelp/probe"] == 1
     assert torch.equal(objective.targets(TeacherOutput(t.e, t.z), torch.arange(90))[0], t.z)
     weight, _ = fit_probe(t.e, t.labels, classes=3, device=torch.device("cpu"))
     assert (weight - weight.mean(0)).mm(objective.null_space).abs().max() < 1e-10
-    without = fresh(t, null_space=False)
-    without.prepare(data(t, head=False))
-    assert without.head_source == "teacher"
-    assert not without.probe_weight.any()
+
+
+def test_without_the_null_space_no_head_is_needed() -> None:
+    t = teacher()
+    for section in ({"null_space": False}, {"subclasses": "random"}):
+        objective = fresh(t, **section)
+        objective.prepare(data(t, head=False))
+        assert objective.head_source == "teacher"
+        assert not objective.probe_weight.any()
 
 
 def test_the_source_and_the_sharpness_of_the_targets_are_logged() -> None:
@@ -708,13 +835,16 @@ def test_the_fit_survives_a_save_and_a_load(section: dict[str, Any], tmp_path: P
     assert objective.logs() == again.logs()
 
 
-def test_a_loaded_probe_is_still_the_source() -> None:
-    t = teacher()
-    objective = lelp(t, {"teacher_logits": None})
-    again = fresh(t, {"teacher_logits": None})
+@pytest.mark.parametrize("source", ["no logits", "probe", "recovered"])
+def test_a_loaded_fit_still_knows_its_source(source: str) -> None:
+    t = bent(teacher()) if source == "probe" else teacher()
+    logits = source != "no logits"
+    changes = {} if logits else {"teacher_logits": None}
+    objective, again = fresh(t, changes), fresh(t, changes)
+    objective.prepare(data(t, head=False, logits=logits))
     again.load_state_dict(objective.state_dict())
-    again.prepare(data(t, head=False, logits=False), fitted=True)
-    assert again.head_source == "probe"
+    again.prepare(data(t, head=False, logits=logits), fitted=True)
+    assert objective.head_source == again.head_source == ("recovered" if source == "recovered" else "probe")
     assert again.logs() == objective.logs()
 
 
