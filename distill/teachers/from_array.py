@@ -11,6 +11,7 @@ import torch
 from distill.data.dataset import Dataset, Split, SplitName
 from distill.outputs import TeacherOutput
 from distill.teachers.section import TeacherSection
+from distill.teachers.single_logit import is_single_logit
 from distill.teachers.teacher import Teacher, TeacherBatch
 from profiles.artifact import array_hash
 from profiles.errors import InputError, nearest
@@ -24,6 +25,7 @@ class ArrayTeacher(Teacher):
     """Stored outputs, one row per sample of the source, or of the split. It knows the clean samples only.
 
     Where edgestill made the splits, one file with a row per sample of the source, in its order, serves all of them.
+    Logits of two exclusive classes may be one column z (or a vector), which speaks for the second class: [0, z].
 
     Raises:
         InputError: unreadable file, wrong shape or row count, NaN or infinity (the message names file and first row).
@@ -40,7 +42,7 @@ class ArrayTeacher(Teacher):
         if self._embeddings:
             self.embedding_dim = self._embeddings["train"].shape[1]
         if self._logits:
-            self.num_logits = self._logits["train"].shape[1]
+            self._know_logits(self._logits["train"].shape, dataset)
 
     def fingerprint(self) -> str:
         parts = [
@@ -56,13 +58,17 @@ class ArrayTeacher(Teacher):
                 return None
             return torch.from_numpy(arrays[batch.split][batch.rows].astype(np.float32))
 
-        return TeacherOutput(rows(self._embeddings), rows(self._logits))
+        logits = rows(self._logits)
+        return TeacherOutput(rows(self._embeddings), None if logits is None else self._class_logits(logits))
 
 
 def _read_splits(
     section: TeacherSection, dataset: Dataset, base: Path, what: Literal["embeddings", "logits"]
 ) -> dict[SplitName, Array]:
-    """The checked arrays (N, D) of each split that has some; empty when the section names no training file."""
+    """The checked arrays (N, D) of each split that has some; empty when the section names no training file.
+
+    A single logit stays one column in all splits, also where its file has a vector.
+    """
     found: dict[SplitName, tuple[Array, str, Path]] = {}
     for split in _SPLITS:
         key = what if split == "train" else f"{split}_{what}"
@@ -72,6 +78,9 @@ def _read_splits(
         path = base / name
         where = f"teacher.{key}"
         arrays = _read_file(path, where)
+        if what == "logits":
+            vectors = {name: array for name, array in arrays.items() if is_single_logit(array.shape, dataset)}
+            arrays |= {name: array.reshape(-1, 1) for name, array in vectors.items()}
         if split == "train":
             # a file with one array per split serves all of them
             found |= {other: (arrays[other], where, path) for other in _SPLITS if other in arrays}
@@ -91,11 +100,11 @@ def _read_splits(
         raise InputError(f"{what} of the training split are missing", where=key, fix=f"{key} names their file")
     for split, (array, where, path) in found.items():
         _check(array, path, where, dataset.split(split), split)
-        columns = len(dataset.classes) if what == "logits" else found["train"][0].shape[1]
+        first = found["train"][0].shape
+        of_classes = what == "logits" and not is_single_logit(first, dataset)
+        columns = len(dataset.classes) if of_classes else first[1]
         if array.shape[1] != columns:
-            reason = (
-                f"the data set has {columns} classes" if what == "logits" else f"the training split's have {columns}"
-            )
+            reason = f"the data set has {columns} classes" if of_classes else f"the training split's have {columns}"
             raise InputError(f"{path} has {array.shape[1]} columns, {reason}", where=where, evidence=f"{array.shape}")
     aligned = {split: _aligned(array, dataset.split(split)) for split, (array, _, _) in found.items()}
     for split in _SPLITS:

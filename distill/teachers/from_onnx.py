@@ -13,6 +13,7 @@ from distill.data.dataset import Dataset
 from distill.networks import ImageAdapter
 from distill.outputs import TeacherOutput
 from distill.teachers.section import ImageInput, TeacherSection
+from distill.teachers.single_logit import is_single_logit
 from distill.teachers.teacher import Teacher, TeacherBatch, pool_features
 from profiles.artifact import file_hash
 from profiles.errors import InputError, nearest
@@ -31,7 +32,7 @@ _MASK, _TOKEN_TYPES = "attention_mask", "token_type_ids"
 class OnnxTeacher(Teacher):
     """Images enter as uint8 where the graph takes uint8, else scaled as ImageInput says (size and channels of a fixed
     input shape are taken from the graph). Texts enter as the student's tokens, with `attention_mask` and
-    `token_type_ids` where the graph has them.
+    `token_type_ids` where the graph has them. A single logit z of two exclusive classes speaks for the second: [0, z].
 
     Raises:
         InputError: unreadable file, unknown output, input that the data cannot feed, logits of another class count.
@@ -149,7 +150,7 @@ class OnnxTeacher(Teacher):
         """One run of two training samples decides the dimensions."""
         example = torch.from_numpy(dataset.train.inputs[:2].copy())
         try:
-            found = self._collect(self._run(example))
+            embedding, logits = self._collect(self._run(example))
         except Exception as error:  # the runtime's exceptions share no base class
             raise InputError(
                 f"{self.file} does not run on this data",
@@ -157,13 +158,14 @@ class OnnxTeacher(Teacher):
                 evidence=f"input {tuple(example.shape)}: {error}",
                 fix="check teacher.input_channels and teacher.input_size",
             ) from error
-        for key, value in (("embedding_output", found.embedding), ("output", found.logits)):
+        single = logits is not None and is_single_logit(logits.shape, dataset)
+        for key, value in (("embedding_output", embedding), ("output", None if single else logits)):
             if value is not None and value.ndim != 2:
                 raise InputError(f"the {key} of {self.file} has the shape {tuple(value.shape)}", where=f"teacher.{key}")
-        if found.embedding is not None:
-            self.embedding_dim = found.embedding.shape[1]
-        if found.logits is not None:
-            self.num_logits = found.logits.shape[1]
+        if embedding is not None:
+            self.embedding_dim = embedding.shape[1]
+        if logits is not None:
+            self._know_logits(logits.shape, dataset)
             if self.num_logits != len(dataset.classes):
                 raise InputError(
                     f"the teacher has {self.num_logits} logits, the data set has {len(dataset.classes)} classes",
@@ -173,8 +175,11 @@ class OnnxTeacher(Teacher):
 
     def _collect(self, values: list[np.ndarray[Any, Any]]) -> TeacherOutput:
         found = {key: torch.from_numpy(v).float() for (key, _), v in zip(self._outputs, values, strict=True)}
-        embedding = found.get("embedding_output")
-        return TeacherOutput(None if embedding is None else pool_features(embedding), found.get("output"))
+        embedding, output = found.get("embedding_output"), found.get("output")
+        return TeacherOutput(
+            None if embedding is None else pool_features(embedding),
+            None if output is None else self._class_logits(output),
+        )
 
     def outputs(self, batch: TeacherBatch) -> TeacherOutput:
         return self._collect(self._run(batch.inputs))

@@ -12,6 +12,7 @@ from distill.data.dataset import Dataset
 from distill.networks import ImageAdapter, call_factory, find_linear, first_tensor, load_state, read_state, seeded
 from distill.outputs import TeacherOutput
 from distill.teachers.section import TeacherSection
+from distill.teachers.single_logit import is_single_logit
 from distill.teachers.teacher import NetworkTeacher, TeacherBatch, pool_features
 from profiles.errors import InputError, nearest
 
@@ -19,8 +20,9 @@ from profiles.errors import InputError, nearest
 class TorchTeacher(NetworkTeacher):
     """A network from a factory; its embedding is a named layer's output, or the input of its final Linear.
 
-    Logits: the network's output, when it has one column per class (`classification` true insists on it, false leaves
-    them out). The head is known when it is a Linear that gives exactly those logits.
+    Logits: the network's output, when it has one column per class, or for two exclusive classes a single logit z, which
+    speaks for the second: [0, z] (`classification` true insists on them, false leaves them out). The head is known when
+    it is a Linear that gives exactly those logits.
 
     Raises:
         InputError: a factory that fails, weights that do not fit, unknown layer, a network that does not run on the
@@ -105,7 +107,7 @@ class TorchTeacher(NetworkTeacher):
             )
         self.embedding_dim = embedding.shape[1]
         classes = len(dataset.classes)
-        fits = output.ndim == 2 and output.shape[1] == classes
+        fits = is_single_logit(output.shape, dataset) or (output.ndim == 2 and output.shape[1] == classes)
         if section.classification and not fits:
             raise InputError(
                 f"the teacher's output has the shape {tuple(output.shape[1:])}, the data set has {classes} classes",
@@ -113,10 +115,14 @@ class TorchTeacher(NetworkTeacher):
                 fix="leave it out: the teacher then gives embeddings alone",
             )
         if fits and section.classification is not False:
-            self.num_logits = classes
-            if head is not None and torch.allclose(head(embedding.to(head.weight.dtype)).float(), output, atol=1e-4):
-                self.set_head(head)
+            self._know_logits(output.shape, dataset)
+            output = output.reshape(len(output), -1)
+            # another number of columns could not be compared
+            if head is not None and head.out_features == output.shape[1]:
+                found = head(embedding.to(head.weight.dtype)).float()
+                if torch.allclose(found, output, atol=1e-4):
+                    self.set_head(head)
 
     def outputs(self, batch: TeacherBatch) -> TeacherOutput:
         embedding, output = self._run(batch.inputs)
-        return TeacherOutput(embedding, output if self.num_logits is not None else None)
+        return TeacherOutput(embedding, None if self.num_logits is None else self._class_logits(output))

@@ -24,6 +24,8 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 class TransformersTeacher(NetworkTeacher):
     """Embedding: the pooled last hidden state (N, D). Logits: its classifier's, with `classification`.
 
+    One label for two exclusive classes is a single logit z, which speaks for the second: [0, z].
+
     Texts go through the model's own tokenizer (not the student's), cut at `max_length` (None: what the model can take).
     Images are resized to its processor's size (stretched to a square: framing is the data set's business), scaled with
     its mean and standard deviation, and repeated to its channels.
@@ -47,7 +49,7 @@ class TransformersTeacher(NetworkTeacher):
         assert found.embedding is not None
         self.embedding_dim = found.embedding.shape[1]
         if found.logits is not None:
-            self.num_logits = found.logits.shape[1]
+            self._know_logits(found.logits.shape, dataset)
             if self.num_logits != len(dataset.classes):
                 raise InputError(
                     f"the teacher has {self.num_logits} labels, the data set has {len(dataset.classes)} classes",
@@ -133,7 +135,9 @@ class TransformersTeacher(NetworkTeacher):
         if hidden is None:  # classifiers return the list alone
             hidden = result["hidden_states"][-1]
         logits = result.get("logits")
-        return TeacherOutput(pool(hidden, mask, self._pooling).float(), None if logits is None else logits.float())
+        return TeacherOutput(
+            pool(hidden, mask, self._pooling).float(), None if logits is None else self._class_logits(logits.float())
+        )
 
 
 def pool(hidden: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:

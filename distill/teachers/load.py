@@ -34,7 +34,7 @@ def load_teacher(
         seed: of a torch factory's random initialisation, as far as no weights replace it.
         device: where it runs.
         allow_code: the user allowed importing code that the recipe names.
-        progress: told what was loaded.
+        progress: told what was loaded, and for which class a single logit is taken.
 
     Raises:
         InputError: anything in the section or its files that does not fit the data; see the teachers' classes.
@@ -61,10 +61,12 @@ def load_teacher(
     else:
         raise EdgestillError(f'a teacher of kind "{section.kind}" has nothing to load', where="teacher.kind")
     teacher.assert_frozen()
-    gives = [
-        f"{what} of {count} dimensions" if what == "embeddings" else f"{count} {what}"
-        for what, count in (("embeddings", teacher.embedding_dim), ("logits", teacher.num_logits))
-        if count is not None
-    ]
+    gives = []
+    if teacher.embedding_dim is not None:
+        gives.append(f"embeddings of {teacher.embedding_dim} dimensions")
+    if teacher.single_logit:
+        gives.append(f'one logit: taken for class "{dataset.classes[1]}"')
+    elif teacher.num_logits is not None:
+        gives.append(f"{teacher.num_logits} logits")
     (progress or Silent()).note(f"teacher ({section.kind}): {' and '.join(gives)}")
     return teacher

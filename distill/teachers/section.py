@@ -10,6 +10,8 @@ from profiles.section import Section
 
 TeacherKind = Literal["train", "array", "transformers", "onnx", "torch", "none"]
 Pooling = Literal["mean", "cls", "max", "last"]
+STILL_STRATEGIES: frozenset[str] = frozenset({"frozen"})
+"""Strategies with which the teacher's outputs stay what they were when they were cached."""
 
 
 class ImageInput(Section):
@@ -47,17 +49,24 @@ class TeacherSection(ImageInput):
     kind "array": outputs computed elsewhere. `embeddings` and/or `logits` name a file (.npy, .npz, .safetensors) with
       one row per sample of the source, in its order: it serves all splits that edgestill makes. Where the source comes
       with splits, it is that of its training split, and `validation_*` and `test_*` (optional) name the others. An .npz
-      or .safetensors file with arrays called "train", "validation" and "test" holds all splits at once.
+      or .safetensors file with arrays called "train", "validation" and "test" holds all splits at once. Two classes:
+      logits of one column z (sigmoid) speak for the second class and count as [0, z].
     kind "transformers": `model` is a local folder or a hub name, `pooling` makes one embedding of the tokens,
-      `max_length` cuts texts (tokens), `classification = true` also takes the logits of its classifier.
-    kind "onnx": `file`; `output` names the logits, `embedding_output` the embedding (at least one of them).
+      `max_length` cuts texts (tokens), `classification = true` also takes the logits of its classifier. Two classes: a
+      single logit z speaks for the second class and counts as [0, z].
+    kind "onnx": `file`; `output` names the logits, `embedding_output` the embedding (at least one of them). Two
+      classes: a single logit z speaks for the second class and counts as [0, z].
     kind "torch": `factory` ("package.module:name") called with `kwargs`; `weights` (.safetensors or a .pth state dict);
       `embedding_layer` names the module whose output is the embedding, or `head` the final Linear whose input it is
-      (None: the last Linear). Its output serves as logits when it has one column per class; `classification = false`
-      leaves it out (a teacher of another task that happens to have as many), `true` insists on it.
+      (None: the last Linear). Its output serves as logits when it has one column per class, or for two classes a single
+      logit z, which speaks for the second class and counts as [0, z]; `classification = false` leaves it out (a teacher
+      of another task that happens to have as many), `true` insists on it.
     kind "none": no teacher; only the `supervised` objective works.
     `cache_dtype`: how outputs are stored; the reconstruction error of float16 is reported.
     `batch_size`: samples per teacher forward pass while the cache is built.
+
+    The second class is the second of `data.classes`, else of the data set's own order; loading the teacher names it.
+    With several labels (`task = "multilabel"`) one column is one label.
     """
 
     kind: TeacherKind = "train"
@@ -85,6 +94,11 @@ class TeacherSection(ImageInput):
     head: str | None = None
     cache_dtype: Literal["float16", "float32"] = "float16"
     batch_size: int = Field(default=256, ge=1)
+
+    @property
+    def moves(self) -> bool:
+        """Whether the teacher learns beside the student, so that what it said before training does not hold."""
+        return self.strategy not in STILL_STRATEGIES
 
     @model_validator(mode="after")
     def _keys_fit_the_kind(self) -> Self:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distill.data.dataset import SplitName
+from distill.data.dataset import Dataset, SplitName
 from distill.networks import fingerprint
 from distill.outputs import TeacherOutput
+from distill.teachers.single_logit import is_single_logit, two_logits
 from profiles.artifact import content_key
 from profiles.errors import EdgestillError
 
@@ -33,6 +35,7 @@ class Teacher(ABC):
     Attributes:
         embedding_dim: D_t, or None when it gives no embedding.
         num_logits: C, or None when it gives no logits for the classes of the data set.
+        single_logit: it has one logit z for two classes and gives [0, z]: z speaks for the second class.
         sees_views: whether its outputs follow the augmented inputs; False: it only knows clean samples.
         splits: the splits that it has outputs for.
         head_weight, head_bias: float32 (C, D_t) and (C,) of its linear head, when it is known to have one.
@@ -40,6 +43,7 @@ class Teacher(ABC):
 
     embedding_dim: int | None = None
     num_logits: int | None = None
+    single_logit: bool = False
     sees_views: bool = True
     splits: tuple[SplitName, ...] = ("train", "validation", "test")
     head_weight: Tensor | None = None
@@ -51,7 +55,9 @@ class Teacher(ABC):
     @property
     def key(self) -> str:
         """Hash of weights and preprocessing: what its outputs depend on besides the data."""
-        return content_key(type(self).__name__, self.fingerprint(), self._preprocessing)
+        # only where it holds, so that all other teachers keep the key that their caches were made under
+        expanded = ["single logit"] if self.single_logit else []
+        return content_key(type(self).__name__, self.fingerprint(), self._preprocessing, *expanded)
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -64,6 +70,15 @@ class Teacher(ABC):
     def assert_frozen(self) -> None:
         """Raises EdgestillError when anything in it could still learn."""
         return
+
+    def _know_logits(self, shape: Sequence[int], dataset: Dataset) -> None:
+        """Sets `num_logits` and `single_logit` for outputs of `shape` (N, C), or (N,) for a single logit."""
+        self.single_logit = is_single_logit(shape, dataset)
+        self.num_logits = 2 if self.single_logit else shape[1]
+
+    def _class_logits(self, output: Tensor) -> Tensor:
+        """What it gives as logits for its raw `output`: (N, C) as it is, a single logit as (N, 2)."""
+        return two_logits(output) if self.single_logit else output
 
 
 class NetworkTeacher(Teacher):
@@ -96,10 +111,12 @@ class NetworkTeacher(Teacher):
         return inputs.contiguous(memory_format=torch.channels_last) if inputs.ndim == 4 else inputs
 
     def set_head(self, head: nn.Linear) -> None:
-        """Makes `head` known as the linear map from its embedding to its logits."""
-        self.head_weight = head.weight.detach().float().cpu()
-        bias = head.bias.detach() if head.bias is not None else torch.zeros(head.out_features)
-        self.head_bias = bias.float().cpu()
+        """Makes `head` known as the linear map from its embedding to its logits, [[0], [w]] and [0, b] for a single
+        logit."""
+        weight = head.weight.detach().float().cpu()
+        bias = head.bias.detach().float().cpu() if head.bias is not None else torch.zeros(head.out_features)
+        self.head_weight = self._class_logits(weight.T).T.contiguous()
+        self.head_bias = self._class_logits(bias.unsqueeze(0)).squeeze(0)
 
 
 class ModuleTeacher(NetworkTeacher):

@@ -275,6 +275,38 @@ def test_stored_outputs_serve_one_view_or_all_when_told_to(tmp_path: Path) -> No
     assert cache.head_weight is None
 
 
+def test_a_single_logit_is_stored_as_two_with_the_head_that_gives_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"one_logit_{tmp_path.name}"
+    code = "from torch import nn\n\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(144, 1))\n"
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    data = dataset()
+    two = {split: replace(data.split(split), labels=data.split(split).labels % 2) for split in SIZES}
+    data = replace(data, classes=("no", "yes"), **two)
+    section = TeacherSection(kind="torch", factory=f"{name}:net", input_channels=1)
+    who = load_teacher(section, data, base=tmp_path, allow_code=True)
+    cache = build(tmp_path / "cache", teacher=who, dataset=data)
+    assert (cache.num_logits, cache.embedding_dim) == (2, 144)
+    for logits, embedding in (
+        (cache.train_logits, cache.train_embedding),
+        (cache.test_logits, cache.test_embedding),
+    ):
+        assert logits is not None
+        assert embedding is not None
+        assert cache.head_weight is not None
+        assert not logits[..., 0].any()
+        assert logits[..., 1].any()
+        np.testing.assert_allclose(embedding @ cache.head_weight.T + cache.head_bias, logits, atol=1e-5)
+    # what the same network says without its logit is another cache
+    without = load_teacher(
+        TeacherSection(**section.model_dump() | {"classification": False}), data, base=tmp_path, allow_code=True
+    )
+    with pytest.raises(InputError, match="another teacher"):
+        open_cache(tmp_path / "cache", cache_parts(without, data, AUGMENT, seed=7, dtype="float32"))
+
+
 def test_the_manifest_says_what_the_cache_was_made_from(tmp_path: Path) -> None:
     cache = build(tmp_path / "cache")
     manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())

@@ -18,7 +18,10 @@ from distill.students.section import StudentSection
 from distill.teachers import ModuleTeacher, Teacher, TeacherBatch, load_teacher
 from distill.teachers.from_transformers import pool
 from distill.teachers.section import TeacherSection
+from distill.teachers.single_logit import is_single_logit, two_logits
+from distill.teachers.teacher import NetworkTeacher
 from profiles.errors import EdgestillError, InputError
+from profiles.progress import Silent
 
 WORDS = ("good", "bad", "film", "a", "very", "the", "plot", "acting")
 COUNTS = {"train": 10, "validation": 4, "test": 3}
@@ -69,6 +72,25 @@ def ask(teacher: Teacher, data: Dataset, split: Any = "train", rows: Any = (0, 3
 
 def load(folder: Path, data: Dataset, **keys: Any) -> Teacher:
     return load_teacher(TeacherSection(**keys), data, base=folder, allow_code=True)
+
+
+class Notes(Silent):
+    """A progress that keeps the notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+def load_single(folder: Path, data: Dataset, **keys: Any) -> Teacher:
+    """The teacher of one logit, which says for which class it is taken."""
+    progress = Notes()
+    teacher = load_teacher(TeacherSection(**keys), data, base=folder, allow_code=True, progress=progress)
+    assert (teacher.num_logits, teacher.single_logit) == (2, True)
+    assert f'one logit: taken for class "{data.classes[1]}"' in progress.notes[0]
+    return teacher
 
 
 # --- module ---------------------------------------------------------------------------------------------------------
@@ -198,21 +220,84 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         load(tmp_path, images(), kind="array", embeddings="good.npy", validation_embeddings="validation.npy")
 
 
+def test_one_logit_of_two_classes_becomes_two() -> None:
+    z = torch.tensor([-3.0, 0.0, 0.5, 100.0])
+    expected = torch.tensor([[0, -3.0], [0, 0], [0, 0.5], [0, 100]])
+    for shape in ((4,), (4, 1)):
+        torch.testing.assert_close(two_logits(z.reshape(shape)), expected)
+    torch.testing.assert_close(two_logits(z).softmax(1)[:, 1], z.sigmoid())
+    assert two_logits(z.half()).dtype == torch.float16
+    two, three = images(classes=2), images(classes=3)
+    for shape, data, single in (
+        ((4, 1), two, True),
+        ((4,), two, True),
+        ((4, 2), two, False),
+        ((), two, False),
+        ((4, 1, 1), two, False),
+        ((4, 1), three, False),
+        ((4, 1), dataclasses.replace(two, task="multilabel"), False),
+    ):
+        assert is_single_logit(shape, data) is single
+
+
+@pytest.mark.parametrize("vector", [False, True], ids=["column", "vector"])
+def test_a_stored_single_logit_speaks_for_the_second_class(tmp_path: Path, vector: bool) -> None:
+    data, generator = images(classes=2), np.random.default_rng(2)
+    logits = {name: generator.normal(size=(count, 1)).astype(np.float32) for name, count in COUNTS.items()}
+    np.savez(tmp_path / "z.npz", **{name: z[:, 0] if vector else z for name, z in logits.items()})
+    teacher = load_single(tmp_path, data, kind="array", logits="z.npz")
+    for split, z in logits.items():
+        found = ask(teacher, data, split, (2, 0)).logits
+        np.testing.assert_array_equal(found, np.concatenate([np.zeros((2, 1)), z[[2, 0]]], 1))
+    # numbers of another type, and one file for the samples of all splits
+    rows = np.random.default_rng(1).permutation(20)
+    splits = {
+        name: dataclasses.replace(
+            data.split(name), rows=rows[start : start + COUNTS[name]], source="train", source_size=20
+        )
+        for name, start in (("train", 0), ("validation", 10), ("test", 14))
+    }
+    np.save(tmp_path / "all.npy", np.arange(20) if vector else np.arange(20).reshape(20, 1))
+    teacher = load_single(tmp_path, dataclasses.replace(data, **splits), kind="array", logits="all.npy")
+    for name, split in splits.items():
+        found = ask(teacher, data, name, (0, 2)).logits
+        np.testing.assert_array_equal(found, [[0, split.rows[0]], [0, split.rows[2]]])
+
+
+def test_one_column_is_one_label_where_there_are_several_and_no_class_of_three(tmp_path: Path) -> None:
+    np.save(tmp_path / "z.npy", np.ones((10, 1)))
+    np.save(tmp_path / "two.npy", np.ones((4, 2)))
+    keys = {"kind": "array", "logits": "z.npy"}
+    two = images(classes=2)
+    with pytest.raises(InputError, match="has 1 columns, the data set has 3 classes"):
+        load(tmp_path, images(classes=3), **keys)
+    with pytest.raises(InputError, match="has 1 columns, the data set has 2 classes"):
+        load(tmp_path, dataclasses.replace(two, task="multilabel"), **keys)
+    with pytest.raises(InputError, match="has 2 columns, the training split's have 1"):
+        load(tmp_path, two, **keys, validation_logits="two.npy")
+    label = load(tmp_path, dataclasses.replace(two, task="multilabel", classes=("a",)), **keys)
+    assert (label.num_logits, label.single_logit) == (1, False)
+    embedding = load(tmp_path, two, kind="array", embeddings="z.npy")
+    assert (embedding.embedding_dim, embedding.num_logits, embedding.single_logit) == (1, None, False)
+
+
 # --- torch ----------------------------------------------------------------------------------------------------------
 
 USER_CODE = """
 from torch import nn
 
 class Net(nn.Module):
-    def __init__(self, classes=4, channels=3):
+    def __init__(self, classes=4, channels=3, squeeze=False):
         super().__init__()
+        self.squeeze = squeeze
         self.conv = nn.Conv2d(channels, 6, 3, stride=2)
         self.norm = nn.BatchNorm2d(6)
         self.drop = nn.Dropout(0.5)
         self.fc = nn.Linear(6, classes)
 
     def forward(self, x):
-        return self.fc(self.drop(self.norm(self.conv(x)).relu().mean((2, 3))))
+        output = self.fc(self.drop(self.norm(self.conv(x)).relu().mean((2, 3))))
+        return output.squeeze(1) if self.squeeze else output
 """
 
 
@@ -268,6 +353,50 @@ def test_a_torch_teacher_of_another_task_gives_embeddings_alone(tmp_path: Path, 
         load(tmp_path, images(), **keys, kwargs={"classes": 7}, classification=True)
 
 
+@pytest.mark.parametrize("squeeze", [False, True], ids=["column", "vector"])
+def test_a_torch_teachers_single_logit_and_head_are_those_of_two_classes(
+    tmp_path: Path, factory: str, squeeze: bool
+) -> None:
+    data = images(classes=2)
+    keys = {"kind": "torch", "factory": factory, "input_channels": 3, "kwargs": {"classes": 1, "squeeze": squeeze}}
+    teacher = load_single(tmp_path, data, **keys)
+    load_single(tmp_path, data, **keys, classification=True)
+    found = ask(teacher, data)
+    assert found.embedding is not None
+    assert found.logits is not None
+    assert isinstance(teacher, NetworkTeacher)
+    network: Any = dict(teacher.network.named_children())["network"]
+    z = found.embedding @ network.fc.weight.T + network.fc.bias
+    torch.testing.assert_close(found.logits, torch.cat([torch.zeros(3, 1), z], 1))
+    assert teacher.head_weight is not None
+    assert teacher.head_bias is not None
+    assert (teacher.head_weight.shape, teacher.head_bias.shape) == ((2, 6), (2,))
+    assert not teacher.head_weight[0].any()
+    assert teacher.head_bias[0] == 0
+    torch.testing.assert_close(found.embedding @ teacher.head_weight.T + teacher.head_bias, found.logits)
+    left_out = load(tmp_path, data, **keys, classification=False)
+    assert (left_out.num_logits, left_out.single_logit, left_out.head_weight) == (None, False, None)
+    several = load(tmp_path, dataclasses.replace(data, task="multilabel"), **keys)
+    assert (several.num_logits, several.single_logit, several.head_weight) == (None, False, None)
+    # where the output is no logit, a cache has other contents
+    assert several.fingerprint() == teacher.fingerprint()
+    assert several.key != teacher.key
+
+
+def test_a_linear_that_is_not_the_output_is_no_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"two_linears_{tmp_path.name}"
+    layers = "nn.Flatten(), nn.Linear(256, 6), nn.ReLU(), nn.Linear(6, classes)"
+    (tmp_path / f"{name}.py").write_text(
+        f"from torch import nn\n\ndef net(classes):\n    return nn.Sequential({layers})\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for classes in (1, 2):
+        teacher = load(
+            tmp_path, images(classes=2), kind="torch", factory=f"{name}:net", kwargs={"classes": classes}, head="1"
+        )
+        assert (teacher.embedding_dim, teacher.num_logits, teacher.head_weight) == (256, 2, None)
+
+
 def test_a_factory_without_weights_depends_on_the_seed_alone(tmp_path: Path, factory: str) -> None:
     section = TeacherSection(kind="torch", factory=factory, input_channels=3)
     keys = [load_teacher(section, images(), base=tmp_path, seed=s, allow_code=True).key for s in (0, 0, 1)]
@@ -293,16 +422,18 @@ def test_torch_teachers_that_do_not_fit_are_explained(tmp_path: Path, factory: s
 
 
 class TwoOutputs(nn.Module):
-    """Inputs -> (embedding, logits); `pixels` says whether it takes raw uint8."""
+    """Inputs -> (embedding, logits); `pixels` says whether it takes raw uint8, `vector` drops the logits' dimension."""
 
-    def __init__(self, channels: int, pixels: bool) -> None:
+    def __init__(self, channels: int, pixels: bool, classes: int = 4, vector: bool = False) -> None:
         super().__init__()
-        self.conv, self.fc, self.pixels = nn.Conv2d(channels, 6, 3, stride=2), nn.Linear(6, 4), pixels
+        self.conv, self.fc, self.pixels = nn.Conv2d(channels, 6, 3, stride=2), nn.Linear(6, classes), pixels
+        self.vector = vector
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x = x.float() / 255 if self.pixels else x
         embedding = self.conv(x).relu().mean((2, 3))
-        return embedding, self.fc(embedding)
+        logits = self.fc(embedding)
+        return embedding, logits.squeeze(1) if self.vector else logits
 
 
 def export(network: nn.Module, example: torch.Tensor, file: Path, *, dynamic: bool = True) -> None:
@@ -357,6 +488,23 @@ def test_an_onnx_teacher_of_raw_pixels_gets_raw_pixels(tmp_path: Path) -> None:
         load(tmp_path, images(classes=3), kind="onnx", file="t.onnx", output="logits")
     with pytest.raises(InputError, match="does not fit the data"):
         load(tmp_path, texts(), kind="onnx", file="t.onnx", output="logits")
+
+
+@pytest.mark.parametrize("vector", [False, True], ids=["column", "vector"])
+def test_an_onnx_teachers_single_logit_speaks_for_the_second_class(tmp_path: Path, vector: bool) -> None:
+    torch.manual_seed(0)
+    network, data = TwoOutputs(1, pixels=True, classes=1, vector=vector), images(classes=2)
+    export(network, torch.zeros(2, 1, 16, 16, dtype=torch.uint8), tmp_path / "t.onnx")
+    keys = {"kind": "onnx", "file": "t.onnx", "output": "logits", "embedding_output": "embedding"}
+    teacher = load_single(tmp_path, data, **keys)
+    found = ask(teacher, data)
+    with torch.no_grad():
+        embedding, z = network(torch.from_numpy(data.train.inputs[[0, 3, 7]]))
+    torch.testing.assert_close(found.embedding, embedding, atol=1e-4, rtol=1e-4)
+    expected = torch.stack([torch.zeros(3), z.reshape(3)], 1)
+    torch.testing.assert_close(found.logits, expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(InputError, match="shape" if vector else "1 logits, the data set has 3 classes"):
+        load(tmp_path, images(classes=3), **keys)
 
 
 # --- transformers ---------------------------------------------------------------------------------------------------
@@ -419,6 +567,30 @@ def test_a_classifiers_logits_are_taken_when_asked_for(bert: Path) -> None:
     with torch.no_grad():
         expected = model(**encoded).logits
     torch.testing.assert_close(ask(teacher, data, rows=(3,)).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_classifier_of_one_label_speaks_for_the_second_class(bert: Path, tmp_path: Path) -> None:
+    import shutil
+
+    import transformers
+
+    shutil.copytree(bert, tmp_path / "one")
+    torch.manual_seed(1)
+    config = transformers.AutoConfig.from_pretrained(bert, num_labels=1)
+    model = transformers.BertForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path / "one")
+    data = texts()
+    keys = {"kind": "transformers", "model": "one", "classification": True}
+    teacher = load_single(tmp_path, data, **keys)
+    assert data.test.texts is not None
+    encoded = transformers.AutoTokenizer.from_pretrained(bert)([data.test.texts[1]], return_tensors="pt")
+    with torch.no_grad():
+        z = model(**encoded).logits
+    assert z.shape == (1, 1)
+    found = ask(teacher, data, "test", (1,)).logits
+    torch.testing.assert_close(found, torch.tensor([[0.0, z.item()]]), atol=1e-5, rtol=1e-5)
+    with pytest.raises(InputError, match="1 labels, the data set has 3 classes"):
+        load(tmp_path, dataclasses.replace(data, classes=("a", "b", "c")), **keys)
 
 
 def test_an_image_transformer_uses_its_processors_size_and_scaling(tmp_path: Path) -> None:
