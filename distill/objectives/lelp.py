@@ -401,9 +401,9 @@ class LELP(Objective):
     The fit reads view 0 of the cached embeddings, the clean inputs: subclasses are to follow the data, not the
     augmentation. The targets of a batch come from the embedding of the view that the student sees.
 
-    z_T are the teacher's logits where it has one per class; a single logit z of a two-class teacher counts as [0, z];
-    else the probe's logits. W is the head that gives these logits: the teacher's own where it is known, else the one
-    that `recover_head` reads off logits and embeddings (stored outputs, ONNX) where they are an affine function of each
+    z_T are the teacher's logits where it has one per class (a single logit z of two classes arrives as [0, z]), else
+    the probe's logits. W is the head that gives these logits: the teacher's own where it is known, else the one that
+    `recover_head` reads off logits and embeddings (stored outputs, ONNX) where they are an affine function of each
     other, else the probe's: `fit_probe`, on the labels. `on = "compressed"`: e is the frozen transform's output, W and
     z_T are its head's.
 
@@ -435,8 +435,7 @@ class LELP(Objective):
         )
         # in a tuple: as a submodule it would be in the checkpoint and in the optimiser twice
         self._compression: tuple[EmbeddingCompression, ...] = ()
-        single = shapes.teacher_logits == 1 and shapes.classes == 2
-        self._reads_logits = single or shapes.teacher_logits == shapes.classes
+        self._reads_logits = shapes.teacher_logits == shapes.classes
         self._entropy: float | None = None
         self.register_buffer("random_coordinates", None, persistent=False)
         if not self.builds_on_others:
@@ -502,8 +501,7 @@ class LELP(Objective):
             return self._compression[0].head.weight.double()
         if data.head_weight is None or not self._reads_logits:
             return None
-        weight = data.head_weight.to(data.device, torch.float64)
-        return _with_zero(weight.T).T if len(weight) == 1 < self.shapes.classes else weight
+        return data.head_weight.to(data.device, torch.float64)
 
     def _recovered_or_probe(self, embedding: Tensor, labels: Tensor, data: FitData, fitted: bool) -> Tensor | None:
         """W where the teacher's is not known; None when a checkpoint already has what was made of it."""
@@ -511,9 +509,7 @@ class LELP(Objective):
             self.head_source = "probe" if self.probe_weight.any() else "recovered"
             return None
         if self._reads_logits:
-            logits = required(data.logits)[0]
-            logits = _with_zero(logits) if logits.shape[1] < self.shapes.classes else logits
-            weight = recover_head(embedding, logits, device=data.device)
+            weight = recover_head(embedding, required(data.logits)[0], device=data.device)
             if weight is not None:
                 self.head_source = "recovered"
                 return weight
@@ -579,7 +575,6 @@ class LELP(Objective):
             logits: Tensor = self._compression[0].head(embedding)
         elif self._reads_logits:
             logits = at_least_float32(required(teacher.logits))
-            logits = _with_zero(logits) if logits.shape[1] < self.shapes.classes else logits
         else:
             logits = F.linear(embedding, self.probe_weight.to(embedding), self.probe_bias.to(embedding))
         if self.section.subclasses == "random":
@@ -600,8 +595,3 @@ class LELP(Objective):
         if self._entropy is not None:
             figures["lelp/teacher_subclass_entropy"] = self._entropy
         return figures
-
-
-def _with_zero(logit: Tensor) -> Tensor:
-    """(N, 1) -> (N, 2): the two class logits [0, z] of a single one."""
-    return torch.cat([torch.zeros_like(logit), logit], dim=1)

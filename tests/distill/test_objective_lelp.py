@@ -213,7 +213,9 @@ def test_log_sum_exp_neither_overflows_nor_loses_its_gradient() -> None:
 @pytest.mark.parametrize("tau", [0.004, 0.3, 1.0, 4.0])
 def test_class_logits_in_half_precision_survive_a_small_temperature(tau: float) -> None:
     # 300 / 0.004 is beyond the largest FP16 number, and so is the distance of the classes' logits
-    head = torch.tensor([[300.0, 299.0, -300.0, 0.5], [-300.0, -300.0, 6e4, -6e4]], dtype=torch.float16).requires_grad_()
+    head = torch.tensor(
+        [[300.0, 299.0, -300.0, 0.5], [-300.0, -300.0, 6e4, -6e4]], dtype=torch.float16
+    ).requires_grad_()
     found = class_logits_of(head, 2, tau)
     exact = head.detach().double().requires_grad_()
     expected = tau * torch.logsumexp(exact.reshape(2, 2, 2) / tau, -1)
@@ -581,27 +583,24 @@ def test_a_head_that_reads_every_direction_leaves_none() -> None:
 # -- where W and the logits come from ---------------------------------------------------------------------------------
 
 
-def test_a_single_logit_counts_as_zero_and_itself() -> None:
+def test_a_single_logit_beside_zero_is_what_two_logits_are() -> None:
     t = teacher(classes=2)
-    w, z = t.w[1:] - t.w[:1], t.z[:, 1:] - t.z[:, :1]
-    single = replace_values(t, w=w, z=z, b=t.b[1:])
-    zero = replace_values(
-        t, w=torch.cat([0 * w, w]), z=torch.cat([0 * z, z], 1), b=torch.stack([torch.zeros_like(t.b[0]), t.b[1]])
-    )
-    one = lelp(single, {"classes": 2, "teacher_logits": 1})
-    two = lelp(zero)
-    assert one.head_source == "teacher"
-    for name, value in two.state_dict().items():
-        torch.testing.assert_close(one.state_dict()[name], value)
-    assert torch.linalg.matrix_rank(one.null_space) == 7
+    one = single_logit(t)
+    found, expected = lelp(one), lelp(t)
+    assert found.head_source == "teacher"
+    torch.testing.assert_close(found.null_space, expected.null_space)
+    assert torch.linalg.matrix_rank(found.null_space) == 7
     out = random(90, 2 * S, seed=9)
-    found = one(StudentOutput(out, out), TeacherOutput(t.e, z), batch(t.labels))
-    expected = two(StudentOutput(out, out), TeacherOutput(t.e, zero.z), batch(t.labels))
-    for name in expected:
-        assert float(found[name]) == pytest.approx(float(expected[name]), rel=1e-12)
-    p = torch.sigmoid(z).squeeze(1)
-    head = perfect_head(zero.z, two.targets(TeacherOutput(t.e, zero.z), torch.arange(90))[1], 1.0, 1.0)
-    torch.testing.assert_close(one.class_logits(head).softmax(1)[:, 1], p)
+    terms = found(StudentOutput(out, out), TeacherOutput(t.e, one.z), batch(t.labels))
+    for name, term in expected(StudentOutput(out, out), TeacherOutput(t.e, t.z), batch(t.labels)).items():
+        assert float(terms[name]) == pytest.approx(float(term), rel=1e-9)
+    head = perfect_head(one.z, found.targets(TeacherOutput(t.e, one.z), torch.arange(90))[1], 1.0, 1.0)
+    torch.testing.assert_close(found.class_logits(head).softmax(1)[:, 1], torch.sigmoid(one.z[:, 1]))
+
+
+def single_logit(t: SimpleNamespace) -> SimpleNamespace:
+    """The two-class teacher as one logit z gives it: [0, z]."""
+    return replace_values(t, w=t.w - t.w[:1], z=t.z - t.z[:, :1], b=t.b - t.b[:1])
 
 
 def test_the_probe_is_the_optimum_of_its_convex_problem() -> None:
@@ -755,9 +754,8 @@ def test_a_constant_column_and_a_class_that_is_always_the_same_are_recovered() -
 
 def test_a_single_logit_without_a_known_head_is_recovered() -> None:
     t = teacher(classes=2)
-    single = replace_values(t, z=t.z[:, 1:] - t.z[:, :1])
-    objective = fresh(t, {"teacher_logits": 1})
-    objective.prepare(data(single, head=False))
+    objective = fresh(t)
+    objective.prepare(data(single_logit(t), head=False))
     assert objective.head_source == "recovered"
     torch.testing.assert_close(objective.null_space, lelp(t).null_space, atol=1e-4, rtol=0)
 
