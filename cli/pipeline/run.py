@@ -38,6 +38,8 @@ from distill.objectives.section import (
     check_data,
     check_mixup,
     check_needs,
+    check_subclasses,
+    check_teacher,
     resolve_hard_weight,
 )
 from distill.objectives.split_head import class_logits_of
@@ -252,10 +254,14 @@ class Run:
         teacher = self.teacher_for(sections)
         return None if teacher is None else teacher.fingerprint
 
-    def check_objectives(self, sections: tuple[AnyObjective, ...]) -> None:
+    def check_objectives(self, sections: tuple[AnyObjective, ...], student_dim: int | None = None) -> None:
         """Refuses objectives that data or teacher cannot serve, or that do not go together; trains nothing.
 
         A teacher that is not to be trained is loaded for it.
+
+        Args:
+            sections: the objectives.
+            student_dim: size of the smallest student's embedding; None: what depends on it is not checked.
 
         Raises:
             InputError: names the objective's place in the recipe.
@@ -274,6 +280,27 @@ class Run:
         check_needs(sections, frozenset(found))
         if teacher is not None:
             check_classes(sections, classes, teacher.num_logits)
+        check_teacher(sections, self.recipe.teacher.moves)
+        check_subclasses(sections, classes, lambda: self._teacher_dim, student_dim)
+
+    @cached_property
+    def _teacher_dim(self) -> int:
+        """D_t of a teacher with embeddings; one that is to be trained is built for it."""
+        if self.recipe.teacher.kind == "train":
+            arch = self._teacher_arch
+            return self._build(self._teacher_network(arch), arch, (SUPERVISED,)).embedding_dim
+        assert self.teacher is not None
+        assert self.teacher.embedding_dim is not None
+        return self.teacher.embedding_dim
+
+    @property
+    def _teacher_arch(self) -> str:
+        """The architecture of a teacher that is to be trained."""
+        return self.recipe.teacher.arch or teacher_arch(self.recipe.student.family, self.dataset.input)
+
+    def _teacher_network(self, arch: str) -> StudentSection:
+        """What `build_student` makes a teacher from."""
+        return self.recipe.student.model_copy(update={"kind": "family", "arch": arch})
 
     def _say_once(self, note: str) -> None:
         if note not in self.notes:
@@ -306,7 +333,7 @@ class Run:
                     allow_code=self.allow_code,
                     progress=self.progress,
                 )
-        arch = section.arch or teacher_arch(self.recipe.student.family, self.dataset.input)
+        arch = self._teacher_arch
         changes: dict[str, Any] = {"epochs": section.epochs} if section.epochs is not None else {}
         if section.learning_rate is not None:
             changes["learning_rate"] = section.learning_rate
@@ -390,8 +417,8 @@ class Run:
                     fix='leave arch out, or student.kind = "family"',
                 )
             check_family(parse_arch(target.section.arch, where=where).family, self.dataset.input, where=where)
-        for arch in self.archs:
-            self._build(student, arch, self.recipe.objective)
+        students = [self._build(student, arch, self.recipe.objective) for arch in self.archs]
+        self.check_objectives(self.recipe.objective, min((each.embedding_dim for each in students), default=None))
 
     def student(self, arch: str) -> Trained:
         """The distilled student of that architecture."""
@@ -427,9 +454,7 @@ class Run:
             return self._trained[role, name]
         dataset = self.dataset
         section = self.recipe.train.model_copy(update=changes)
-        student_section = self.recipe.student
-        if role == "teacher":
-            student_section = student_section.model_copy(update={"kind": "family", "arch": arch})
+        student_section = self._teacher_network(arch) if role == "teacher" else self.recipe.student
         folder = self.folder / (name if role == "teacher" else f"students/{name}")
 
         student = self._build(student_section, arch, objectives)

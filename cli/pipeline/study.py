@@ -301,7 +301,8 @@ class Study:
             )
         run.check_objectives(recipe.objective)
         check_data(recipe.objective, dataset.task, len(dataset.classes), rows or len(dataset.train))
-        _build(recipe, dataset, self._arch(combination), 0, self.loaded.base, self.allow_code)
+        student = _build(recipe, dataset, self._arch(combination), 0, self.loaded.base, self.allow_code)
+        run.check_objectives(recipe.objective, student.embedding_dim)
 
     def _arch(self, combination: Combination) -> str | None:
         """The recipe's student, else that of its first target; None for a student of the user's own."""

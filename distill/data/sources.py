@@ -157,14 +157,16 @@ def _npz_rows(
     arrays: Mapping[str, Array], section: DataSection, prefix: str, image_key: str, label_key: str, file: Path
 ) -> Rows:
     mask_key = section.mask_key or "mask"
-    wanted = [prefix + image_key, prefix + label_key] + ([prefix + mask_key] if section.mask_key else [])
-    for name in wanted:
-        if name not in arrays:
+    wanted = {"image_column": image_key, "label_column": label_key}
+    if section.mask_key:
+        wanted["mask_key"] = mask_key
+    for key, name in wanted.items():
+        if prefix + name not in arrays:
             raise InputError(
-                f'no array "{name}" in {file.name}',
-                where=str(file),
+                f'no array "{prefix}{name}" in {file.name}',
+                where=f"data.{key}, in {file}",
                 evidence="keys found: " + ", ".join(sorted(arrays)),
-                fix="name the keys with data.image_column and data.label_column",
+                fix=f"name the array with data.{key}",
             )
     images = ArrayImages(arrays[prefix + image_key], f"{file}, {prefix}{image_key}")
     labels = arrays[prefix + label_key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -110,6 +111,11 @@ class ObjectiveBase(Section):
     def default_hard_weight(self) -> float:
         """The weight of the ground-truth term when this is the only objective and the recipe names none."""
         return 1.0
+
+    @property
+    def still_teacher(self) -> bool:
+        """Whether it fits something on the teacher's outputs once, before training: a teacher that moves leaves it."""
+        return False
 
 
 class SupervisedSection(ObjectiveBase):
@@ -232,6 +238,10 @@ class EmbeddingCompressionSection(ObjectiveBase):
     @property
     def default_hard_weight(self) -> float:
         return round(1.0 - self.lam, 9)
+
+    @property
+    def still_teacher(self) -> bool:
+        return self.schedule == "frozen"
 
 
 class DKDSection(ObjectiveBase):
@@ -400,6 +410,10 @@ class LELPSection(ObjectiveBase):
     def default_hard_weight(self) -> float:
         return 0.0
 
+    @property
+    def still_teacher(self) -> bool:
+        return True
+
 
 class SubclassSection(ObjectiveBase):
     """Subclass distillation: the teacher is trained again with subclasses of its own making; the student matches."""
@@ -421,6 +435,10 @@ class SubclassSection(ObjectiveBase):
     tau: float = Field(1.0, gt=0, description="temperature of teacher and student")
     aux_weight: float = Field(1.0, ge=0, description="weight of the term that makes the teacher use its subclasses")
     aux_temperature: float = Field(1.0, gt=0, description="temperature of that term")
+
+    @property
+    def still_teacher(self) -> bool:
+        return True
 
 
 AnyObjective = (
@@ -582,6 +600,65 @@ def _check_compressed(sections: tuple[AnyObjective, ...]) -> None:
                 where=f"objective[{sections.index(transforms[0])}].schedule",
                 evidence=f'schedule = "{transforms[0].schedule}"; the subclasses are fitted once, before training',
                 fix='schedule = "frozen"',
+            )
+
+
+def check_subclasses(
+    sections: tuple[AnyObjective, ...], classes: int, teacher_dim: Callable[[], int], student_dim: int | None = None
+) -> None:
+    """Refuses more LELP subclasses than the embedding can have directions for, before anything is trained.
+
+    The training samples may leave fewer still: `LELP.prepare` counts those.
+
+    Args:
+        sections: the recipe's objectives.
+        classes: C of the data; the head takes C - 1 directions for itself.
+        teacher_dim: D_t; asked only where it matters.
+        student_dim: D_s, a compressed embedding's size where the recipe names none; None: not known yet, unchecked.
+
+    Raises:
+        InputError: names the objective's place in the recipe and the largest number that would do.
+    """
+    for position, section in enumerate(sections):
+        if not isinstance(section, LELPSection) or section.subclasses == "random":
+            continue
+        if section.on == "compressed":
+            transform = next(each for each in sections if isinstance(each, EmbeddingCompressionSection))
+            name, size = "the compressed embedding", transform.dimension or student_dim
+        else:
+            name, size = "the teacher's embedding", teacher_dim()
+        if size is None:
+            continue
+        taken = min(classes - 1, size) if section.null_space else 0
+        limit = size - taken
+        if section.subclasses_per_class > limit:
+            raise InputError(
+                f"{section.subclasses_per_class} subclasses per class are more than the embedding has directions for",
+                where=f"objective[{position}].subclasses_per_class",
+                evidence=f"{name} has {size} dimensions"
+                + (f", of which the head of {classes} classes takes {taken}" if taken else ""),
+                fix=f"subclasses_per_class = {limit} or fewer" if limit else 'null_space = false, or objective = "kd"',
+            )
+
+
+def check_teacher(sections: tuple[AnyObjective, ...], moves: bool) -> None:
+    """Refuses a teacher that learns beside the student where something is fitted on its outputs once, before training.
+
+    Args:
+        sections: the recipe's objectives.
+        moves: whether the teacher learns on.
+
+    Raises:
+        InputError: names the objective's place in the recipe.
+    """
+    for position, section in enumerate(sections):
+        if moves and section.still_teacher:
+            raise InputError(
+                f'objective "{section.kind}" needs a teacher that stands still, and this one learns along with the '
+                "student",
+                where=f"objective[{position}].kind",
+                evidence="it is fitted once, before training, on what the teacher says then",
+                fix='teacher.strategy = "frozen", or another objective',
             )
 
 
