@@ -34,7 +34,7 @@ from profiles.progress import Progress, Silent
 ENGINE = "model.engine"
 STATIC_ENGINE = "model-batch1.engine"
 _SCORED = "scored.onnx"
-_FORMS = 1
+_FORMS = 2
 """Raise when the way a graph is made changes, so that older artefacts are made anew."""
 _INT8_DIVERGENCE = 0.3
 """Relative error of a single value at which an INT8 graph is said to diverge, when it has collapsed."""

@@ -124,8 +124,10 @@ def quantize(
         prepared, quantized = Path(folder) / "prepared.onnx", Path(folder) / "quantized.onnx"
         try:
             with quiet():
-                quant_pre_process(str(source), str(prepared), auto_merge=True)
-                nodes = _after_first_compute(onnx.load(str(prepared)), form.operators)
+                # symbolic shape inference has no rule for ReduceMax and others and fails on them; the exporter writes
+                # all shapes into the graph anyway
+                quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+                nodes = _to_quantise(onnx.load(str(prepared)), form.operators)
                 if not nodes:
                     raise EdgestillError(
                         "the graph has nothing to quantise", where=source.name, evidence=f"no {COMPUTE}"
@@ -152,7 +154,11 @@ def quantize(
         except EdgestillError:
             raise
         except Exception as error:
-            raise EdgestillError("cannot quantise the graph", where=source.name, evidence=first_lines(error)) from error
+            raise EdgestillError(
+                "ONNX Runtime's quantiser cannot quantise the graph",
+                where=source.name,
+                evidence=f"{type(error).__name__}: {first_lines(error)}",
+            ) from error
         model = onnx.load(str(quantized))
     # the quantiser leaves the domains that its own optimiser might have used
     domains = {node.domain for node in model.graph.node}
@@ -165,20 +171,30 @@ def quantize(
     save(model, target)
 
 
-def _after_first_compute(model: onnx.ModelProto, operators: tuple[str, ...]) -> list[str]:
-    """Names of the nodes to quantise: computing ones, and those of `operators` that follow one.
+def _to_quantise(model: onnx.ModelProto, operators: tuple[str, ...]) -> list[str]:
+    """Names of the nodes to quantise: computing ones, those of `operators` between them, and directly after the last.
 
-    What comes before (the cast of the pixels and their normalisation) is one exact pass over the input and stays float.
+    What comes before the first (the cast of the pixels and their normalisation) is one exact pass over the input and
+    stays float. So does what other operators separate from the last: the log-sum-exp of a split head adds a logarithm
+    to a maximum, and steps of 1/256 of the logits' range there would cost accuracy and save nothing.
     """
-    computed: set[str] = set()
+    awaited: set[str] = set()  # values from which a computing node can be reached
+    for node in reversed(model.graph.node):
+        if node.op_type in COMPUTE or any(name in awaited for name in node.output):
+            awaited.update(node.input)
+    computed: set[str] = set()  # values that come from a computing node
+    direct: set[str] = set()  # those that only quantised nodes made from it
     names: list[str] = []
     for node in model.graph.node:
-        after = node.op_type in COMPUTE or any(name in computed for name in node.input)
-        if after:
-            computed.update(node.output)
-            if node.op_type in operators:
-                names.append(node.name)
-    return names if any(node.op_type in COMPUTE for node in model.graph.node) else []
+        inputs = [name for name in node.input if name in computed]
+        if node.op_type not in COMPUTE and not inputs:
+            continue
+        computed.update(node.output)
+        between = node.op_type in COMPUTE or any(name in awaited for name in node.output)
+        if node.op_type in operators and (between or all(name in direct for name in inputs)):
+            direct.update(node.output)
+            names.append(node.name)
+    return names
 
 
 class _Reader:
