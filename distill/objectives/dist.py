@@ -58,9 +58,9 @@ def relation_losses(student: Tensor, teacher: Tensor, tau: float, *, multilabel:
         multilabel: whether a sample may have several labels.
 
     Returns:
-        Two scalars in 0..2 tau^2, at least float32. First over the classes within a sample (the paper's inter-class
-        relation), then over the samples within a class (its intra-class relation). A batch of one has no relation
-        between samples: the second is then 0, with zero gradient.
+        Two scalars in 0..2 tau^2, at least float32, 0 when all relations agree. First over the classes within a sample
+        (the paper's inter-class relation), then over the samples within a class (its intra-class relation). A batch of
+        one has no relation between samples: the second is then 0, with zero gradient.
     """
     z_s, z_t = at_least_float32(student) / tau, at_least_float32(teacher).detach() / tau
     y_s, y_t = (z_s.sigmoid(), z_t.sigmoid()) if multilabel else (z_s.softmax(1), z_t.softmax(1))
@@ -68,12 +68,6 @@ def relation_losses(student: Tensor, teacher: Tensor, tau: float, *, multilabel:
     if len(y_s) == 1:
         return classes, 0 * y_s.sum()
     return classes, tau**2 * (1 - pearson(y_s.t(), y_t.t())).mean()
-
-
-def dist_loss(student: Tensor, teacher: Tensor, tau: float, *, multilabel: bool = False) -> Tensor:
-    """Sum of the two `relation_losses`: scalar in 0..4 tau^2, 0 when all relations agree."""
-    classes, samples = relation_losses(student, teacher, tau, multilabel=multilabel)
-    return classes + samples
 
 
 class DIST(Objective):

@@ -53,10 +53,10 @@ def decoupled_divergences(student: Tensor, teacher: Tensor, labels: Tensor, tau:
     return target, (log_pi_t.exp() * (log_pi_t - log_pi_s)).sum(1)
 
 
-def dkd_loss(
+def dkd_losses(
     student: Tensor, teacher: Tensor, labels: Tensor, tau: float, *, alpha: float = 1.0, beta: float = 8.0
-) -> Tensor:
-    """alpha tau^2 KL(b_T || b_S) + beta tau^2 KL(pi_T || pi_S), averaged over the batch.
+) -> tuple[Tensor, Tensor]:
+    """alpha tau^2 KL(b_T || b_S) and beta tau^2 KL(pi_T || pi_S), averaged over the batch. Their sum is the loss.
 
     Args:
         student: class logits z_S (N, C).
@@ -67,15 +67,15 @@ def dkd_loss(
         beta: weight of the part of the other classes.
 
     Returns:
-        Scalar >= 0, at least float32; 0 exactly when the distributions are equal. With alpha = 1 and 1 - p_T(y) of each
-        sample in place of beta it is `kd_loss`.
+        Two scalars >= 0, at least float32; both are 0 exactly when the distributions are equal. With alpha = 1 and
+        1 - p_T(y) of each sample in place of beta their sum is `kd_loss`.
     """
     target, rest = decoupled_divergences(student, teacher, labels, tau)
-    return tau**2 * (alpha * target + beta * rest).mean()
+    return alpha * tau**2 * target.mean(), beta * tau**2 * rest.mean()
 
 
 class DKD(Objective):
-    """weight times `dkd_loss`, as two terms.
+    """weight times each of `dkd_losses`, as two terms.
 
     Requirements: teacher logits, labels, more than two classes (the second part is 0 for two). Relations: `kd` weighs
     the second part of each sample with 1 - p_T(y). The published warm-up, 20 of 240 epochs, is the weight schedule of
@@ -89,6 +89,7 @@ class DKD(Objective):
         self.tau = section.tau
 
     def forward(self, student: StudentOutput, teacher: TeacherOutput, batch: Batch) -> dict[str, Tensor]:
-        target, rest = decoupled_divergences(student.head, required(teacher.logits), batch.labels, self.tau)
-        factor = self.weight * self.tau**2
-        return {"dkd/target": factor * self.alpha * target.mean(), "dkd/rest": factor * self.beta * rest.mean()}
+        target, rest = dkd_losses(
+            student.head, required(teacher.logits), batch.labels, self.tau, alpha=self.alpha, beta=self.beta
+        )
+        return {"dkd/target": self.weight * target, "dkd/rest": self.weight * rest}
