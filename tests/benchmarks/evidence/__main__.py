@@ -37,11 +37,32 @@ from tests.benchmarks.evidence.prepare import prepare
 RESULTS = Path(__file__).parents[1] / "results"
 STUDIES = {
     "few-class-parity": "Few classes: parity of the class number",
+    "few-class-parity-lelp": "Few classes: LELP's settings, one at a time, on parity",
     "few-class-upper-body": "Few classes: upper-body garment or not",
     "text-binary": "Texts: positive or negative movie snippets, fine-tuned teacher",
     "embeddings-text": "Embeddings of another task: frozen MiniLM, movie snippets",
     "embeddings-image": "Embeddings of another task: frozen EfficientNet-Lite0 (ImageNet), Fashion-MNIST",
 }
+"""In the order in which they run. Each has the recipe of its name, but for those of VARIED."""
+VARIED: dict[str, tuple[str, dict[str, list[Any]]]] = {
+    "few-class-parity-lelp": (
+        "few-class-parity",
+        {
+            "data.train_size": [10000],
+            "objective": [
+                "supervised",
+                "kd",
+                "lelp",
+                *({"kind": "lelp", "tau": tau} for tau in (2.0, 4.0)),
+                *({"kind": "lelp", "subclasses_per_class": size} for size in (4, 16)),
+                {"kind": "lelp", "beta": 2.0},
+                {"kind": "lelp", "null_space": False},
+                {"kind": "lelp", "rotation": False},
+            ],
+        },
+    )
+}
+"""Studies in the folder of another one, whose teacher and trainings they share, and what they vary instead."""
 ORACLES = {"few-class-parity": "parity", "few-class-upper-body": "upper-body"}
 ORACLE = "few-class-ten"
 ORACLE_ROW = "oracle: the ten true classes"
@@ -56,8 +77,9 @@ class Evidence:
 
     def study(self, name: str) -> Study:
         """The study of a recipe, in its folder."""
-        loaded = load_recipe(str(self.folder / f"{name}.toml"))
-        return Study(loaded, self.folder / "studies" / name, jobs=self.jobs, progress=make_progress())
+        recipe, vary = VARIED.get(name, (name, {}))
+        loaded = load_recipe(str(self.folder / f"{recipe}.toml"))
+        return Study(loaded, self.folder / "studies" / recipe, vary=vary, jobs=self.jobs, progress=make_progress())
 
     def run(self, name: str) -> None:
         """Trains what is missing; the few-class studies want the oracle's trainings, too."""
