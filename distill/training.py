@@ -42,7 +42,7 @@ _WINDOW = 50
 """Steps between two looks at the losses; the only moments inside an epoch at which the host waits for the device."""
 _CHECKPOINT = "checkpoint.pt"
 _TENSORBOARD = "tensorboard"
-_FORM = 1
+FORM = 1
 """Raise when the way a student is trained changes, so that older artefacts are made anew."""
 
 
@@ -704,7 +704,7 @@ def _key(
     """Hash of everything that decides the weights."""
     return content_key(
         "student",
-        _FORM,
+        FORM,
         student.arch,
         {name: value.detach().cpu().numpy() for name, value in student.state_dict().items()},
         {name: value.detach().cpu().numpy() for name, value in objective.state_dict().items()},

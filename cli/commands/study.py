@@ -71,7 +71,8 @@ def study(
     """Train every combination of methods and settings with several seeds, and say which method is better.
 
     One teacher and one cache serve all trainings. Resumable: the same command goes on, and with more seeds or values it
-    trains only what is missing. --tune searches what `edgestill methods NAME` says, but keeps what you changed or vary.
+    trains only what is missing. But a training set larger than the recipe's own data.train_size changes the teacher, so
+    that all is made anew. --tune searches what `edgestill methods NAME` says, but keeps what you changed or vary.
     Exit status: 0 done, 1 a training failed, 2 wrong input, 130 interrupted.
     """
     from cli import console

@@ -6,11 +6,15 @@
 Data split, teacher and cache are made once, with the recipe's seed, for the recipe's own training split or a larger one
 that is asked for; smaller sizes are nested, class-stratified subsets of it. The seed of a cell changes the student's
 initial weights, the order of the samples and the objectives' parameters, nothing else.
+
+A finished cell is used again while its key is the same: a hash of the data, of the teacher's outputs, of the untrained
+student and of everything in the recipe that decides a training.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import multiprocessing
 import os
@@ -28,7 +32,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,18 +42,23 @@ from cli.recipe import LoadedRecipe, Recipe
 from cli.report.study_schema import CellResult, TuningRow
 from cli.search import check_trials
 from cli.study_grid import Combination, build_grid, short_key, shown
-from distill.data import Dataset
+from distill.data import Dataset, InputSpec
 from distill.data.dataset import subset
 from distill.data.labels import Labels
+from distill.data.load import KIND as DATA_KIND
 from distill.data.load import open_dataset
 from distill.data.splits import nested_order
+from distill.networks import fingerprint
 from distill.objectives.compose import Composition, build_objective, head_size
-from distill.objectives.section import check_data
+from distill.objectives.section import AnyObjective, check_data
+from distill.objectives.subclass import retrained_for
+from distill.resident import Resident
 from distill.students import Student, build_student, default_arch
 from distill.teachers import SubclassCache, TeacherCache, open_cache
 from distill.teachers.cache import CacheParts
 from distill.teachers.subset import cache_rows
 from distill.train_section import TrainSection
+from distill.training import FORM as TRAINING_FORM
 from distill.training import TrainResult, evaluate_logits, train
 from profiles import artifact
 from profiles.errors import EdgestillError, InputError, Interrupted
@@ -97,6 +106,17 @@ class Cell:
         return stored
 
 
+class _Untrained(NamedTuple):
+    """A student before its training.
+
+    key: hash of its weights; of a network of the user's own, the code of its classes counts, too, since the weights do
+    not tell what is done with them.
+    """
+
+    key: str
+    embedding_dim: int
+
+
 @dataclass(frozen=True)
 class Failure:
     """A cell that could not be trained, and why."""
@@ -111,7 +131,8 @@ class Job:
 
     rows: training samples, None for all. cache: folder, parts and subclasses per class (None: a plain cache) of the
     teacher's outputs, None where no objective needs a teacher. settings: hash of the recipe's keys alone, by which a
-    dry run knows a finished cell without loading anything. tuning: the cell is not trained but tuned.
+    dry run knows a finished cell without loading anything. tuning: the cell is not trained but tuned. row_seed: of the
+    choice of `rows`; view_seed: of the augmented views.
     """
 
     cell: Cell
@@ -126,6 +147,7 @@ class Job:
     allow_code: bool
     keep_student: bool
     tuning: Tuning | None = None
+    row_seed: int = 0
 
     @property
     def label(self) -> str:
@@ -189,6 +211,9 @@ class Study:
         self.tuning: tuple[TuningRow, ...] = ()
         self.cells = self._cells()
         self._bases: dict[str, Run] = {}
+        self._keys: dict[Path, str] | None = None
+        self._tuned: frozenset[str] | None = None
+        self._students: dict[tuple[str, InputSpec, int], _Untrained] = {}
 
     def run(self) -> Any:
         """Trains what is missing, writes study.json and returns what it says (a `StudyReport`).
@@ -213,8 +238,7 @@ class Study:
 
             self._try_to_build(jobs)
             tuned = tune_study(self)
-            cells = [cell for cell in self.cells if cell.combination in tuned]
-            jobs = [self.job(cell.combination, cell.seed, cell.folder) for cell in cells]
+            jobs = self._jobs([cell for cell in self.cells if cell.combination in tuned])
         left = [job for job in jobs if artifact.current(job.cell.folder, KIND, job.key) is None]
         self._try_to_build(left)
         if len(left) < len(jobs):
@@ -232,10 +256,38 @@ class Study:
             else:
                 self._train_in_processes(left, bar)
 
-    def use(self, combinations: Sequence[Combination]) -> None:
-        """Replaces the combinations by the same ones with tuned settings."""
+    def use(self, combinations: Sequence[Combination], tuned: Sequence[TuningRow]) -> None:
+        """Replaces the combinations by the same ones with tuned settings; `tuned`: the tunings that are finished."""
+        self.tuning = tuple(tuned)
+        names = [(row.method, row.factors) for row in tuned]
+        self._tuned = frozenset(one.label for one in combinations if (one.method, one.factors) in names)
         self.grid = replace(self.grid, combinations=tuple(combinations))
         self.cells = self._cells()
+
+    def finished(self) -> dict[Cell, CellResult]:
+        """The cells that are done, whatever else is in their folders.
+
+        A cell counts when it has the key of its job. Before `prepare`, when neither data nor teacher may be loaded, it
+        counts when it was made with the same settings; whether the data itself has changed is not looked at then.
+        """
+        if self.trials is not None and self._tuned is None:
+            from cli.pipeline.tune import look
+
+            look(self)
+        return {cell: cell.read() for cell in self.cells if self._is_done(cell)}
+
+    def _is_done(self, cell: Cell) -> bool:
+        if self.trials is not None and cell.combination.label not in (self._tuned or ()):
+            return False  # its settings are not known yet
+        if self._keys is not None:
+            key = self._keys.get(cell.folder)
+            return key is not None and artifact.current(cell.folder, KIND, key) is not None
+        try:
+            manifest = artifact.read_manifest(cell.folder, KIND)
+        except InputError:
+            return False
+        same = manifest.info.get("settings") == self.settings_key(cell.combination, cell.seed)
+        return same and artifact.current(cell.folder, KIND, manifest.key) is not None
 
     def prepare(self) -> list[Job]:
         """Checks everything that can be checked, then makes data, teachers and caches; one job per cell, done or not.
@@ -245,12 +297,39 @@ class Study:
         """
         with artifact.explain_os_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        for run in {id(run): run for run in map(self.base, self.grid.combinations)}.values():
+        runs = {id(run): run for run in map(self.base, self.grid.combinations)}
+        sizes = {each: _train_samples(run) for each, run in runs.items()}
+        for run in runs.values():
             run.prepare_folder()
         for combination in self.grid.combinations:
             with _named(combination.label):
                 self._check(combination)
-        return [self.job(cell.combination, cell.seed, cell.folder) for cell in self.cells]
+        for each, run in runs.items():
+            self._tell_what_is_lost(run, sizes[each])
+        return self._jobs(self.cells)
+
+    def _jobs(self, cells: Sequence[Cell]) -> list[Job]:
+        """One job per cell; what `finished` knows from then on."""
+        jobs = [self.job(cell.combination, cell.seed, cell.folder) for cell in cells]
+        self._keys = {job.cell.folder: job.key for job in jobs}
+        return jobs
+
+    def _tell_what_is_lost(self, run: Run, before: int | None) -> None:
+        """Notes how much is made anew because a training split of another size than before has another teacher."""
+        now = len(run.dataset.train)
+        if before is None or before == now:
+            return
+        cells = [cell for cell in self.cells if self.base(cell.combination) is run]
+        done = sum((cell.folder / artifact.MANIFEST).is_file() for cell in cells)
+        trials = sum(
+            len([*(self.folder / "tuning" / slug).glob(f"trial-*/{artifact.MANIFEST}")])
+            for combination, slug in zip(self.grid.combinations, self.slugs(), strict=True)
+            if self.trials is not None and self.base(combination) is run
+        )
+        found = [f"{count} finished {thing}" for count, thing in ((done, "cells"), (trials, "tuning trials")) if count]
+        if found:
+            size = f"a {'smaller' if before < now else 'larger'} training split ({before:,} samples, now {now:,})"
+            self.progress.note(f"{' and '.join(found)} belong to {size} and are made anew")
 
     # -- data and teachers -------------------------------------------------------------------------------------------
 
@@ -301,8 +380,7 @@ class Study:
             )
         run.check_objectives(recipe.objective)
         check_data(recipe.objective, dataset.task, len(dataset.classes), rows or len(dataset.train))
-        student = _build(recipe, dataset, self._arch(combination), 0, self.loaded.base, self.allow_code)
-        run.check_objectives(recipe.objective, student.embedding_dim)
+        run.check_objectives(recipe.objective, self._untrained(combination, 0).embedding_dim)
 
     def _arch(self, combination: Combination) -> str | None:
         """The recipe's student, else that of its first target; None for a student of the user's own."""
@@ -313,11 +391,23 @@ class Study:
         own = section.arch or recipe.target[0].arch
         return own or default_arch(section.family, run.targets[0].size_class, run.dataset.input)
 
+    def _untrained(self, combination: Combination, seed: int) -> _Untrained:
+        """The student that a cell starts from, built once for all cells of one student and seed."""
+        recipe, dataset, arch = combination.recipe, self.base(combination).dataset, self._arch(combination)
+        size = head_size(recipe.objective, len(dataset.classes))
+        name = (artifact.content_key(recipe.student, arch, size), dataset.input, seed)
+        if name not in self._students:
+            student = _build(recipe, dataset, arch, seed, self.loaded.base, self.allow_code)
+            code = _code_of(student.get_submodule("body.network")) if recipe.student.kind == "torch" else None
+            key = artifact.content_key(student.arch, fingerprint(student), code)
+            self._students[name] = _Untrained(key, student.embedding_dim)
+        return self._students[name]
+
     def job(self, combination: Combination, seed: int, folder: Path) -> Job:
         """What a process needs to train this cell; makes teacher and cache where they are missing."""
         recipe, run = combination.recipe, self.base(combination)
         cache = run.cache_for(recipe.objective)
-        rows = recipe.data.train_size
+        rows, row_seed = recipe.data.train_size, _row_seed(recipe)
         if rows == len(run.dataset.train):
             rows = None
         place = None
@@ -325,19 +415,18 @@ class Study:
             place = (cache.folder, cache.parts, cache.subclasses if isinstance(cache, SubclassCache) else None)
         arch, data = self._arch(combination), run.folder / "data"
         section = _train_section(combination).resolved(rows or len(run.dataset.train))
-        weights = recipe.student.weights
         key = artifact.content_key(
             KIND,
             _FORM,
+            TRAINING_FORM,
             run.dataset.key,
             None if cache is None else cache.key,
-            None if rows is None else _rows(data, rows, recipe.seed),
+            None if rows is None else _rows(data, rows, row_seed),
             list(recipe.objective),
             section.model_dump(mode="json", exclude={"checkpoint_every", "tensorboard"}),
             recipe.data.augment,
             recipe.student,
-            None if weights is None else artifact.file_hash(self.loaded.base / Path(weights).expanduser()),
-            arch,
+            self._untrained(combination, seed).key,
             seed,
             recipe.seed,
         )
@@ -353,26 +442,41 @@ class Study:
             base=self.loaded.base,
             allow_code=self.allow_code,
             keep_student=self.keep_students,
+            row_seed=row_seed,
         )
 
     def settings_key(self, combination: Combination, seed: int) -> str:
         """Hash of everything in the recipe that decides a cell."""
-        recipe, base = combination.recipe, self.base(combination).recipe
+        recipe, run = combination.recipe, self.base(combination)
+        base = run.recipe
+        # the arch that these stand for depends on the kind of data besides, which follows from the section
+        student = (recipe.student, recipe.target[0].arch, run.targets[0].size_class)
         return artifact.content_key(
-            *(recipe.data, base.data, recipe.teacher, recipe.student, list(recipe.objective)),
+            *(_FORM, TRAINING_FORM, recipe.data, base.data, recipe.teacher, *student, list(recipe.objective)),
             *(_train_section(combination), base.train, base.student, recipe.seed, seed),
         )
 
     def _try_to_build(self, jobs: Sequence[Job]) -> None:
-        """Builds every objective once, so that what only shows beside the teacher's outputs is told before training."""
-        seen = set()
+        """Builds every objective once, so that what only shows beside the teacher's outputs is told before training.
+
+        Objectives that split the classes along the teacher's embedding are fitted, too, on the fewest samples that they
+        get: too few vary in too few directions.
+        """
+        first: dict[str, Job] = {}
         for job in jobs:
-            combination = job.cell.combination
-            if combination.label in seen:
-                continue
-            seen.add(combination.label)
-            with _named(combination.label):
-                _modules(job)
+            first.setdefault(job.cell.combination.label, job)
+        fewest: dict[str, str] = {}
+        for label, job in sorted(first.items(), key=lambda item: item[1].rows or math.inf):
+            sections = job.cell.combination.recipe.objective
+            if _splits_classes(sections):
+                fewest.setdefault(artifact.content_key(str(job.data), list(sections)), label)
+        for label, job in first.items():
+            with _named(label):
+                dataset, cache, _, objective = _modules(job)
+                if label in fewest.values():
+                    device, augment = torch.device("cpu"), job.cell.combination.recipe.data.augment
+                    data = Resident(dataset, cache, augment, job.cell.seed, job.view_seed, device)
+                    objective.prepare(data.fit_data(device))
 
     def _cells(self) -> tuple[Cell, ...]:
         """Tuned cells have a folder of their own, so that a study keeps those with the defaults beside them."""
@@ -475,7 +579,7 @@ class Study:
         self.progress.note(f"failed: {label}: {error}")
 
     def _interrupted(self) -> Interrupted:
-        done = sum((cell.folder / artifact.MANIFEST).is_file() for cell in self.cells)
+        done = sum(map(self._is_done, self.cells))
         return Interrupted(
             f"stopped; {done} of {len(self.cells)} cells are done",
             where=str(self.folder),
@@ -623,8 +727,8 @@ def _modules(job: Job) -> tuple[Dataset, TeacherCache | None, Student, Compositi
     """Data, teacher's outputs, and the untrained student and objective of a cell."""
     combination, seed = job.cell.combination, job.cell.seed
     recipe = combination.recipe
-    dataset = _data(job.data, job.rows, job.view_seed)
-    cache = None if job.cache is None else _cache(job.cache, job.data, job.rows, job.view_seed)
+    dataset = _data(job.data, job.rows, job.row_seed)
+    cache = None if job.cache is None else _cache(job.cache, job.data, job.rows, job.row_seed)
     student = _build(recipe, dataset, job.arch, seed, job.base, job.allow_code)
     objective = build_objective(
         recipe.objective,
@@ -786,6 +890,34 @@ def _base_key(recipe: Recipe) -> str:
     """Hash of what decides data, teacher and cache, the number of training samples aside."""
     data = recipe.data.model_dump(mode="json", exclude={"train_size"})
     return artifact.content_key(data, recipe.teacher, recipe.seed)
+
+
+def _row_seed(recipe: Recipe) -> int:
+    """Of the choice of a smaller training set: as the splits of the data have it."""
+    return recipe.seed if recipe.data.split_seed is None else recipe.data.split_seed
+
+
+def _train_samples(run: Run) -> int | None:
+    """Training samples of the data that lies in a base's folder; None without."""
+    try:
+        return int(artifact.read_manifest(run.folder / "data", DATA_KIND).info["samples"]["train"])
+    except (InputError, LookupError, TypeError):
+        return None
+
+
+def _splits_classes(sections: tuple[AnyObjective, ...]) -> bool:
+    """Whether the student's head has more outputs than classes without a teacher that was trained for it."""
+    return head_size(sections, 1) > 1 and retrained_for(sections) is None
+
+
+def _code_of(network: torch.nn.Module) -> tuple[str, dict[str, str]]:
+    """What a network is made of, and the source of its classes as far as they are not PyTorch's own."""
+    sources = {}
+    for each in {type(module) for module in network.modules()}:
+        if not each.__module__.startswith("torch."):
+            with contextlib.suppress(OSError, TypeError):  # a class without a file
+                sources[f"{each.__module__}.{each.__qualname__}"] = inspect.getsource(each)
+    return re.sub(r" at 0x[0-9a-f]+", "", str(network)), sources
 
 
 def _slug(text: str) -> str:

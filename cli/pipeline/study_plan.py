@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from cli.pipeline.study import KIND, Cell, Study
+from cli.pipeline.study import Study
 from cli.report.words import duration
 from cli.study_grid import Combination
-from profiles import artifact
-from profiles.errors import InputError
 from profiles.section import Section
 
 
@@ -61,12 +59,7 @@ def plan_study(study: Study) -> StudyPlan:
             for result in results:
                 if result.epochs is not None and result.train_samples is not None:
                     times.append(_Time(combination, result.seconds, result.train_samples, result.epochs))
-    unknown = {combination.label for combination, number, results in trials if len(results) < number}
-    done = {
-        cell: cell.read()
-        for cell in study.cells
-        if cell.combination.label not in unknown and _is_done(study, cell)  # their settings are not known yet
-    }
+    done = study.finished()
     times += [_Time(cell.combination, one.seconds, one.train_samples, one.epochs) for cell, one in done.items()]
     tuning = [
         _planned(f"{combination.label}, tuning", number, len(results), _seconds(combination, times))
@@ -110,14 +103,6 @@ def render_plan(plan: StudyPlan) -> str:
                 f"about {duration(plan.seconds)} for the rest, judged by the finished ones; teacher and cache not in it"
             )
     return "\n".join(lines)
-
-
-def _is_done(study: Study, cell: Cell) -> bool:
-    try:
-        manifest = artifact.read_manifest(cell.folder, KIND)
-    except InputError:
-        return False
-    return bool(manifest.info.get("settings") == study.settings_key(cell.combination, cell.seed))
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from statistics import mean, stdev
 
+import numpy as np
+import torch
+
 from cli.pipeline.reporting import machine_facts
-from cli.pipeline.run import Run, needs_teacher
+from cli.pipeline.run import Run, needs_teacher, teacher_name
 from cli.pipeline.study import Cell, Study
 from cli.report.schema import DataFacts
 from cli.report.study_schema import (
@@ -21,8 +24,10 @@ from cli.report.study_schema import (
     TeacherFacts,
 )
 from distill.data import Dataset
+from distill.objectives.split_head import class_logits_of
+from distill.objectives.subclass import retrained_for
 from distill.study import chance_of_all_wins, compare, over_samples
-from distill.teachers import SubclassCache
+from distill.teachers import SubclassCache, TeacherCache
 from profiles import artifact
 from profiles.metrics import evaluate, primary_metric
 
@@ -31,12 +36,11 @@ _FEW_SEEDS = 6
 
 
 def build_study_report(study: Study) -> StudyReport:
-    """The document that every renderer reads; cells without a result are left out of it."""
+    """The document that every renderer reads; cells without a result are left out of it (see `Study.finished`)."""
     run = study.base(study.grid.combinations[0])
     dataset = run.dataset
-    finished = {cell: cell.read() for cell in study.cells if (cell.folder / artifact.MANIFEST).is_file()}
-    finished = {cell: found for cell, found in finished.items() if cell.label not in _failed(study)}
-    blocks = _blocks(study, finished)
+    finished = study.finished()
+    blocks, teachers = _blocks(study, finished), _teachers(study, finished)
     return StudyReport(
         name=study.loaded.recipe.name,
         created=datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -57,7 +61,7 @@ def build_study_report(study: Study) -> StudyReport:
             splits={name: len(dataset.split(name)) for name in ("train", "validation", "test")},
             labels=dataset.classes,
         ),
-        teachers=_teachers(study),
+        teachers=teachers,
         control=study.grid.control,
         seeds=study.grid.seeds,
         jobs=study.jobs,
@@ -69,12 +73,8 @@ def build_study_report(study: Study) -> StudyReport:
         tuning=study.tuning,
         planned=len(study.cells),
         failed=tuple(FailedCell(label=failure.label, error=failure.error) for failure in study.failures),
-        notes=_notes(study, blocks),
+        notes=_notes(study, blocks, teachers),
     )
-
-
-def _failed(study: Study) -> set[str]:
-    return {failure.label for failure in study.failures}
 
 
 def _blocks(study: Study, finished: Mapping[Cell, CellResult]) -> tuple[Block, ...]:
@@ -144,6 +144,7 @@ def _comparison(
         samples_interval=(samples.low, samples.high),
         confidence=found.bootstrap.confidence,
         wins=found.bootstrap.wins,
+        ties=found.ties,
         n=found.bootstrap.n,
         outcome=found.outcome,
         seeds_needed=found.seeds_needed,
@@ -151,35 +152,54 @@ def _comparison(
     )
 
 
-def _teachers(study: Study) -> tuple[TeacherFacts, ...]:
-    """Every base's own teacher, where a method needs one."""
-    found: dict[int, TeacherFacts] = {}
+def _teachers(study: Study, finished: Iterable[Cell]) -> tuple[TeacherFacts, ...]:
+    """Every teacher that a finished cell learned from, in the order of the table."""
+    labels = {cell.combination.label for cell in finished}
+    several = len({id(study.base(combination)) for combination in study.grid.combinations}) > 1
+    found: dict[tuple[int, str], TeacherFacts] = {}
     for combination in study.grid.combinations:
-        run: Run = study.base(combination)
-        sections = combination.recipe.objective
-        if id(run) in found or not needs_teacher(sections):
+        run, sections = study.base(combination), combination.recipe.objective
+        if combination.label not in labels or not needs_teacher(sections):
+            continue
+        kind = run.recipe.teacher.kind
+        name = teacher_name(retrained_for(sections) if kind == "train" else None)
+        before = found.get((id(run), name))
+        if before is not None:
+            methods = tuple(dict.fromkeys((*before.methods, combination.method)))
+            found[id(run), name] = before.model_copy(update={"methods": methods})
             continue
         cache = run.cache_for(sections)
-        if cache is None or isinstance(cache, SubclassCache):
+        if cache is None:
             continue
-        dataset, logits = run.dataset, cache.test_logits
-        test = None
-        if logits is not None and cache.num_logits == len(dataset.classes):
-            test = evaluate(dataset.task, logits.astype("float32"), dataset.test.labels, dataset.test.mask).value
-        trained = run.trained.get(("teacher", "teacher"))
-        found[id(run)] = TeacherFacts(
-            kind=run.recipe.teacher.kind,
+        trained = run.trained.get(("teacher", name))
+        factors = {key: value for key, value in combination.factors.items() if key.startswith(("data.", "teacher."))}
+        found[id(run), name] = TeacherFacts(
+            kind=kind,
             arch=None if trained is None else trained.student.arch,
-            train_samples=len(dataset.train),
-            test=test,
-            factors={key: value for key, value in combination.factors.items() if key.startswith(("data.", "teacher."))}
-            if len({id(study.base(other)) for other in study.grid.combinations}) > 1
-            else {},
+            train_samples=len(run.dataset.train),
+            methods=(combination.method,),
+            subclasses=cache.subclasses if isinstance(cache, SubclassCache) else None,
+            test=_teacher_metric(run, cache),
+            seconds=None if trained is None else trained.result.seconds,
+            factors=factors if several else {},
         )
     return tuple(found.values())
 
 
-def _notes(study: Study, blocks: Sequence[Block]) -> tuple[str, ...]:
+def _teacher_metric(run: Run, cache: TeacherCache) -> float | None:
+    """The task's metric of a teacher on the test split; None without class logits."""
+    dataset, stored = run.dataset, cache.test_logits
+    if stored is None:
+        return None
+    logits = np.array(stored, np.float32)
+    if isinstance(cache, SubclassCache):
+        logits = class_logits_of(torch.from_numpy(logits), cache.subclasses).numpy()
+    if logits.shape[-1] != len(dataset.classes):
+        return None
+    return evaluate(dataset.task, logits, dataset.test.labels, dataset.test.mask).value
+
+
+def _notes(study: Study, blocks: Sequence[Block], teachers: Sequence[TeacherFacts]) -> tuple[str, ...]:
     """What the table does not show by itself."""
     notes = list(study.notes)
     comparisons = [row.to_control for block in blocks for row in block.rows if row.to_control is not None]
@@ -195,6 +215,12 @@ def _notes(study: Study, blocks: Sequence[Block]) -> tuple[str, ...]:
     if comparisons and 1 < seeds < _FEW_SEEDS:
         notes.append(
             f"all of {seeds} seeds are won, or none, by chance alone in {chance_of_all_wins(seeds):.0%} of cases"
+        )
+    if comparisons:
+        shared = "training samples, teacher and augmented views" if teachers else "training samples"
+        notes.append(
+            f"the seeds share the {shared}: no interval covers another draw of the training samples, which matters "
+            "most when they are few"
         )
     if len(comparisons) > 1:
         notes.append(

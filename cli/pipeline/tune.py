@@ -74,8 +74,7 @@ def tune_study(study: Study) -> tuple[Combination, ...]:
             combination = _chosen(combination, row)
             tuned.append(combination)
         combinations.append(combination)
-    study.tuning = tuple(rows)
-    study.use(combinations)
+    study.use(combinations, rows)
     return tuple(tuned)
 
 
@@ -84,7 +83,7 @@ def look(study: Study) -> list[tuple[Combination, int, list[TrialResult]]]:
 
     Loads neither data nor teacher. Combinations whose tuning is finished get its settings in `study`.
     """
-    found, combinations = [], []
+    found, rows, combinations = [], [], []
     for combination, tuning in _tunings(study):
         done = []
         for number in range(tuning.trials):
@@ -96,9 +95,12 @@ def look(study: Study) -> list[tuple[Combination, int, list[TrialResult]]]:
                 break
             done.append(result)
         found.append((combination, tuning.trials, done))
-        whole = len(done) == tuning.trials
-        combinations.append(_chosen(combination, _row(combination, tuning, done)) if whole else combination)
-    study.use(combinations)
+        if len(done) == tuning.trials:
+            row = _row(combination, tuning, done)
+            rows.append(row)
+            combination = _chosen(combination, row)  # noqa: PLW2901
+        combinations.append(combination)
+    study.use(combinations, rows)
     return found
 
 

@@ -79,8 +79,9 @@ class ComparisonRow(Part):
     """A method minus the control, paired by seed.
 
     difference: mean over seeds. bootstrap: percentile bootstrap over seeds. seeds_interval: Student's t over seeds,
-    None for one seed. samples_interval: bootstrap over test samples. outcome: "higher" or "lower" only where the last
-    two both leave out zero. seeds_needed: rough guide, None when more than 100 or unknown.
+    None for one seed. samples_interval: bootstrap over test samples. wins, ties: of `n` seeds. outcome: "higher" or
+    "lower" only where the last two intervals both leave out zero. seeds_needed: rough guide, None when more than 100 or
+    unknown.
     """
 
     difference: float
@@ -90,6 +91,7 @@ class ComparisonRow(Part):
     samples_interval: tuple[float, float]
     confidence: float
     wins: int
+    ties: int
     n: int
     outcome: Outcome
     seeds_needed: int | None
@@ -120,12 +122,19 @@ class Block(Part):
 
 
 class TeacherFacts(Part):
-    """A teacher that the cells share. train_samples: it saw so many, whatever a cell's own number is."""
+    """A teacher that cells learned from. train_samples: it saw so many, whatever a cell's own number is.
+
+    methods: those whose cells learned from it. subclasses: per class, of a teacher that was trained again with them.
+    test: the task's metric, None without class logits. seconds: of its training, None when it was not trained here.
+    """
 
     kind: str
     arch: str | None = None
     train_samples: int
+    methods: tuple[str, ...] = ()
+    subclasses: int | None = None
     test: float | None = None
+    seconds: float | None = None
     factors: dict[str, Any] = Field(default_factory=dict)
 
 

@@ -13,10 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cli.pipeline.study import Study, _modules
 from cli.recipe import load_recipe
 from distill.data import load_dataset
 from profiles.errors import EdgestillError
 from tests.benchmarks.evidence import images, minilm, packages, references
+from tests.benchmarks.evidence.__main__ import STUDIES, Evidence
 from tests.benchmarks.evidence.prepare import RECIPES, Preparation
 
 Array = np.ndarray[Any, Any]
@@ -57,6 +59,38 @@ def test_a_few_class_recipe_reads_what_is_prepared_for_it(tmp_path: Path, monkey
         dataset = load_dataset(loaded.recipe.data, seed=3, base=loaded.base, folder=tmp_path / "data" / name)
         assert len(dataset.classes) == 2
         assert int(dataset.test.labels.sum()) == ones
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_reference_learns_from_the_samples_of_the_studys_cells(tmp_path: Path, seed: int) -> None:
+    random = np.random.default_rng(0)
+    inputs, labels = random.integers(0, 256, (200, 8, 8), np.uint8), np.arange(200) % 3
+    np.savez(tmp_path / "few.npz", images=inputs, labels=labels)
+    path = tmp_path / "few.toml"
+    path.write_text(f'name = "few"\nseed = {seed}\n[data]\nsource = "npz"\npath = "few.npz"\nsplit_seed = 1\n')
+    vary: dict[str, list[Any]] = {"objective": ["supervised"], "data.train_size": [40]}
+    (job,) = Study(load_recipe(str(path)), tmp_path / "study", vary=vary, seeds=1).prepare()
+    cell, reference = _modules(job)[0], Preparation(tmp_path).recipe_data("few", 40)
+    for split in images.SPLITS:
+        assert np.array_equal(cell.split(split).inputs, reference.split(split).inputs)
+    assert cell.key == reference.key
+
+
+def test_only_what_the_recipe_makes_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    np.savez(tmp_path / "few.npz", images=random.integers(0, 256, (90, 8, 8), np.uint8), labels=np.arange(90) % 2)
+    text = 'name = "few"\n[data]\nsource = "npz"\npath = "few.npz"\n[train]\nepochs = 1\n'
+    (tmp_path / "few.toml").write_text(text + '[study]\nseeds = 1\nvary.objective = ["supervised"]\n')
+    monkeypatch.setitem(STUDIES, "few", "Few")
+    evidence = Evidence(tmp_path, 1)
+    assert evidence.report("few") is None
+    evidence.run("few")
+    found = evidence.report("few")
+    assert found is not None
+    assert (len(found["blocks"]), found["not_run"]) == (1, [])
+    changed = (tmp_path / "few.toml").read_text().replace("epochs = 1", "epochs = 2")
+    (tmp_path / "few.toml").write_text(changed)
+    assert evidence.report("few") is None
 
 
 def test_what_is_finished_is_not_made_again_unless_it_is_made_from_other_parts(tmp_path: Path) -> None:

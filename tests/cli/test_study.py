@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import importlib
 import json
 import os
 import signal
@@ -21,6 +22,8 @@ from hypothesis import strategies as st
 from cli.overrides import parse_values
 from cli.pipeline import study as pipeline
 from cli.pipeline.study import Study
+from cli.pipeline.study_plan import plan_study
+from cli.pipeline.study_report import build_study_report
 from cli.recipe import load_recipe
 from cli.report.study import render_study, to_csv
 from cli.report.study_schema import StudyReport
@@ -372,6 +375,177 @@ def test_another_setting_makes_the_cells_anew(finished: tuple[Path, Result], rec
     assert [job.key for job in study.prepare()] != [job.key for job in changed.prepare()]
 
 
+def test_cells_of_other_settings_are_not_reported(finished: tuple[Path, Result], recipe: Path) -> None:
+    folder, _ = finished
+    vary: dict[str, list[Any]] = {"objective": ["supervised", "kd"], "data.train_size": [60, 240]}
+    same = build_study_report(Study(load_recipe(str(recipe)), folder, vary=vary, seeds=2))
+    assert len(same.cells) == 8
+    other = build_study_report(Study(load_recipe(str(recipe), ["train.epochs=7"]), folder, vary=vary, seeds=2))
+    assert (other.cells, other.blocks, other.teachers) == ((), (), ())
+
+
+def test_what_decides_a_cell_beside_its_recipe_is_in_its_key(
+    finished: tuple[Path, Result], recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vary: dict[str, list[Any]] = {"objective": ["supervised", "kd"], "data.train_size": [60, 240]}
+    study = Study(load_recipe(str(recipe)), finished[0], vary=vary, seeds=2)
+    built: list[int] = []
+    real = pipeline.build_student
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        built.append(options["seed"])
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(pipeline, "build_student", counted)
+    before = [job.key for job in study.prepare()]
+    assert built == [0, 1]  # eight cells, one student
+    assert len(study.finished()) == 8
+    monkeypatch.setattr(pipeline, "TRAINING_FORM", -1)
+    assert not set(before) & {job.key for job in study.prepare()}
+    assert not study.finished()
+    assert plan_study(Study(load_recipe(str(recipe)), finished[0], vary=vary, seeds=2)).done == 0
+
+
+NETWORK = """
+from torch import nn
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(784, 8), ACTIVATION())
+        self.head = nn.Linear(8, 3)
+        INITIAL
+
+    def forward(self, x):
+        return self.head(self.body(x)FACTOR)
+"""
+
+
+def test_a_changed_network_of_ones_own_makes_the_cells_anew(recipe: Path, tmp_path: Path) -> None:
+    path = tmp_path / "own.toml"
+    student = 'kind = "torch"\nfactory = "study_network:Network"'
+    text = RECIPE.replace('path = "clothes.npz"', f'path = "{recipe.parent / "clothes.npz"}"')
+    path.write_text(text.replace('arch = "conv-w8-d1-k3"', student))
+    keys = []
+    for words in (
+        {"ACTIVATION": "nn.ReLU", "INITIAL": "pass", "FACTOR": ""},
+        {"ACTIVATION": "nn.ReLU", "INITIAL": "nn.init.zeros_(self.body[1].bias)", "FACTOR": ""},
+        {"ACTIVATION": "nn.GELU", "INITIAL": "pass", "FACTOR": ""},
+        {"ACTIVATION": "nn.ReLU", "INITIAL": "pass", "FACTOR": ".abs() * 2"},
+        {"ACTIVATION": "nn.ReLU", "INITIAL": "pass", "FACTOR": ""},
+    ):
+        source = NETWORK
+        for name, word in words.items():
+            source = source.replace(name, word)
+        (tmp_path / "study_network.py").write_text(source)
+        sys.modules.pop("study_network", None)
+        importlib.invalidate_caches()
+        vary = {"objective": ["supervised"]}
+        study = Study(load_recipe(str(path)), tmp_path / "s", vary=vary, seeds=1, allow_code=True)
+        keys.append(study.prepare()[0].key)
+    sys.modules.pop("study_network", None)
+    assert len(set(keys)) == 4
+    assert keys[0] == keys[-1]
+
+
+def test_a_students_arch_of_its_target_is_a_setting(recipe: Path, tmp_path: Path) -> None:
+    path = recipe.with_name("target.toml")
+    vary = {"objective": ["supervised"]}
+    found = set()
+    for arch in ('arch = "conv-w8-d1-k3"', 'arch = "conv-w12-d1-k3"', "", 'device = "raspberry-pi-5"'):
+        path.write_text(RECIPE.replace('arch = "conv-w8-d1-k3"', "") + f'\n[[target]]\nname = "a"\n{arch}\n')
+        study = Study(load_recipe(str(path)), tmp_path / "s", vary=vary, seeds=1)
+        found.add(study.settings_key(study.grid.combinations[0], 0))
+    assert len(found) == 4
+
+
+def test_a_larger_training_set_than_the_recipes_own_tells_what_is_made_anew(recipe: Path, tmp_path: Path) -> None:
+    loaded = load_recipe(str(recipe), ["train.epochs=1", "data.train_size=60"])
+
+    def run(*sizes: int) -> list[str]:
+        progress = StopAfter(10_000)
+        vary: dict[str, Any] = {"objective": ["supervised"], "data.train_size": sizes}
+        Study(loaded, tmp_path / "s", vary=vary, seeds=2, progress=progress).train()
+        return [note for note in progress.notes if "anew" in note]
+
+    assert run(30) == []
+    assert run(30, 60) == []
+    note = "4 finished cells belong to a smaller training split (60 samples, now 90) and are made anew"
+    assert run(30, 60, 90) == [note]
+    assert run(30, 60, 90) == []
+
+
+def test_a_smaller_training_set_follows_the_seed_of_the_splits(recipe: Path, tmp_path: Path) -> None:
+    rows = {}
+    for seed, overrides in ((0, []), (0, ["data.split_seed=0"]), (1, ["data.split_seed=0"]), (1, [])):
+        loaded = load_recipe(str(recipe), [f"seed={seed}", *overrides])
+        vary: dict[str, list[Any]] = {"objective": ["supervised"], "data.train_size": [60]}
+        (job,) = Study(loaded, tmp_path / f"{seed}{len(overrides)}", vary=vary, seeds=1).prepare()
+        found = pipeline._modules(job)[0].train.rows
+        assert found is not None
+        rows[seed, bool(overrides)] = found.tolist()
+    assert rows[0, False] == rows[0, True] == rows[1, True] != rows[1, False]
+
+
+def test_an_interruption_counts_the_cells_of_this_recipe_alone(recipe: Path, tmp_path: Path) -> None:
+    vary: dict[str, list[Any]] = {"objective": ["supervised"], "data.train_size": [60]}
+    Study(load_recipe(str(recipe), ["train.epochs=1"]), tmp_path / "s", vary=vary, seeds=2).train()
+    other = Study(load_recipe(str(recipe)), tmp_path / "s", vary=vary, seeds=2, progress=StopAfter(2))
+    with pytest.raises(Interrupted, match="0 of 2 cells are done"):
+        other.train()
+
+
+def test_two_names_of_one_method_tie_on_every_seed(recipe: Path, tmp_path: Path) -> None:
+    path = recipe.with_name("twice.toml")
+    path.write_text(RECIPE + '\n[[study.variant]]\nname = "again"\nset = ["objective=supervised"]\n')
+    asked = ("--vary", "objective=supervised", "--seeds", "2", "--set", "train.epochs=1", "--set", "data.train_size=60")
+    result = edgestill("-q", "study", str(path), *asked, "--out", str(tmp_path / "s"))
+    assert result.status == 0, result.err
+    row = report_of(tmp_path / "s").blocks[0].rows[1].to_control
+    assert row is not None
+    assert (row.wins, row.ties, row.n) == (0, 2, 2)
+    assert "0/2, 2 ties" in result.out
+    assert "again: the same on every seed" in result.out
+    assert "too few" not in result.out
+    assert "the seeds share the training samples: no interval covers another draw" in " ".join(result.out.split())
+
+
+def test_every_teacher_is_reported_with_its_accuracy_and_its_time(recipe: Path, tmp_path: Path) -> None:
+    asked = ("--vary", "objective=supervised,kd,subclass", "--seeds", "1", "--set", "train.epochs=1")
+    result = edgestill("-q", "study", str(recipe), *asked, "--set", "data.train_size=60", "--out", str(tmp_path / "s"))
+    assert result.status == 0, result.err
+    plain, again = report_of(tmp_path / "s").teachers
+    assert (plain.methods, plain.subclasses) == (("kd",), None)
+    assert again.methods == ("subclass",)
+    assert again.subclasses
+    for teacher in (plain, again):
+        assert teacher.test is not None
+        assert teacher.test > 0
+        assert teacher.seconds is not None
+        assert teacher.seconds > 0
+    out = " ".join(result.out.split())
+    assert "teacher of kd: conv-w12-d1-k3, trained on 60 samples in" in out
+    assert f"teacher of subclass: conv-w12-d1-k3, trained with {again.subclasses} subclasses per class on 60" in out
+    assert "time of one student's training, without its teacher's" in out
+    assert "the seeds share the training samples, teacher and augmented views" in out
+
+
+def test_classes_that_cannot_be_split_are_refused_before_any_student_is_trained(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine samples of three classes vary in six directions; the embedding itself has more."""
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("a student was trained")
+
+    monkeypatch.setattr("cli.pipeline.study.train", never)
+    vary = ("--vary", "objective=supervised,lelp", "--vary", "data.train_size=60,9", "--seeds", "1")
+    result = edgestill("-q", "study", str(recipe), *vary, "--out", str(tmp_path / "s"))
+    assert result.status == 2, result.err
+    for part in ("lelp, train_size=9", "objective[0].subclasses_per_class", "6 or fewer"):
+        assert part in " ".join(result.err.split())
+
+
 def test_smaller_training_sets_are_parts_of_larger_ones_and_share_cache_and_data(
     finished: tuple[Path, Result], recipe: Path
 ) -> None:
@@ -402,7 +576,7 @@ def test_a_stopped_study_goes_on_and_ends_as_if_it_had_not_been(
     folder, _ = finished
 
     def study(progress: Any = None) -> Study:
-        vary = {"objective": ["supervised", "kd"], "data.train_size": [60, 240]}
+        vary: dict[str, list[Any]] = {"objective": ["supervised", "kd"], "data.train_size": [60, 240]}
         return Study(load_recipe(str(recipe)), tmp_path / "s", vary=vary, seeds=1, progress=progress)
 
     study().prepare()  # the teacher is there; what follows counts steps of students

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from cli.pipeline import study as pipeline
 from cli.pipeline import tune
 from cli.pipeline.study import Study, fit
+from cli.pipeline.study_report import build_study_report
 from cli.recipe import load_recipe
 from cli.report.study import render_study, to_csv
 from cli.report.study_schema import StudyReport, TuningRow
@@ -241,12 +242,21 @@ def test_a_tuning_that_breaks_leaves_the_others_alone(
             raise RuntimeError("out of memory")
         return train(*arguments, **options)
 
+    # the cell of an earlier tuning is there, and is not one of this
+    assert make(recipe, tmp_path / "s", 1, methods=["supervised", "kd"]).run().exit_status == 0
     monkeypatch.setattr(pipeline, "train", breaking)
-    report = make(recipe, tmp_path / "s", 1, methods=["supervised", "kd"]).run()
+    report = make(recipe, tmp_path / "s", 2, methods=["supervised", "kd"]).run()
     assert [(cell.label, cell.error) for cell in report.failed] == [("kd, tuning", "RuntimeError: out of memory")]
     assert [row.method for row in report.tuning] == ["supervised"]
     assert [cell.method for cell in report.cells] == ["supervised"]
     assert report.exit_status == 1
+
+
+def test_the_cells_of_a_finished_tuning_are_known_without_training(finished: tuple[Path, Result], recipe: Path) -> None:
+    report = build_study_report(make(recipe, finished[0], 3, methods=METHODS))
+    assert found(report.tuning) == found(report_of(finished[0]).tuning)
+    assert [cell.method for cell in report.cells] == METHODS
+    assert not make(recipe, finished[0], 4, methods=METHODS).finished()
 
 
 @pytest.mark.slow

@@ -87,8 +87,17 @@ def test_a_difference_lost_in_noise_would_take_more_than_a_hundred_seeds() -> No
     assert "more than 100" in found.reasons[0]
 
 
-def test_no_difference_at_all_cannot_be_told() -> None:
-    assert compare([0.9] * 5, [0.9] * 5, AROUND_ZERO).outcome == "cannot tell"
+def test_no_difference_at_all_is_said_and_more_seeds_are_not_asked_for() -> None:
+    found = compare([0.9, 0.8, 0.85], [0.9, 0.8, 0.85], AROUND_ZERO)
+    assert (found.outcome, found.ties, found.bootstrap.wins) == ("cannot tell", 3, 0)
+    assert found.reasons == ("the same on every seed",)
+    assert compare([0.9], [0.9], AROUND_ZERO).reasons == ("the same on the one seed",)
+
+
+def test_ties_are_neither_won_nor_lost() -> None:
+    found = compare([0.9, 0.8, 0.85], [0.9, 0.7, 0.86], AROUND_ZERO)
+    assert (found.bootstrap.wins, found.ties, found.bootstrap.n) == (1, 1, 3)
+    assert "too few" in found.reasons[0]
 
 
 def test_the_bootstrap_over_seeds_and_the_wins_are_those_of_the_shared_statistics() -> None:

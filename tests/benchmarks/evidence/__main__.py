@@ -88,9 +88,10 @@ class Evidence:
             self.study(ORACLE).run()
 
     def report(self, name: str) -> dict[str, Any] | None:
-        """What the finished cells of a study say; None when none is finished."""
+        """What the finished cells of a study, made by the recipe as it is now, say; None when none is finished."""
         study = self.study(name)
-        if not any((cell.folder / "manifest.json").is_file() for cell in study.cells):
+        finished = study.finished()
+        if not finished:
             return None
         found = build_study_report(study)
         blocks = [_block(found, block) for block in found.blocks]
@@ -99,12 +100,6 @@ class Evidence:
                 row = self._oracle(study, ORACLES[name], block)
                 if row is not None:
                     block["rows"].append(row)
-        done = {(cell.method, json.dumps(cell.factors), cell.seed) for cell in found.cells}
-        missing = [
-            cell.label
-            for cell in study.cells
-            if (cell.combination.method, json.dumps(cell.combination.factors), cell.seed) not in done
-        ]
         return {
             "title": STUDIES[name],
             "created": found.created,
@@ -119,7 +114,7 @@ class Evidence:
             "student_parameters": found.cells[0].parameters,
             "train": study.loaded.recipe.train.model_dump(mode="json", exclude_none=True),
             "blocks": blocks,
-            "not_run": missing,
+            "not_run": [cell.label for cell in study.cells if cell not in finished],
             "notes": list(found.notes),
         }
 
@@ -133,10 +128,10 @@ class Evidence:
         test = study.base(study.grid.combinations[0]).dataset.test
         control = {
             cell.seed: cell.logits()
-            for cell in study.cells
-            if cell.combination.method == study.grid.control and cell.combination.factors == factors and _done(cell)
+            for cell in study.finished()
+            if cell.combination.method == study.grid.control and cell.combination.factors == factors
         }
-        ten = [cell for cell in fine.cells if cell.combination.factors == factors and _done(cell)]
+        ten = [cell for cell in fine.finished() if cell.combination.factors == factors]
         coarse = label_sets(np.arange(10, dtype=np.uint8))[label_set].astype(int)
         if not np.array_equal(coarse[fine.base(fine.grid.combinations[0]).dataset.test.labels], test.labels):
             raise AssertionError("the two data sets have different test rows")
@@ -157,13 +152,10 @@ class Evidence:
             "seeds_interval": found.seeds,
             "samples_interval": (samples.low, samples.high),
             "wins": found.bootstrap.wins,
+            "ties": found.ties,
             "n": found.bootstrap.n,
             "outcome": found.outcome,
         }
-
-
-def _done(cell: Any) -> bool:
-    return bool((cell.folder / "manifest.json").is_file())
 
 
 def _summed(logits: Array, coarse: Array) -> Array:
@@ -185,6 +177,7 @@ def _block(report: StudyReport, block: Any) -> dict[str, Any]:
                 "seeds_interval": against.seeds_interval,
                 "samples_interval": against.samples_interval,
                 "wins": against.wins,
+                "ties": against.ties,
                 "n": against.n,
                 "outcome": against.outcome,
             }
@@ -203,7 +196,9 @@ def markdown(found: Mapping[str, Any]) -> str:
         "percent. Differences to the plain student (`supervised`) in points, paired by seed: 95 % percentile bootstrap "
         "over seeds (too narrow for five seeds), Student's t over seeds, bootstrap over test samples. *higher* and "
         "*lower* need both of the last two on one side of zero. Each interval holds by itself, not for all comparisons "
-        "together. Seconds are of one training, wall-clock, on cores that other programs may have shared.",
+        "together. The seeds share the training samples, the teacher and the augmented views, so no interval covers "
+        "another draw of them. Seconds are of one student's training, wall-clock, on cores that other programs may "
+        "have shared.",
         "",
     ]
     for name, study in found["studies"].items():
@@ -226,7 +221,12 @@ def _facts(name: str, study: Mapping[str, Any], facts: Mapping[str, Any]) -> str
     for teacher in study["teachers"]:
         arch = f" {teacher['arch']}" if teacher["arch"] else ""
         accuracy = f", test accuracy {100 * teacher['test']:.2f} %" if teacher["test"] is not None else ""
-        sentences.append(f"Teacher: {teacher['kind']}{arch}, {teacher['train_samples']:,} training samples{accuracy}.")
+        split = f", {teacher['subclasses']} subclasses per class" if teacher["subclasses"] else ""
+        time = f", trained in {teacher['seconds']:.0f} s" if teacher["seconds"] is not None else ""
+        sentences.append(
+            f"Teacher of {', '.join(teacher['methods'])}: {teacher['kind']}{arch}{split}, "
+            f"{teacher['train_samples']:,} training samples{time}{accuracy}."
+        )
     references = facts.get("references", {})
     if name == "text-binary" and "tf_idf" in references:
         sentences.append(f"TF-IDF with logistic regression: {_sizes(references['tf_idf'])}.")
@@ -251,9 +251,10 @@ def _table(block: Mapping[str, Any]) -> list[str]:
         spread = "" if row["sd"] is None else f" ± {100 * row['sd']:.2f}"
         cells = [row["method"], f"{100 * row['mean']:.2f}{spread}"]
         if "difference" in row:
+            wins = f"{row['wins']}/{row['n']}" + (f", {row['ties']} tied" if row["ties"] else "")
             cells += [f"{100 * row['difference']:+.2f}"]
             cells += [_points(row[name]) for name in ("bootstrap", "seeds_interval", "samples_interval")]
-            cells += [f"{row['wins']}/{row['n']}", f"{row['seconds']:.0f}", row["outcome"]]
+            cells += [wins, f"{row['seconds']:.0f}", row["outcome"]]
         else:
             cells += ["", "", "", "", "", f"{row['seconds']:.0f}", "control"]
         lines.append("| " + " | ".join(cells) + " |")

@@ -29,6 +29,9 @@ import torch
 
 from cli.recipe import load_recipe
 from distill.data import Dataset, catalogue, load_dataset
+from distill.data.dataset import subset
+from distill.data.labels import Labels
+from distill.data.splits import nested_order
 from profiles import artifact
 from profiles.device import detect
 from profiles.errors import EdgestillError
@@ -37,8 +40,13 @@ from tests.benchmarks.evidence import images, minilm, packages, references
 RECIPES = Path(__file__).parent / "recipes"
 KIND = "evidence"
 TEXT_SIZES = (500, 2000, None)
-IMAGE_SIZES = (500, 2000, 8000)
-"""Training samples of the references; None: all of them."""
+"""Training samples of the references of texts; None: all of them."""
+PROBES: dict[str, tuple[int | None, ...]] = {
+    "embeddings-text": TEXT_SIZES,
+    "embeddings-image": (500, 2000, 8000),
+    "text-binary": (None,),
+}
+"""Training samples of the linear probes."""
 Array = np.ndarray[Any, Any]
 
 
@@ -64,10 +72,16 @@ class Preparation:
         return info
 
     def recipe_data(self, name: str, size: int | None = None) -> Dataset:
-        """The data set of a recipe, split as every study of that recipe splits it; `size`: its training samples."""
-        loaded = load_recipe(str(self.folder / f"{name}.toml"), [] if size is None else [f"data.train_size={size}"])
-        folder = self.folder / "data" / (name if size is None else f"{name}-{size}")
-        return load_dataset(loaded.recipe.data, seed=loaded.recipe.seed, base=loaded.base, folder=folder)
+        """The data set of a recipe, split as every study of that recipe splits it; `size`: the training samples that
+        its students of so many samples learn from."""
+        loaded = load_recipe(str(self.folder / f"{name}.toml"))
+        section, seed = loaded.recipe.data, loaded.recipe.seed
+        whole = load_dataset(section, seed=seed, base=loaded.base, folder=self.folder / "data" / name)
+        if size is None:
+            return whole
+        labels = Labels(whole.train.labels, whole.train.mask)
+        order = nested_order(labels, seed=seed if section.split_seed is None else section.split_seed)
+        return subset(whole, np.sort(order[:size]))
 
     def copy_recipes(self) -> None:
         """The committed recipes beside the files that they name."""
@@ -206,14 +220,18 @@ class Preparation:
         def write(folder: Path) -> dict[str, Any]:
             found: dict[str, Any] = {"scikit_learn": sklearn.__version__}
             found["tf_idf"] = {str(size or "all"): self._tf_idf(size) for size in TEXT_SIZES}
-            for name, sizes in (("embeddings-text", TEXT_SIZES), ("embeddings-image", IMAGE_SIZES)):
+            for name, sizes in PROBES.items():
                 found[f"linear_probe/{name}"] = {str(size or "all"): self._probe(name, size) for size in sizes}
-            found["linear_probe/text-binary"] = {"all": self._probe("text-binary", None)}
             artifact.write_text(folder / "references.json", json.dumps(found, indent=2) + "\n")
             return found
 
         shapes = [entry["arrays"] for entry in made]
-        return self.make("references", (shapes, packages.WHEELS, TEXT_SIZES, IMAGE_SIZES, sklearn.__version__), write)
+        rows = [
+            self.recipe_data(name, size).key
+            for name, sizes in (("text-binary", TEXT_SIZES), *PROBES.items())
+            for size in sizes
+        ]
+        return self.make("references", (shapes, packages.WHEELS, rows, sklearn.__version__), write)
 
     def _tf_idf(self, size: int | None) -> dict[str, float]:
         dataset = self.recipe_data("text-binary", size)
