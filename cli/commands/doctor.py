@@ -98,7 +98,6 @@ def _libraries() -> Iterator[Check]:
         ("onnxruntime", "onnxruntime"),
         ("onnx", "onnx"),
         ("onnxscript", "onnxscript"),
-        ("sympy", "sympy"),
         ("datasets", "datasets"),
         ("accelerate", "accelerate"),
         ("scipy", "scipy"),

@@ -37,7 +37,7 @@ def test_a_missing_package_comes_with_its_install_command(monkeypatch: pytest.Mo
     real = importlib.util.find_spec
 
     def without(name: str, package: str | None = None) -> ModuleSpec | None:
-        return None if name in ("transformers", "sympy") else real(name, package)
+        return None if name in ("transformers", "onnxscript") else real(name, package)
 
     monkeypatch.setattr(doctor, "find_spec", without)
     checks = {check["name"]: check for check in json.loads(edgestill("doctor", "--json").out)["checks"]}
@@ -45,7 +45,7 @@ def test_a_missing_package_comes_with_its_install_command(monkeypatch: pytest.Mo
         "no",
         'pip install "edgestill[transformers]"',
     )
-    assert (checks["sympy"]["state"], checks["sympy"]["fix"]) == ("bad", "pip install sympy")
+    assert (checks["onnxscript"]["state"], checks["onnxscript"]["fix"]) == ("bad", "pip install onnxscript")
     assert 'transformers: pip install "edgestill[transformers]"' in edgestill("doctor").out
 
 
