@@ -45,7 +45,7 @@ def report(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Print a run's report, or write it as a file; "-" as FILE is standard output.
+    """Print a run's or a study's report, or write it as a file; "-" as FILE is standard output.
 
     Nothing is computed again: report.json in the run folder is the only source.
     """
@@ -69,6 +69,10 @@ def report(
         raise InputError(
             "only one thing can go to standard output", where=" and ".join(to_stdout), fix="name a file for the others"
         )
+    study = run if run.name == "study.json" else run / "study.json"
+    if study.is_file() and not (run / "report.json").is_file():
+        _show_study(study, html or markdown, "--html" if html else "--markdown", csv, as_json)
+        return
     found = load_report(run if run.suffix == ".json" else run / "report.json")
     for _, file, write in writers:
         write_file(file, write(found))
@@ -78,3 +82,20 @@ def report(
         print_report(found, show_all=show_all)
     if exit_status:
         raise typer.Exit(found.exit_status)
+
+
+def _show_study(path: Path, page: Path | None, option: str, csv: Path | None, as_json: bool) -> None:
+    """What `edgestill study` printed."""
+    from cli.report.study import print_study, to_csv
+    from cli.report.study_schema import StudyReport
+    from profiles.errors import InputError
+
+    if page is not None:
+        raise InputError("a study has a table, JSON and CSV", where=option, fix="--json or --csv FILE")
+    found = StudyReport.model_validate_json(path.read_text(encoding="utf-8"))
+    if csv is not None:
+        write_file(csv, to_csv(found))
+    if as_json:
+        console.emit_json(found)
+    elif csv is None:
+        print_study(found)

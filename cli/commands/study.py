@@ -62,6 +62,9 @@ def study(
     keep_students: Annotated[
         bool, typer.Option("--keep-students", help="Keep the weights of every trained student.")
     ] = False,
+    replace_others: Annotated[
+        bool, typer.Option("--replace", help="Make anew what the folder holds with other settings.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the trainings, which are done, and the time for the rest.")
     ] = False,
@@ -71,9 +74,9 @@ def study(
     """Train every combination of methods and settings with several seeds, and say which method is better.
 
     One teacher and one cache serve all trainings. Resumable: the same command goes on, and with more seeds or values it
-    trains only what is missing. But a training set larger than the recipe's own data.train_size changes the teacher, so
-    that all is made anew. --tune searches what `edgestill methods NAME` says, but keeps what you changed or vary.
-    Exit status: 0 done, 1 a training failed, 2 wrong input, 130 interrupted.
+    trains only what is missing. A training set larger than the recipe's own data.train_size changes the teacher: that
+    wants another folder, or --replace. --tune searches what `edgestill methods NAME` says, but keeps what you changed
+    or vary. Exit status: 0 done, 1 a training failed, 2 wrong input, 130 interrupted.
     """
     from cli import console
     from cli.recipe import load_recipe
@@ -82,6 +85,8 @@ def study(
 
     if as_json and csv is not None and str(csv) == "-":
         raise InputError("only one thing can go to standard output", where="--json and --csv", fix="--csv FILE")
+    if csv is not None and str(csv) != "-" and not csv.absolute().parent.is_dir():
+        raise InputError(f"no folder {csv.parent}", where="--csv", fix="a file in a folder that exists")
     loaded = load_recipe(recipe, overrides or ())
     build_grid(loaded, vary=vary or (), seeds=seeds, control=control)  # mistakes are told before anything heavy loads
     trials = loaded.recipe.study.tune if tune is None else tune
@@ -102,6 +107,7 @@ def study(
         progress=console.make_progress(),
         allow_code=allow_code,
         keep_students=keep_students,
+        replace_others=replace_others,
         tune=trials,
     )
     if dry_run:

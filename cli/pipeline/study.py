@@ -132,7 +132,8 @@ class Job:
     rows: training samples, None for all. cache: folder, parts and subclasses per class (None: a plain cache) of the
     teacher's outputs, None where no objective needs a teacher. settings: hash of the recipe's keys alone, by which a
     dry run knows a finished cell without loading anything. tuning: the cell is not trained but tuned. row_seed: of the
-    choice of `rows`; view_seed: of the augmented views.
+    choice of `rows`; view_seed: of the augmented views. base_run: folder and `base_key` of the run that owns data,
+    teacher and cache.
     """
 
     cell: Cell
@@ -148,6 +149,7 @@ class Job:
     keep_student: bool
     tuning: Tuning | None = None
     row_seed: int = 0
+    base_run: tuple[str, str] = ("", "")
 
     @property
     def label(self) -> str:
@@ -175,6 +177,7 @@ class Study:
         progress: shows the work.
         allow_code: the user allowed the recipe to import code by dotted path.
         keep_students: keep every cell's trained student.
+        replace_others: make anew what the folder holds with other settings; without it, that is refused.
         tune: trials of the tuning of every combination, which come before the cells; None: as the recipe says.
 
     Raises:
@@ -193,6 +196,7 @@ class Study:
         progress: Progress | None = None,
         allow_code: bool = False,
         keep_students: bool = False,
+        replace_others: bool = False,
         tune: int | None = None,
     ) -> None:
         if jobs < 1:
@@ -204,7 +208,7 @@ class Study:
         self.grid = build_grid(loaded, vary=vary, seeds=seeds, control=control)
         self.jobs = jobs
         self.progress: Progress = progress or Silent()
-        self.allow_code, self.keep_students = allow_code, keep_students
+        self.allow_code, self.keep_students, self.replace_others = allow_code, keep_students, replace_others
         self.failures: list[Failure] = []
         self.notes: list[str] = []
         self.started = time.time()
@@ -295,6 +299,7 @@ class Study:
         Raises:
             InputError: objectives, students or sizes that do not fit data or teacher.
         """
+        self._refuse_other_settings()
         with artifact.explain_os_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         runs = {id(run): run for run in map(self.base, self.grid.combinations)}
@@ -307,6 +312,39 @@ class Study:
         for each, run in runs.items():
             self._tell_what_is_lost(run, sizes[each])
         return self._jobs(self.cells)
+
+    def _refuse_other_settings(self) -> None:
+        """Keeps finished trainings of other settings, and their teacher, from being replaced by a quick look.
+
+        Raises:
+            InputError: the folder holds such, and `replace_others` is not set.
+        """
+        if self.replace_others:
+            return
+        bases = {run.folder.name: self.base_key(run) for run in map(self.base, self.grid.combinations)}
+        asked = {} if self.trials is not None else {cell.folder: cell for cell in self.cells}
+        others = []
+        for path in sorted(self.folder.glob(f"cells*/*/seed-*/{artifact.MANIFEST}")):
+            with contextlib.suppress(InputError):  # a broken one is made anew
+                info = artifact.read_manifest(path.parent, KIND).info
+                cell = asked.get(path.parent)
+                place, base = info["base"]
+                same = cell is None or info.get("settings") == self.settings_key(cell.combination, cell.seed)
+                if not same or bases.get(place, base) != base:
+                    others.append(f"{path.parent.parent.name}/{path.parent.name}")
+        if others:
+            raise InputError(
+                f"{self.folder} holds finished trainings with other settings, which this study would replace",
+                where="--out",
+                evidence=f"{len(others)} of them, the first is {others[0]}",
+                fix="--out ANOTHER_FOLDER, or --replace to make them anew",
+            )
+
+    @staticmethod
+    def base_key(run: Run) -> str:
+        """Hash of everything in the recipe that decides data, teacher and cache of a base run."""
+        recipe = run.recipe
+        return artifact.content_key(recipe.data, recipe.teacher, recipe.train, recipe.student, recipe.seed)
 
     def _jobs(self, cells: Sequence[Cell]) -> list[Job]:
         """One job per cell; what `finished` knows from then on."""
@@ -443,6 +481,7 @@ class Study:
             allow_code=self.allow_code,
             keep_student=self.keep_students,
             row_seed=row_seed,
+            base_run=(run.folder.name, self.base_key(run)),
         )
 
     def settings_key(self, combination: Combination, seed: int) -> str:
@@ -715,7 +754,8 @@ def _train_cell(job: Job, progress: Progress) -> None:
             if name not in ("epoch", "samples_per_second") and math.isfinite(value)  # a figure that is not defined
         },
     )
-    with artifact.create(cell.folder, KIND, job.key, {"settings": job.settings}) as temporary:
+    info = {"settings": job.settings, "base": job.base_run}
+    with artifact.create(cell.folder, KIND, job.key, info) as temporary:
         (temporary / _CELL_FILE).write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
         np.save(temporary / _LOGITS_FILE, logits)
         if job.keep_student:

@@ -30,6 +30,7 @@ from distill.study import chance_of_all_wins, compare, over_samples
 from distill.teachers import SubclassCache, TeacherCache
 from profiles import artifact
 from profiles.metrics import evaluate, primary_metric
+from profiles.statistics import wilson
 
 _FEW_SEEDS = 6
 """The first number of seeds at which winning all of them is below 5 % by chance."""
@@ -199,6 +200,15 @@ def _teacher_metric(run: Run, cache: TeacherCache) -> float | None:
     return evaluate(dataset.task, logits, dataset.test.labels, dataset.test.mask).value
 
 
+def _guessing(dataset: Dataset) -> tuple[str, float] | None:
+    """The most frequent class of the test split, and the upper end of the 95 % interval of its share; None for several
+    labels per sample, whose metric has no such simple floor."""
+    if dataset.task != "multiclass":
+        return None
+    counts = np.bincount(dataset.test.labels, minlength=len(dataset.classes))
+    return dataset.classes[int(counts.argmax())], wilson(int(counts.max()), int(counts.sum()))[1]
+
+
 def _notes(study: Study, blocks: Sequence[Block], teachers: Sequence[TeacherFacts]) -> tuple[str, ...]:
     """What the table does not show by itself."""
     notes = list(study.notes)
@@ -211,6 +221,13 @@ def _notes(study: Study, blocks: Sequence[Block], teachers: Sequence[TeacherFact
             f"smaller training sets are nested parts of the {whole:,} training samples, class shares kept; teacher, "
             "normalisation and tokenizer are those of all of them"
         )
+    for block in blocks:
+        answer = _guessing(study.base(study.grid.combinations[0]).dataset)
+        if answer is not None and block.rows and max(row.mean for row in block.rows) <= answer[1]:
+            notes.append(
+                f"with {block.train_samples:,} training samples no method is better than always answering "
+                f'"{answer[0]}": nothing was learned, and no difference here means anything'
+            )
     seeds = study.grid.seeds
     if comparisons and 1 < seeds < _FEW_SEEDS:
         notes.append(

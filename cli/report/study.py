@@ -233,7 +233,7 @@ def _cells(row: MethodRow, report: StudyReport, wide: bool, style: Style) -> lis
     if found is None:
         last = "control" if row.method == report.control else "no control"
         return [*start, *[""] * (5 if wide else 3), time, last]
-    intervals = [_interval(found.bootstrap)]
+    intervals = [_interval(found.bootstrap if found.n > 1 else None)]  # one seed shows no spread
     if wide:
         intervals += [_interval(found.seeds_interval), _interval(found.samples_interval)]
     ties = f", {_count(found.ties, 'tie')}" if found.ties else ""
@@ -258,8 +258,8 @@ def _legend(report: StudyReport, style: Style) -> list[Text]:
     text = (
         f"± standard deviation over seeds; differences to {report.control} in points, paired by seed; time of one "
         f"student's training, without its teacher's. * bootstrap over seeds, too narrow for "
-        f"{_count(report.seeds, 'seed')}: the outcome needs Student's t interval over seeds and the bootstrap over "
-        "test samples both on one side of zero"
+        f"{_count(report.seeds, 'seed')}: the outcome rests on Student's t interval over seeds and on a bootstrap over "
+        "test samples, which must both leave out zero; a terminal of 120 columns and --json show them"
     )
     return wrapped(style.clean(text), _prose(style), "  ", "  ", "dim")
 

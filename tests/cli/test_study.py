@@ -7,6 +7,7 @@ import csv
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -287,6 +288,29 @@ def test_the_table_shows_every_method_at_every_size(finished: tuple[Path, Result
     assert all(len(line) <= 80 for line in result.out.splitlines() if "study.json" not in line)
 
 
+def test_the_report_command_shows_a_study_again(finished: tuple[Path, Result], tmp_path: Path) -> None:
+    folder, result = finished
+    shown = edgestill("report", str(folder))
+    assert shown.status == 0
+    assert shown.out == result.out
+    assert json.loads(edgestill("report", str(folder), "--json").out)["planned"] == 8
+    assert edgestill("report", str(folder), "--csv", str(tmp_path / "cells.csv")).status == 0
+    assert len((tmp_path / "cells.csv").read_text().splitlines()) == 9
+    refused = edgestill("report", str(folder), "--html", str(tmp_path / "page.html"))
+    assert refused.status == 2
+    assert "--html" in refused.err
+
+
+def test_a_study_that_learned_nothing_says_so(recipe: Path, tmp_path: Path) -> None:
+    result = edgestill(
+        *("study", str(recipe), "--vary", "objective=supervised,kd", "--vary", "data.train_size=3", "--seeds", "1"),
+        *("--out", str(tmp_path / "s"), "--set", "train.epochs=1", "--set", "train.learning_rate=1e-9"),
+    )
+    words = " ".join(result.out.split())
+    assert "no method is better than always answering" in words
+    assert "+0.00 +0.00" not in words  # one seed has no interval
+
+
 def test_the_report_holds_what_the_cells_hold(finished: tuple[Path, Result]) -> None:
     folder, _ = finished
     report = report_of(folder)
@@ -371,6 +395,7 @@ def test_another_setting_makes_the_cells_anew(finished: tuple[Path, Result], rec
         load_recipe(str(recipe), ["train.weight_decay=0.1"]),
         folder,
         vary={"objective": ["supervised"], "data.train_size": [60, 240]},
+        replace_others=True,
     )
     assert [job.key for job in study.prepare()] != [job.key for job in changed.prepare()]
 
@@ -388,7 +413,7 @@ def test_what_decides_a_cell_beside_its_recipe_is_in_its_key(
     finished: tuple[Path, Result], recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vary: dict[str, list[Any]] = {"objective": ["supervised", "kd"], "data.train_size": [60, 240]}
-    study = Study(load_recipe(str(recipe)), finished[0], vary=vary, seeds=2)
+    study = Study(load_recipe(str(recipe)), finished[0], vary=vary, seeds=2, replace_others=True)
     built: list[int] = []
     real = pipeline.build_student
 
@@ -465,7 +490,7 @@ def test_a_larger_training_set_than_the_recipes_own_tells_what_is_made_anew(reci
     def run(*sizes: int) -> list[str]:
         progress = StopAfter(10_000)
         vary: dict[str, Any] = {"objective": ["supervised"], "data.train_size": sizes}
-        Study(loaded, tmp_path / "s", vary=vary, seeds=2, progress=progress).train()
+        Study(loaded, tmp_path / "s", vary=vary, seeds=2, progress=progress, replace_others=True).train()
         return [note for note in progress.notes if "anew" in note]
 
     assert run(30) == []
@@ -473,6 +498,35 @@ def test_a_larger_training_set_than_the_recipes_own_tells_what_is_made_anew(reci
     note = "4 finished cells belong to a smaller training split (60 samples, now 90) and are made anew"
     assert run(30, 60, 90) == [note]
     assert run(30, 60, 90) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "method"),
+    [("train.epochs=1", "supervised"), ("teacher.epochs=2", "supervised"), ("teacher.epochs=2", "kd")],
+)
+def test_finished_trainings_of_other_settings_and_their_teacher_are_not_replaced_unasked(
+    key: str, method: str, finished: tuple[Path, Result], recipe: Path, tmp_path: Path
+) -> None:
+    folder, _ = finished
+    copy = tmp_path / "s"
+    shutil.copytree(folder, copy)
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.is_file()}
+    asked = ("study", str(recipe), "--out", str(copy), "--vary", f"objective={method}", "--set", key, "--seeds", "1")
+    refused = edgestill(*asked, "--vary", "data.train_size=60")
+    assert refused.status == 2
+    assert "other settings" in refused.err
+    assert "--replace" in refused.err
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.is_file()} == before
+    assert edgestill(*asked, "--vary", "data.train_size=60", "--replace").status == 0
+
+
+def test_a_csv_into_a_folder_that_is_not_there_is_told_before_training(recipe: Path, tmp_path: Path) -> None:
+    result = edgestill(
+        "study", str(recipe), *VARY, "--csv", str(tmp_path / "no" / "x.csv"), "--out", str(tmp_path / "s")
+    )
+    assert result.status == 2
+    assert "--csv" in result.err
+    assert not (tmp_path / "s").exists()
 
 
 def test_a_smaller_training_set_follows_the_seed_of_the_splits(recipe: Path, tmp_path: Path) -> None:
@@ -490,7 +544,9 @@ def test_a_smaller_training_set_follows_the_seed_of_the_splits(recipe: Path, tmp
 def test_an_interruption_counts_the_cells_of_this_recipe_alone(recipe: Path, tmp_path: Path) -> None:
     vary: dict[str, list[Any]] = {"objective": ["supervised"], "data.train_size": [60]}
     Study(load_recipe(str(recipe), ["train.epochs=1"]), tmp_path / "s", vary=vary, seeds=2).train()
-    other = Study(load_recipe(str(recipe)), tmp_path / "s", vary=vary, seeds=2, progress=StopAfter(2))
+    other = Study(
+        load_recipe(str(recipe)), tmp_path / "s", vary=vary, seeds=2, progress=StopAfter(2), replace_others=True
+    )
     with pytest.raises(Interrupted, match="0 of 2 cells are done"):
         other.train()
 
