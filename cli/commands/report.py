@@ -87,12 +87,12 @@ def report(
 def _show_study(path: Path, page: Path | None, option: str, csv: Path | None, as_json: bool) -> None:
     """What `edgestill study` printed."""
     from cli.report.study import print_study, to_csv
-    from cli.report.study_schema import StudyReport
+    from cli.report.study_schema import load_study
     from profiles.errors import InputError
 
     if page is not None:
         raise InputError("a study has a table, JSON and CSV", where=option, fix="--json or --csv FILE")
-    found = StudyReport.model_validate_json(path.read_text(encoding="utf-8"))
+    found = load_study(path)
     if csv is not None:
         write_file(csv, to_csv(found))
     if as_json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from string import ascii_letters
@@ -198,20 +199,21 @@ def _block(report: StudyReport, block: Block, style: Style) -> list[Text]:
     rows = [(_cells(row, report, wide, style), row.to_control) for row in block.rows]
     widths = [max(cell_len(head), *(cell_len(cells[i]) for cells, _ in rows)) for i, head in enumerate(heads)]
     gap = "  " if 2 + sum(widths) + 2 * (len(widths) - 1) <= style.width else " "
-    # the name gives way to the figures
+    # the name gives way to the figures, and goes on below them
     widths[0] = max(8, min(widths[0], style.width - 2 - sum(widths[1:]) - len(gap) * (len(widths) - 1)))
     lines = []
     if block.factors:
         lines.append(Text(style.clean(_factor_words(block.factors)), style="bold"))
     lines.append(Text("  " + _padded([style.clean(head) for head in heads], widths, gap, style), style="dim"))
-    for cells, comparison in rows:
-        text = Text("  " + _padded(cells, widths, gap, style))
+    for (name, *figures), comparison in rows:
+        first, *rest = textwrap.wrap(name, widths[0], subsequent_indent="  ") or [""]
+        text = Text("  " + _padded([first, *figures], widths, gap, style))
         if comparison is None:
             text.stylize("dim")
         else:
             start = len(text) - len(comparison.outcome)
             text.stylize(_COLOURS[comparison.outcome], max(start, 0))
-        lines.append(text)
+        lines += [text, *(Text("  " + line, style="dim" if comparison is None else "") for line in rest)]
     return lines
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from cli.report.schema import DataFacts, Machine, Part
 from distill.study import Outcome
+from profiles.errors import InputError
 
 SCHEMA_VERSION: Final = 1
 
@@ -182,3 +184,21 @@ class StudyReport(Part):
     def exit_status(self) -> int:
         """1 when a cell failed, else 0."""
         return 1 if self.failed else 0
+
+
+def load_study(path: Path) -> StudyReport:
+    """Reads a `study.json`.
+
+    Raises:
+        InputError: damaged, or of another version.
+    """
+    try:
+        return StudyReport.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(
+            "this study's report is damaged or of another version of edgestill",
+            where=str(path),
+            evidence=f"{'.'.join(map(str, first['loc'])) or 'document'}: {first['msg']}",
+            fix="the study's own command writes it again; finished trainings are used",
+        ) from error

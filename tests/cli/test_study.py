@@ -299,6 +299,10 @@ def test_the_report_command_shows_a_study_again(finished: tuple[Path, Result], t
     refused = edgestill("report", str(folder), "--html", str(tmp_path / "page.html"))
     assert refused.status == 2
     assert "--html" in refused.err
+    (tmp_path / "study.json").write_text('{"name": "half')
+    damaged = edgestill("report", str(tmp_path))
+    assert damaged.status == 2
+    assert "damaged" in damaged.err
 
 
 def test_a_study_that_learned_nothing_says_so(recipe: Path, tmp_path: Path) -> None:
