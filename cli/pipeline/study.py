@@ -328,7 +328,7 @@ class Study:
             with contextlib.suppress(InputError):  # a broken one is made anew
                 info = artifact.read_manifest(path.parent, KIND).info
                 cell = asked.get(path.parent)
-                place, base = info["base"]
+                place, base = info.get("base", ("", ""))
                 same = cell is None or info.get("settings") == self.settings_key(cell.combination, cell.seed)
                 if not same or bases.get(place, base) != base:
                     others.append(f"{path.parent.parent.name}/{path.parent.name}")
