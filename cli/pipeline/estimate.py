@@ -104,6 +104,8 @@ def estimate(run: Run) -> Estimate:
                 folder=Path(temporary) / "data",
                 progress=run.progress,
             )
+        if run.recipe.teacher.kind in ("train", "none"):
+            run.check()  # another kind of teacher is only known when it is loaded
         stages = [_stage("data", time.perf_counter() - started, _data_mib(dataset), stored is not None)]
         stages += _teacher_stages(run, dataset, earlier)
         for arch in run.archs:

@@ -392,9 +392,10 @@ class Run:
                 mixup, a precision that a target cannot get, an architecture that does not exist or reads another kind
                 of input, or a student of the user's that cannot be built; names the recipe key.
         """
-        self.check_objectives(self.recipe.objective)
+        # what the recipe alone tells comes before reading the data
         resolve_hard_weight(self.recipe.objective, self.recipe.train.hard_weight)
         check_mixup(self.recipe.objective, self.recipe.train.mixup)
+        self.check_objectives(self.recipe.objective)
         for index, target in enumerate(self.targets):
             refused = refusal_of(target.section.precision, target.device, target.stack)
             if refused is not None:

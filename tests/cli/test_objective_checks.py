@@ -208,3 +208,19 @@ def test_data_without_labels_names_the_recipe_key(folder: Path, tmp_path: Path) 
     assert "data.label_column" in result.err
     assert "texts.csv" in result.err
     assert not [each for out in ("npz", "csv") for each in (tmp_path / out).glob("teacher*")]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["objective=kd+lelp"], "train.hard_weight"),
+        (['objective={kind="crd",negatives=100000}'], "objective[0].negatives"),
+        (['objective={kind="lelp",subclasses_per_class=500}'], "objective[0].subclasses_per_class"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would(overrides: list[str], key: str, tmp_path: Path) -> None:
+    settings = [part for override in overrides for part in ("--set", override)]
+    result = edgestill("run", "quickstart", "--dry-run", *settings, "--out", str(tmp_path / "run"))
+    assert result.status == 2
+    assert key in result.err
+    assert not (tmp_path / "run").exists()
