@@ -191,12 +191,12 @@ def test_unknown_column_suggests_the_nearest(tmp_path):
 def test_wrong_npz_keys_are_listed(tmp_path):
     np.savez(tmp_path / "d.npz", x=images_of(4), y=np.arange(4))
     keys = {"source": "npz", "path": "d.npz", "evidence": "keys found: x, y"}
-    for given, missing, where in (
+    for columns, missing, where in (
         ({}, "images", "data.image_column, in"),
         ({"image_column": "x"}, "labels", "data.label_column, in"),
         ({"image_column": "x", "label_column": "y", "mask_key": "m", "task": "multilabel"}, "m", "data.mask_key, in"),
     ):
-        refused(tmp_path, f'no array "{missing}"', **keys, **given, where=where, fix=where.split(",")[0])
+        refused(tmp_path, f'no array "{missing}"', **keys, **columns, where=where, fix=where.split(",")[0])
 
 
 def test_damaged_npz_and_pickled_objects(tmp_path):
