@@ -173,7 +173,7 @@ def _block(report: StudyReport, block: Any) -> dict[str, Any]:
         if against is not None:
             entry |= {
                 "difference": against.difference,
-                "bootstrap": against.bootstrap,
+                "bootstrap": against.bootstrap if against.n > 1 else None,
                 "seeds_interval": against.seeds_interval,
                 "samples_interval": against.samples_interval,
                 "wins": against.wins,
@@ -206,11 +206,20 @@ def markdown(found: Mapping[str, Any]) -> str:
         for block in study["blocks"]:
             lines += [*_table(block), ""]
         if study["not_run"]:
-            lines += [f"Not run ({len(study['not_run'])}): {'; '.join(study['not_run'])}.", ""]
+            lines += [f"Not run ({len(study['not_run'])} trainings): {_grouped(study['not_run'])}.", ""]
     missing = [name for name in STUDIES if name not in found["studies"]]
     if missing:
         lines += ["", f"Studies without a finished training: {', '.join(missing)}.", ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _grouped(labels: Sequence[str]) -> str:
+    """`kd, train_size=500: seeds 3, 4; ...` of cells' labels."""
+    seeds: dict[str, list[str]] = {}
+    for label in labels:
+        combination, _, seed = label.rpartition(", seed ")
+        seeds.setdefault(combination, []).append(seed)
+    return "; ".join(f"{name}: seeds {', '.join(found)}" for name, found in seeds.items())
 
 
 def _facts(name: str, study: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
@@ -223,8 +232,9 @@ def _facts(name: str, study: Mapping[str, Any], facts: Mapping[str, Any]) -> str
         accuracy = f", test accuracy {100 * teacher['test']:.2f} %" if teacher["test"] is not None else ""
         split = f", {teacher['subclasses']} subclasses per class" if teacher["subclasses"] else ""
         time = f", trained in {teacher['seconds']:.0f} s" if teacher["seconds"] is not None else ""
+        whose = f" of {', '.join(teacher['methods'])}" if len(study["teachers"]) > 1 else ""
         sentences.append(
-            f"Teacher of {', '.join(teacher['methods'])}: {teacher['kind']}{arch}{split}, "
+            f"Teacher{whose}: {teacher['kind']}{arch}{split}, "
             f"{teacher['train_samples']:,} training samples{time}{accuracy}."
         )
     references = facts.get("references", {})
