@@ -190,6 +190,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     lines = [
         "# Which method wins where",
         "",
+        "`python -m tests.benchmarks.evidence` trains what is missing and writes this file. This one: "
         f"`{found['command']}`, {found['date']}; {found['machine']}; {found['versions']}.",
         "",
         "Accuracy on the test split of the epoch that validation chose, mean ± standard deviation over seeds, in "
