@@ -194,7 +194,7 @@ def _raise_explained(error: OSError, place: Path) -> NoReturn:
             evidence=str(error),
             fix="free some space; the same command goes on where it stopped",
         ) from error
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT):
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
         raise EdgestillError(
             f"cannot write to {place}",
             where=str(place),

@@ -209,7 +209,11 @@ def test_more_trials_keep_those_that_are_there_and_other_settings_do_not(
     assert found(report.tuning)[0][:1] == found(first.tuning)[0]
     trained.clear()
     loaded = load_recipe(str(recipe), ["train.learning_rate=0.003"])
-    Study(loaded, tmp_path / "s", vary={"objective": ["kd"]}, seeds=1, tune=2).run()
+    vary: dict[str, list[Any]] = {"objective": ["kd"]}
+    with pytest.raises(InputError, match="other settings"):
+        Study(loaded, tmp_path / "s", vary=vary, seeds=1, tune=2).run()
+    assert trained == []
+    Study(loaded, tmp_path / "s", vary=vary, seeds=1, tune=2, replace_others=True).run()
     assert trained == ["kd/trial-000", "kd/trial-001"]
 
 
