@@ -175,7 +175,12 @@ def _run(arguments: list[str]) -> int:
         _silence_stdout()
         return 1
     except (Exception, KeyboardInterrupt) as error:
-        return _explain(error)
+        found = _explain(error)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _silence_stdout()
+        return found
     return status if isinstance(status, int) else 0
 
 
@@ -252,7 +257,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _silence_stdout() -> None:
-    """The reader is gone (`| head`): Python's own flush at exit must not fail a second time."""
+    """The reader is gone (`| head`), or the disk full: Python's own flush at exit must not fail a second time."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -259,8 +259,10 @@ def test_ctrl_c_ends_with_130_and_one_line(tmp_path: Any) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_behind_standard_output_is_named() -> None:
     command = [sys.executable, "-c", "from cli.app import main; main()", "data", "--json"]
+    # buffered, as people have it: then what is left is written when Python ends
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=environment)
     assert done.returncode == 1
     assert "the disk is full" in done.stderr
     assert "Exception ignored" not in done.stderr
