@@ -603,7 +603,7 @@ class Study:
         try:
             for child in children:
                 if child.pid is not None:
-                    with contextlib.suppress(ProcessLookupError):
+                    with contextlib.suppress(ProcessLookupError):  # it has ended by itself meanwhile
                         os.kill(child.pid, signal.SIGINT)
             wait(running, timeout=_PATIENCE_SECONDS)
             pool.shutdown(wait=False, cancel_futures=True)

@@ -12,7 +12,6 @@ from string import ascii_letters
 from typing import TextIO
 
 from rich.cells import cell_len
-from rich.console import Console
 from rich.text import Text
 
 from cli.report.pareto import latency_axis, linear_axis
@@ -23,6 +22,7 @@ from cli.report.terminal import (
     MAX_PROSE,
     MIN_WIDTH,
     Style,
+    as_text,
     sides,
     speaks_unicode,
     terminal_width,
@@ -66,23 +66,7 @@ def render_study(report: StudyReport, width: int = 80, color: bool = False, asci
     lines += [*_tuning(report, style), *_untold(report, style), *_failures(report, style)]
     lines += [line for note in report.notes for line in wrapped(style.clean(note), _prose(style), "  note: ", "    ")]
     lines += [Text(), Text().append("cells    ", "dim").append(f"{report.folder}/study.json")]
-    if not color:
-        return "".join(line.plain.rstrip() + "\n" for line in lines)
-    out = io.StringIO()
-    console = Console(
-        file=out,
-        force_terminal=True,
-        color_system="standard",
-        no_color=False,
-        legacy_windows=False,
-        width=style.width,
-        highlight=False,
-        emoji=False,
-    )
-    for line in lines:
-        line.rstrip()
-        console.print(line, soft_wrap=True)
-    return out.getvalue()
+    return as_text(lines, style, color)
 
 
 def to_csv(report: StudyReport) -> str:

@@ -124,6 +124,11 @@ def render_text(
     if show_all:
         lines += _all(report, style)
     lines += [Text(), *_places(report, style)]
+    return as_text(lines, style, color)
+
+
+def as_text(lines: Sequence[Text], style: Style, color: bool) -> str:
+    """Finished lines as one string with a line feed at its end, with colours or without."""
     if not color:
         return "".join(line.plain.rstrip() + "\n" for line in lines)
     out = io.StringIO()
