@@ -30,6 +30,7 @@ from distill.objectives.compose import Composition
 from distill.objectives.ground_truth import balanced_weights, task_loss
 from distill.outputs import Batch, StudentOutput, TeacherOutput
 from distill.resident import Resident
+from distill.strategy import Step, Strategy
 from distill.students import Student, load_student, save_student
 from distill.train_section import TrainSection
 from profiles.artifact import content_key, create, current, explain_os_errors, read_manifest, write_text
@@ -83,6 +84,7 @@ def train(
     title: str = "training",
     device: torch.device | str | None = None,
     teacher_fingerprint: Callable[[], str] | None = None,
+    strategy: Strategy | None = None,
 ) -> TrainResult:
     """Trains `student` and leaves it in eval mode on the CPU, with the weights of its best epoch by validation metric.
 
@@ -103,7 +105,9 @@ def train(
         progress: shows samples, rate and time left.
         title: of the progress bar.
         device: None: the first GPU where there is one, else the CPU.
-        teacher_fingerprint: hash of a live teacher's weights and buffers, compared before and after.
+        teacher_fingerprint: hash of a frozen teacher's weights and buffers, compared before and after.
+        strategy: how the teacher learns: a coached one gives the teacher's outputs instead of a cache; a conditioning
+            one belongs to the training of the teacher itself. None: the teacher is frozen.
 
     Raises:
         InputError: settings that do not fit data or objective, or a damaged checkpoint.
@@ -111,10 +115,11 @@ def train(
         EdgestillError: a loss became infinite or NaN, the teacher changed, the disk is full.
     """
     progress = progress or Silent()
-    _check(section, objective, dataset)
-    section = section.resolved(len(dataset.train))
+    _check(section, objective, dataset, strategy)
+    rows = strategy.rows(dataset, seed) if strategy is not None else None
+    section = section.resolved(len(dataset.train) if rows is None else len(rows))
     view_seed = seed if view_seed is None else view_seed
-    key = _key(student, objective, dataset, cache, section, augmentation, seed, view_seed)
+    key = _key(student, objective, dataset, cache, section, augmentation, seed, view_seed, strategy)
     if current(folder, "student", key) is not None:
         load_student(student, folder / "student.safetensors")
         load_student(objective, folder / "objective.safetensors")
@@ -122,7 +127,21 @@ def train(
         return read_result(folder)
     before = teacher_fingerprint() if teacher_fingerprint is not None else ""
     processes = start(device, section.batch_size)
-    run = Run(student, objective, dataset, cache, section, augmentation, folder, key, seed, view_seed, processes)
+    run = Run(
+        student,
+        objective,
+        dataset,
+        cache,
+        section,
+        augmentation,
+        folder,
+        key,
+        seed,
+        view_seed,
+        processes,
+        strategy,
+        rows,
+    )
     run.resume(progress)
     remaining = (section.epochs - run.epoch) * run.steps_per_epoch * run.batch_size - run.step_in_epoch * run.batch_size
     with _stop_requests() as stop, progress.task(title, remaining) as task:
@@ -200,6 +219,8 @@ class Run:
         seed: int,
         view_seed: int,
         processes: Processes,
+        strategy: Strategy | None,
+        rows: np.ndarray[Any, Any] | None,
     ) -> None:
         self.section, self.folder, self.key, self.seed, self.processes = section, folder, key, seed, processes
         self.dataset = dataset
@@ -210,13 +231,18 @@ class Run:
         self.student, self.objective = student.to(self.device), objective.to(self.device)
         if dataset.input.kind == "image":
             student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.batch_size = min(section.batch_size, self.data.rows) // processes.world * processes.world
-        self.steps_per_epoch = self.data.rows // self.batch_size
+        self.rows = None if rows is None else torch.from_numpy(rows)
+        self.trained_rows = self.data.rows if rows is None else len(rows)
+        self.batch_size = min(section.batch_size, self.trained_rows) // processes.world * processes.world
+        self.steps_per_epoch = self.trained_rows // self.batch_size
         self.weights = _class_weights(section, dataset, self.data)
-        self.optimizer = _optimizer(section, student, objective, self.device)
+        self.bf16 = _bf16(section, self.device)
+        self.strategy = strategy or Strategy()
+        self.strategy.start(self)
+        self.beside = nn.ModuleList(self.strategy.modules())
+        self.optimizer = _optimizer(section, student, objective, self.beside)
         self.student_parameters = [p for p in student.parameters() if p.requires_grad]
         self.average = _Average(student, section.ema) if section.ema is not None else None
-        self.bf16 = _bf16(section, self.device)
         self.writer: Any = None
 
         self.epoch = 0
@@ -263,66 +289,97 @@ class Run:
         """One optimiser step on the global batch `rows` (B,). The host never waits for the device here."""
         step = self.epoch * self.steps_per_epoch + self.step_in_epoch
         self._seed_generators(step)
+        rate = learning_rate(self.section, step, self.section.epochs * self.steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         share, host_share = self.processes.share(rows), self.processes.share(host_rows)
         inputs = self.data.inputs(share, host_share, self.epoch)
         partners = None
+        kept = 1.0
         if self.section.mixup:
             kept = np.random.default_rng((self.seed, step)).beta(self.section.mixup, self.section.mixup)
             # the order is random, so the reversed batch is a random pairing
             partners, host_partners = rows.flip(0), host_rows.flip(0)
             others = self.data.inputs(self.processes.share(partners), self.processes.share(host_partners), self.epoch)
             inputs = (inputs * kept + others * (1 - kept)).round_().to(torch.uint8)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+
+        def truth(logits: Tensor) -> Tensor:
+            own = self.truth(logits, share)
+            if partners is None:
+                return own
+            return kept * own + (1 - kept) * self.truth(logits, self.processes.share(partners))
+
+        facts = Step(step, self.epoch, rows, host_rows, share, host_share, inputs, rate, truth)
+        self.strategy.before_step(facts)
+        self._seed_generators(step)
+        with self.autocast():
             output: StudentOutput = self.forward(inputs)
-        output = StudentOutput(at_least_float32(output.embedding), at_least_float32(output.head))
-        output = self.processes.gather(output)
-        terms = self._terms(output, rows, host_rows, step)
+        own = StudentOutput(at_least_float32(output.embedding), at_least_float32(output.head))
+        output = self.processes.gather(own)
+        told = self.strategy.teacher(facts)
+        terms = self._terms(output, rows, host_rows, step, told)
         if partners is not None:
             # every term is affine in the targets up to a constant, so the mixture of two losses has the gradient of
             # the loss of the mixed targets
-            mixed = self._terms(output, partners, host_partners, step)
+            mixed = self._terms(output, partners, host_partners, step, told)
             terms = {name: kept * term + (1 - kept) * mixed[name] for name, term in terms.items()}
+        terms |= self.strategy.terms(facts, own)
         losses = list(terms.values())
         torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
-        self.processes.average_gradients(list(self.objective.parameters()))
+        self.processes.average_gradients([*self.objective.parameters(), *self.beside.parameters()])
         if self.section.grad_clip is not None:
             # the student alone: an objective's own gradients must not change how the student learns
             nn.utils.clip_grad_norm_(self.student_parameters, self.section.grad_clip)
-        rate = learning_rate(self.section, step, self.section.epochs * self.steps_per_epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.strategy.after_step(facts)
         if self.average is not None:
             self.average.update(self.student, step)
         self.names = list(terms)
         values = torch.stack(losses).detach()
         self.window = values if self.window is None else self.window + values
 
-    def _terms(self, output: StudentOutput, rows: Tensor, host_rows: Tensor, step: int) -> dict[str, Tensor]:
-        """Every weighted term of the loss on the global batch; the ground truth is added here, once."""
+    def _terms(
+        self, output: StudentOutput, rows: Tensor, host_rows: Tensor, step: int, told: TeacherOutput | None
+    ) -> dict[str, Tensor]:
+        teacher = told if told is not None else self.data.teacher(rows, host_rows, self.epoch)
+        return self.loss_terms(output, teacher, rows, step)
+
+    def loss_terms(self, output: StudentOutput, teacher: TeacherOutput, rows: Tensor, step: int) -> dict[str, Tensor]:
+        """Every weighted term of the loss; the ground truth is added here, once.
+
+        Args:
+            output: of the trained network on the global batch, float32.
+            teacher: outputs of the same samples; where they have a gradient, logit objectives pass it on.
+            rows: int64 (B,), the batch's rows of the training split.
+            step: optimiser steps done so far.
+        """
         labels = self.data.labels.index_select(0, rows)
         mask = None if self.data.mask is None else self.data.mask.index_select(0, rows)
-        teacher: TeacherOutput = self.data.teacher(rows, host_rows, self.epoch)
         epoch = step / self.steps_per_epoch
         batch = Batch(labels, mask, rows, step, epoch, epoch / self.section.epochs)
         terms: dict[str, Tensor] = dict(self.objective(output, teacher, batch))
-        truth = task_loss(
-            self.objective.class_logits(output.head),
-            labels,
-            mask,
-            weights=self.weights,
-            smoothing=self.section.label_smoothing,
-        )
+        truth = self.truth(self.objective.class_logits(output.head), rows)
         terms["ground_truth"] = self.objective.hard_weight * truth
         return terms
+
+    def truth(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """The ground-truth loss, unweighted, of class logits (n, C) for `rows` (n,) of the training split."""
+        labels = self.data.labels.index_select(0, rows)
+        mask = None if self.data.mask is None else self.data.mask.index_select(0, rows)
+        return task_loss(logits, labels, mask, weights=self.weights, smoothing=self.section.label_smoothing)
+
+    def autocast(self) -> torch.autocast:
+        """The precision of forward passes: bfloat16 where the recipe and the device say so."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def _order(self) -> Tensor:
         """Rows of the training split in this epoch's order; a pure function of seed and epoch."""
         generator = torch.Generator().manual_seed(
             int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0])
         )
-        return torch.randperm(self.data.rows, generator=generator)
+        order = torch.randperm(self.trained_rows, generator=generator)
+        return order if self.rows is None else self.rows[order]
 
     def _seed_generators(self, step: int) -> None:
         """Dropout of (seed, step, process), without waiting for the device."""
@@ -365,6 +422,7 @@ class Run:
             **{f"loss/{name}": total / steps for name, total in zip(self.names, self.totals, strict=True)},
             "samples_per_second": samples_per_second,
             **self.objective.logs(),
+            **self.strategy.logs(),
         }
         self.history.append(record)
         if self.section.validates_after(self.epoch + 1):
@@ -382,6 +440,7 @@ class Run:
         logits = self._validation_logits()
         value = _metric_value(self.dataset, logits)
         record[f"validation/{primary_metric(self.dataset.task)}"] = value
+        record.update(self.strategy.validation())
         # of equal epochs the later one: its learning rate was lower
         if not self.best or value >= self.best["value"]:
             self.best = {
@@ -432,6 +491,8 @@ class Run:
             self.student.load_state_dict(state["student"])
             self.objective.load_state_dict(state["objective"])
             self.objective.prepare(self.data.fit_data(self.device), fitted=True)
+            self.beside.load_state_dict(state["beside"])
+            self.strategy.load_state_dict(state["strategy"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.average is not None:
                 self.average.module.load_state_dict(state["average"])
@@ -462,6 +523,8 @@ class Run:
                 "key": self.key,
                 "student": self.student.state_dict(),
                 "objective": self.objective.state_dict(),
+                "beside": self.beside.state_dict(),
+                "strategy": self.strategy.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "average": None if self.average is None else self.average.module.state_dict(),
                 "epoch": self.epoch,
@@ -514,6 +577,7 @@ class Run:
             with create(self.folder, "student", self.key, info) as folder:
                 save_student(self.student, folder / "student.safetensors")
                 save_student(self.objective, folder / "objective.safetensors")
+                self.strategy.save(folder)
                 (folder / "metrics.jsonl").write_text(self._metrics(), encoding="utf-8")
                 (folder / "train.json").write_text(self.section.model_dump_json(indent=2) + "\n", encoding="utf-8")
                 if self.writer is not None:
@@ -610,10 +674,11 @@ def _half_cosine(first: float, last: float, share: float) -> float:
 
 
 def _optimizer(
-    section: TrainSection, student: nn.Module, objective: nn.Module, device: torch.device
+    section: TrainSection, student: nn.Module, objective: nn.Module, beside: nn.Module
 ) -> torch.optim.Optimizer:
-    """Weight decay on the student's matrices and kernels only; none on an objective, whose rank it would lower."""
-    trained = [p for p in student.parameters() if p.requires_grad]
+    """Weight decay on matrices and kernels of the student, and of what a strategy trains beside it; none on an
+    objective, whose rank it would lower."""
+    trained = [p for module in (student, beside) for p in module.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": section.weight_decay},
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
@@ -670,13 +735,20 @@ def _tensorboard(folder: Path, purge_step: int | None) -> Any:
     return SummaryWriter(str(folder), purge_step=purge_step)
 
 
-def _check(section: TrainSection, objective: Composition, dataset: Dataset) -> None:
+def _check(section: TrainSection, objective: Composition, dataset: Dataset, strategy: Strategy | None) -> None:
     """Refuses what cannot work before anything is trained.
 
     Raises:
         InputError: mixup or class weights that do not fit objective or data, or empty splits.
     """
     objective.check_mixup(section.mixup)
+    if section.mixup and strategy is not None and not strategy.mixup:
+        raise InputError(
+            "mixup cannot be used while the teacher learns beside the student",
+            where="train.mixup",
+            evidence="the influence of a sample is not defined for a mixture of two",
+            fix='mixup = 0, or teacher.strategy = "frozen"',
+        )
     if section.mixup and dataset.input.kind != "image":
         raise InputError("mixup needs images", where="train.mixup", evidence="the inputs are tokens", fix="mixup = 0")
     if isinstance(section.class_weights, tuple) and len(section.class_weights) != len(dataset.classes):
@@ -700,8 +772,11 @@ def _key(
     augmentation: AugmentSection,
     seed: int,
     view_seed: int,
+    strategy: Strategy | None,
 ) -> str:
     """Hash of everything that decides the weights."""
+    # only where there is one, so that all other students keep their key
+    learning = [] if strategy is None else [strategy.key]
     return content_key(
         "student",
         FORM,
@@ -716,4 +791,5 @@ def _key(
         cache.key if cache is not None else None,
         seed,
         view_seed,
+        *learning,
     )

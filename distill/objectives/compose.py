@@ -20,6 +20,7 @@ from distill.objectives.embedding_compression import EmbeddingCompression
 from distill.objectives.fitnet import FitNet
 from distill.objectives.kd import KD
 from distill.objectives.lelp import LELP
+from distill.objectives.mse import MSE
 from distill.objectives.rkd import RKD
 from distill.objectives.section import (
     AnyObjective,
@@ -42,6 +43,7 @@ _MODULES: dict[str, type[Objective]] = {
     "kd": KD,
     "dkd": DKD,
     "dist": DIST,
+    "mse": MSE,
     "embedding": Embedding,
     "fitnet": FitNet,
     "vid": VID,

@@ -53,7 +53,7 @@ def relation_losses(student: Tensor, teacher: Tensor, tau: float, *, multilabel:
 
     Args:
         student: class or label logits z_S (N, C).
-        teacher: class or label logits z_T (N, C); no gradient reaches them.
+        teacher: class or label logits z_T (N, C); where they carry a gradient, it is passed on.
         tau: temperature > 0.
         multilabel: whether a sample may have several labels.
 
@@ -62,7 +62,7 @@ def relation_losses(student: Tensor, teacher: Tensor, tau: float, *, multilabel:
         (the paper's inter-class relation), then over the samples within a class (its intra-class relation). A batch of
         one has no relation between samples: the second is then 0, with zero gradient.
     """
-    z_s, z_t = at_least_float32(student) / tau, at_least_float32(teacher).detach() / tau
+    z_s, z_t = at_least_float32(student) / tau, at_least_float32(teacher) / tau
     y_s, y_t = (z_s.sigmoid(), z_t.sigmoid()) if multilabel else (z_s.softmax(1), z_t.softmax(1))
     classes = tau**2 * (1 - pearson(y_s, y_t)).mean()
     if len(y_s) == 1:

@@ -28,7 +28,7 @@ def decoupled_divergences(student: Tensor, teacher: Tensor, labels: Tensor, tau:
 
     Args:
         student: class logits z_S (N, C).
-        teacher: class logits z_T (N, C); no gradient reaches them.
+        teacher: class logits z_T (N, C); where they carry a gradient, it is passed on.
         labels: the targets y, int64 (N,) in 0..C-1.
         tau: temperature > 0 of both.
 
@@ -37,7 +37,7 @@ def decoupled_divergences(student: Tensor, teacher: Tensor, labels: Tensor, tau:
         both are 0 for one class.
     """
     z_s = at_least_float32(student) / tau
-    z_t = at_least_float32(teacher).detach() / tau
+    z_t = at_least_float32(teacher) / tau
     if z_s.shape[1] == 1:
         nothing = 0 * z_s.squeeze(1)
         return nothing, nothing
@@ -60,7 +60,7 @@ def dkd_losses(
 
     Args:
         student: class logits z_S (N, C).
-        teacher: class logits z_T (N, C); no gradient reaches them.
+        teacher: class logits z_T (N, C); where they carry a gradient, it is passed on.
         labels: the targets, int64 (N,).
         tau: temperature > 0.
         alpha: weight of the target part.

@@ -15,13 +15,13 @@ def kd_loss(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
 
     Args:
         student: class logits z_S (N, C).
-        teacher: class logits z_T (N, C); no gradient reaches them.
+        teacher: class logits z_T (N, C); where they carry a gradient, it is passed on.
         tau: temperature > 0. The factor tau^2 keeps the gradient's size when tau changes.
 
     Returns:
         Scalar >= 0, at least float32; 0 exactly when the distributions are equal.
     """
-    log_p = F.log_softmax(at_least_float32(teacher).detach() / tau, dim=-1)
+    log_p = F.log_softmax(at_least_float32(teacher) / tau, dim=-1)
     log_q = F.log_softmax(at_least_float32(student) / tau, dim=-1)
     return tau**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
@@ -35,13 +35,13 @@ def binary_kd_loss(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
 
     Args:
         student: label logits z_S (N, C).
-        teacher: label logits z_T (N, C); no gradient reaches them.
+        teacher: label logits z_T (N, C); where they carry a gradient, it is passed on.
         tau: temperature > 0.
 
     Returns:
         Scalar >= 0, at least float32.
     """
-    z_t = at_least_float32(teacher).detach() / tau
+    z_t = at_least_float32(teacher) / tau
     z_s = at_least_float32(student) / tau
     positive = z_t.sigmoid() * (F.logsigmoid(z_t) - F.logsigmoid(z_s))
     negative = (-z_t).sigmoid() * (F.logsigmoid(-z_t) - F.logsigmoid(-z_s))

@@ -279,6 +279,24 @@ class DISTSection(ObjectiveBase):
     tau: float = Field(1.0, gt=0, description="temperature that softens teacher and student")
 
 
+class MSESection(ObjectiveBase):
+    """Logit matching: the mean squared difference of student and teacher logits."""
+
+    title = "Logit matching (MSE)"
+    summary = "the student's logits equal the teacher's, as numbers rather than as probabilities"
+    needs = frozenset({"logits"})
+    training_cost = "one difference of logits"
+    source = "Ba & Caruana 2014, arXiv 1312.6184; mean over the classes: Kim et al. 2021, arXiv 2105.08919"
+    search: ClassVar[dict[str, Search]] = {"weight": _around(1.0), "train.hard_weight": _HARD_WEIGHT}
+
+    kind: Literal["mse"] = "mse"
+    weight: float = Field(1.0, ge=0, description="factor on this objective's terms")
+
+    @property
+    def default_hard_weight(self) -> float:
+        return 0.1
+
+
 class EmbeddingSection(ObjectiveBase):
     """EmbKD: soft targets, and the squared distance of a linear map of the student's embedding to the teacher's."""
 
@@ -446,6 +464,7 @@ AnyObjective = (
     | KDSection
     | DKDSection
     | DISTSection
+    | MSESection
     | EmbeddingSection
     | FitNetSection
     | VIDSection
@@ -660,6 +679,20 @@ def check_teacher(sections: tuple[AnyObjective, ...], moves: bool) -> None:
                 evidence="it is fitted once, before training, on what the teacher says then",
                 fix='teacher.strategy = "frozen", or another objective',
             )
+        if moves and "embedding" in section.needs:
+            raise InputError(
+                f'objective "{section.kind}" compares embeddings, and a teacher that learns along with the student is '
+                "told by logits",
+                where=f"objective[{position}].kind",
+                fix='objective = "kd", "dkd", "dist" or "mse"; or teacher.strategy = "frozen"',
+            )
+    if moves and not any("logits" in section.needs for section in sections):
+        raise InputError(
+            "the teacher learns along with the student, but no objective listens to it",
+            where="objective",
+            evidence=", ".join(section.kind for section in sections),
+            fix='objective = "kd", or teacher.strategy = "frozen"',
+        )
 
 
 def check_mixup(sections: tuple[AnyObjective, ...], mixup: float) -> None:

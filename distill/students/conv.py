@@ -48,9 +48,12 @@ class ConvNet(nn.Module):
         _initialise(self)
 
     def forward(self, image: Tensor) -> Tensor:
-        x: Tensor = self.stem(self.normalize(image))
-        for stage in self.stages:
-            x = stage(x)
+        return self.rest(self.stem(self.normalize(image)), 0)
+
+    def rest(self, x: Tensor, first: int) -> Tensor:
+        """What follows stage `first` - 1: its output x (N, C, H, W) -> embedding (N, D)."""
+        for index in range(first, len(self.stages)):
+            x = self.stages[index](x)
         pooled: Tensor = self.pool(x)
         return pooled.flatten(1)
 

@@ -34,10 +34,16 @@ class TextNet(nn.Module):
         self.embedding_dim = arch.width
 
     def forward(self, tokens: Tensor) -> Tensor:
-        real = tokens.ne(self.pad_id).to(self.positions.dtype).unsqueeze(-1)  # (N, T, 1)
-        x: Tensor = self.tokens(tokens) + self.positions
-        for block in self.blocks:
-            x = block(x, real)
+        return self.rest(self.tokens(tokens) + self.positions, self.real(tokens), 0)
+
+    def real(self, tokens: Tensor) -> Tensor:
+        """(N, T) -> (N, T, 1): 1 at real tokens, 0 at padding."""
+        return tokens.ne(self.pad_id).to(self.positions.dtype).unsqueeze(-1)
+
+    def rest(self, x: Tensor, real: Tensor, first: int) -> Tensor:
+        """What follows block `first` - 1: its output x (N, T, W), and real (N, T, 1) -> embedding (N, W)."""
+        for index in range(first, len(self.blocks)):
+            x = self.blocks[index](x, real)
         x = self.norm(x) * real
         return x.sum(1) / real.sum(1).clamp(min=1)
 

@@ -49,7 +49,9 @@ class TorchTeacher(NetworkTeacher):
         adapter: nn.Module = ImageAdapter(section, spec, where="teacher") if spec.kind == "image" else nn.Identity()
         super().__init__(
             nn.ModuleDict({"adapter": adapter, "network": network}),
-            section.model_dump(mode="json", exclude={"batch_size", "cache_dtype", "weights"}),
+            section.model_dump(
+                mode="json", exclude={"batch_size", "cache_dtype", "weights", "strategy", "generic", "coached"}
+            ),
             device,
         )
         self._captured: Tensor | None = None

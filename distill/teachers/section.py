@@ -6,12 +6,11 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from distill.teachers.strategy_section import COACHED, CONDITIONED, HELD_OUT, CoachedSection, GenericSection, Strategy
 from profiles.section import Section
 
 TeacherKind = Literal["train", "array", "transformers", "onnx", "torch", "none"]
 Pooling = Literal["mean", "cls", "max", "last"]
-STILL_STRATEGIES: frozenset[str] = frozenset({"frozen"})
-"""Strategies with which the teacher's outputs stay what they were when they were cached."""
 
 
 class ImageInput(Section):
@@ -70,7 +69,9 @@ class TeacherSection(ImageInput):
     """
 
     kind: TeacherKind = "train"
-    strategy: Literal["frozen"] = "frozen"
+    strategy: Strategy = "frozen"
+    generic: GenericSection = GenericSection()
+    coached: CoachedSection = CoachedSection()
     arch: str | None = None
     epochs: int | None = Field(default=None, ge=1)
     learning_rate: float | None = Field(default=None, gt=0)
@@ -98,7 +99,14 @@ class TeacherSection(ImageInput):
     @property
     def moves(self) -> bool:
         """Whether the teacher learns beside the student, so that what it said before training does not hold."""
-        return self.strategy not in STILL_STRATEGIES
+        return self.strategy in COACHED
+
+    @property
+    def held_out(self) -> float | None:
+        """Share of the training split that a coached student is judged by and not trained on; None: nothing."""
+        if self.coached.held_out is None and self.strategy in ("meta", "lgtm"):
+            return HELD_OUT
+        return self.coached.held_out
 
     @model_validator(mode="after")
     def _keys_fit_the_kind(self) -> Self:
@@ -117,11 +125,50 @@ class TeacherSection(ImageInput):
             raise ValueError(f'a teacher of kind "{self.kind}" needs "{" or ".join(missing[0])}"')
         if self.embedding_layer and self.head:
             raise ValueError('name "embedding_layer" or "head", not both')
+        self._keys_fit_the_strategy()
         return self
+
+    def _keys_fit_the_strategy(self) -> None:
+        for table, strategies in (("generic", CONDITIONED), ("coached", COACHED)):
+            section: Section = getattr(self, table)
+            given = _given(section)
+            if given and self.strategy not in strategies:
+                raise ValueError(
+                    f'"{table}.{given[0]}" belongs to strategy {_or(strategies)}, this one is "{self.strategy}"'
+                )
+            for name in given:
+                fitting = _ONLY_WITH.get((table, name), strategies)
+                if self.strategy not in fitting:
+                    raise ValueError(
+                        f'"{table}.{name}" belongs to strategy {_or(fitting)}, this one is "{self.strategy}"'
+                    )
+        choices = [name for name in ("widths", "depths", "kernels", "heads") if getattr(self.generic, name) is not None]
+        if self.generic.archs is not None and choices:
+            raise ValueError(f'name the pool by "generic.archs" or by "generic.{choices[0]}", not both')
+        if self.strategy == "sftn" and self.generic.archs is not None and len(self.generic.archs) != 1:
+            raise ValueError('strategy "sftn" is conditioned on one architecture; for several, strategy = "generic"')
+        if self.generic.distribution != "uniform" and self.generic.paths < 2:
+            raise ValueError(
+                f'distribution = "{self.generic.distribution}" compares the architectures of a step: generic.paths = 2'
+            )
 
 
 _IMAGE_KEYS = frozenset(ImageInput.model_fields)
-COMMON_KEYS = frozenset({"kind", "strategy", "cache_dtype", "batch_size"})
+COMMON_KEYS = frozenset({"kind", "strategy", "generic", "coached", "cache_dtype", "batch_size"})
+_INFLUENCED: frozenset[str] = frozenset({"meta", "lgtm"})
+_ONLY_WITH: dict[tuple[str, str], frozenset[str]] = {
+    **{
+        ("generic", name): frozenset({"generic"})
+        for name in ("widths", "depths", "kernels", "heads", "within_limits", "paths", "distribution", "entropy")
+    },
+    ("generic", "sampler_learning_rate"): frozenset({"generic"}),
+    ("coached", "hard_weight"): frozenset({"online", "lgtm"}),
+    ("coached", "held_out_batch_size"): _INFLUENCED,
+    ("coached", "influence"): _INFLUENCED,
+    ("coached", "derivative"): _INFLUENCED,
+    ("coached", "lambda_inf"): frozenset({"lgtm"}),
+}
+"""Keys of the strategies' tables that only some of them read."""
 KEYS_OF_KIND: dict[TeacherKind, frozenset[str]] = {
     "train": frozenset({"arch", "epochs", "learning_rate"}),
     "array": frozenset({"embeddings", "logits"})
@@ -137,3 +184,16 @@ _REQUIRED: dict[TeacherKind, tuple[tuple[str, ...], ...]] = {
     "onnx": (("file",), ("output", "embedding_output")),
     "torch": (("factory",),),
 }
+
+
+def _given(section: Section) -> list[str]:
+    """Keys whose values differ from the default."""
+    return [
+        name
+        for name, field in type(section).model_fields.items()
+        if getattr(section, name) != field.get_default(call_default_factory=True)
+    ]
+
+
+def _or(words: frozenset[str]) -> str:
+    return " or ".join(f'"{word}"' for word in sorted(words))

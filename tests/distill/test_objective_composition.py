@@ -73,7 +73,7 @@ def test_sections_survive_a_round_trip_through_json() -> None:
 
 def test_the_ground_truth_weight_is_the_methods_own_unless_given() -> None:
     published = {entry.kind: 1.0 for entry in describe_objectives()}
-    published |= {"kd": 0.1, "embedding": 0.1, "embedding_compression": 0.3, "lelp": 0.0}
+    published |= {"kd": 0.1, "mse": 0.1, "embedding": 0.1, "embedding_compression": 0.3, "lelp": 0.0}
     assert {kind: resolve_hard_weight(READ(kind), None) for kind in published} == published
     assert resolve_hard_weight(READ("kd"), 0.5) == 0.5
 

@@ -1,0 +1,1 @@
+"""How a teacher itself learns: conditioned on a pool of students (GTN, SFTN), or coached (online, meta, LGTM)."""
