@@ -503,6 +503,7 @@ class Run:
             progress.note(f"resumed after epoch {self.epoch}, step {self.step_in_epoch} of {self.steps_per_epoch}")
         if self.processes.world > 1:
             self.processes.synchronise(self.objective)
+            self.processes.synchronise(self.beside)
         compiled: nn.Module = torch.compile(self.student) if self.section.compile else self.student  # type: ignore[assignment]
         self.forward = self.processes.wrap(compiled)
 
