@@ -6,18 +6,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distill.students.arch import ConvArch, TextArch, default_arch, family_for, parse_arch, teacher_arch
+    from distill.students.pool import family_pool, parse_pool, restrict
     from distill.students.section import torch_word
     from distill.students.student import Student, build_student, load_student, save_student
+    from distill.students.supernet import Supernet
 
 _HOMES = {
     "ConvArch": "arch",
     "Student": "student",
+    "Supernet": "supernet",
     "TextArch": "arch",
     "build_student": "student",
     "default_arch": "arch",
     "family_for": "arch",
+    "family_pool": "pool",
     "load_student": "student",
     "parse_arch": "arch",
+    "parse_pool": "pool",
+    "restrict": "pool",
     "save_student": "student",
     "teacher_arch": "arch",
     "torch_word": "section",
@@ -25,12 +31,16 @@ _HOMES = {
 __all__ = [
     "ConvArch",
     "Student",
+    "Supernet",
     "TextArch",
     "build_student",
     "default_arch",
     "family_for",
+    "family_pool",
     "load_student",
     "parse_arch",
+    "parse_pool",
+    "restrict",
     "save_student",
     "teacher_arch",
     "torch_word",
