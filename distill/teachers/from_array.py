@@ -33,6 +33,8 @@ class ArrayTeacher(Teacher):
 
     sees_views = False
 
+    kind = "array"
+
     def __init__(self, section: TeacherSection, dataset: Dataset, base: Path) -> None:
         super().__init__("array")
         self._embeddings = _read_splits(section, dataset, base, "embeddings")

@@ -38,6 +38,8 @@ class OnnxTeacher(Teacher):
         InputError: unreadable file, unknown output, input that the data cannot feed, logits of another class count.
     """
 
+    kind = "onnx"
+
     def __init__(self, section: TeacherSection, dataset: Dataset, *, base: Path, device: torch.device) -> None:
         import onnxruntime as ort
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +29,8 @@ class TorchTeacher(NetworkTeacher):
         InputError: a factory that fails, weights that do not fit, unknown layer, a network that does not run on the
             data.
     """
+
+    kind = "torch"
 
     def __init__(
         self,
@@ -55,6 +58,9 @@ class TorchTeacher(NetworkTeacher):
             device,
         )
         self._captured: Tensor | None = None
+        self._classes = len(dataset.classes)
+        rows = np.arange(min(2, len(dataset.train)))
+        self._example = TeacherBatch(torch.from_numpy(dataset.train.inputs[rows]), "train", rows)
         head: nn.Linear | None = None
         if section.embedding_layer is not None:
             modules = dict(network.named_modules())
@@ -76,7 +82,6 @@ class TorchTeacher(NetworkTeacher):
     def _keep_input(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._captured = inputs[0]
 
-    @torch.no_grad()
     def _run(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         self._captured = None
         modules = self.network
@@ -87,9 +92,10 @@ class TorchTeacher(NetworkTeacher):
         embedding, self._captured = pool_features(self._captured).float(), None
         return embedding, output.float()
 
+    @torch.no_grad()
     def _probe(self, section: TeacherSection, dataset: Dataset, head: nn.Linear | None) -> None:
         """One forward pass of two training samples decides the dimensions."""
-        example = torch.from_numpy(dataset.train.inputs[:2].copy())
+        example = self._example.inputs
         try:
             embedding, output = self._run(example)
         except InputError:
@@ -122,9 +128,21 @@ class TorchTeacher(NetworkTeacher):
             # another number of columns could not be compared
             if head is not None and head.out_features == output.shape[1]:
                 found = head(embedding.to(head.weight.dtype)).float()
+                self._captured = None  # the head's hook saw this call, too
                 if torch.allclose(found, output, atol=1e-4):
                     self.set_head(head)
 
-    def outputs(self, batch: TeacherBatch) -> TeacherOutput:
+    def compute(self, batch: TeacherBatch) -> TeacherOutput:
         embedding, output = self._run(batch.inputs)
+        modules = self.network
+        assert isinstance(modules, nn.ModuleDict)
+        if "head" in modules:
+            return TeacherOutput(embedding, modules["head"](embedding).float())
         return TeacherOutput(embedding, None if self.num_logits is None else self._class_logits(output))
+
+    def live(self, layers: int | None = None) -> Self:
+        copied = super().live(layers)
+        if copied.num_logits is None:
+            copied._add_head(self._classes)
+        copied.learn_only_for_logits(copied._example)
+        return copied

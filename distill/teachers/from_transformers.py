@@ -34,6 +34,8 @@ class TransformersTeacher(NetworkTeacher):
         InputError: `transformers` is not installed, nothing loadable at that name, texts missing, wrong class count.
     """
 
+    kind = "transformers"
+
     def __init__(self, section: TeacherSection, dataset: Dataset, *, base: Path, device: torch.device) -> None:
         assert section.model is not None
         self._pooling: Pooling = section.pooling
@@ -107,8 +109,7 @@ class TransformersTeacher(NetworkTeacher):
             preprocessing |= {"max_length": self._max_length, "vocabulary": vocabulary}
         return modules, preprocessing
 
-    @torch.no_grad()
-    def outputs(self, batch: TeacherBatch) -> TeacherOutput:
+    def compute(self, batch: TeacherBatch) -> TeacherOutput:
         modules = self.network
         assert isinstance(modules, nn.ModuleDict)
         if self._tokenizer is None:
