@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.data.dataset import InputSpec
@@ -10,6 +12,8 @@ from distill.students.arch import ConvArch, stage_count, stem_stride
 
 _EXPANSION = 4
 """Inverted residual: hidden channels per output channel."""
+_FEW = 8
+"""Below so many input channels a strided 1x1 convolution cannot be trained as it is; see `_FewStrided`."""
 
 
 class ConvNet(nn.Module):
@@ -99,13 +103,29 @@ def _conv_norm_act(
     groups: int = 1,
     act: type[nn.ReLU] | type[nn.ReLU6] | None = None,
 ) -> nn.Sequential:
+    conv = _FewStrided if kernel == 1 and stride > 1 and channels < _FEW else nn.Conv2d
     layers: list[nn.Module] = [
-        nn.Conv2d(channels, out, kernel, stride, kernel // 2, groups=groups, bias=False),
+        conv(channels, out, kernel, stride, kernel // 2, groups=groups, bias=False),
         nn.BatchNorm2d(out),
     ]
     if act is not None:
         layers.append(act(inplace=True))
     return nn.Sequential(*layers)
+
+
+class _FewStrided(nn.Conv2d):
+    """A strided 1x1 convolution of a few channels, in two steps where a gradient is wanted.
+
+    oneDNN's backward passes of the single step (seen in torch 2.13 on a CPU with AVX2: channels last, below eight input
+    channels) write past the end of their memory, and the process crashes. Skipping pixels first gives the same values.
+    Without a gradient it is one convolution, so that exported graphs stay plain.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().forward(x)
+        down, right = self.stride
+        return F.conv2d(x[:, :, ::down, ::right], self.weight)
 
 
 def _initialise(module: nn.Module) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from profiles.errors import InputError
 
 IMAGES = InputSpec("image", (1, 28, 28), (0.286,), (0.353,))
 COLOUR = InputSpec("image", (3, 224, 224), (0.48, 0.45, 0.4), (0.22, 0.22, 0.23))
+ROOT = Path(__file__).parents[2]
 TOKENS = InputSpec("tokens", (12,), vocabulary=40, pad_id=0)
 
 
@@ -96,6 +99,25 @@ def test_embedding_and_head_have_the_promised_shapes(arch: str, spec: InputSpec,
     assert out.head.dtype == torch.float32
     out.head.sum().backward()
     assert all(p.grad is not None for p in student.parameters())
+
+
+def test_the_narrowest_student_trains_on_images_in_channels_last_order() -> None:
+    # in a process of its own: what this guards against writes past the end of its memory
+    code = (
+        "import torch; from tests.distill.test_students_build import IMAGES, build, example\n"
+        "student = build('conv-w4-d1-k3', IMAGES).to(memory_format=torch.channels_last)\n"
+        "x = example(IMAGES, 64).contiguous(memory_format=torch.channels_last)\n"
+        "for _ in range(20): student(x).head.square().sum().backward()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_narrowest_student_gives_the_same_with_and_without_gradients() -> None:
+    student, x = build("conv-w4-d2-k5", IMAGES).eval(), example(IMAGES, 8)
+    with torch.no_grad():
+        expected = student(x)
+    torch.testing.assert_close(student(x).head, expected.head, atol=1e-6, rtol=1e-5)
 
 
 def test_normalisation_is_the_first_layer_and_follows_the_spec() -> None:
