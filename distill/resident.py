@@ -81,6 +81,11 @@ class Resident:
         batch = batch.contiguous(memory_format=torch.channels_last)
         return augment(batch, rows, view, self.view_seed, self.augmentation)
 
+    def clean_inputs(self, rows: Tensor, host_rows: Tensor) -> Tensor:
+        """As `inputs`, without augmentation."""
+        batch = self._take(self._inputs, rows, host_rows)
+        return batch.contiguous(memory_format=torch.channels_last) if self._is_image else batch
+
     def teacher(self, rows: Tensor, host_rows: Tensor, epoch: int) -> TeacherOutput:
         """Cached outputs of `rows` for the view that `inputs` gives in the same epoch, float32."""
         view = view_of(epoch, self.augmentation.views) if self.teacher_views > 1 else 0

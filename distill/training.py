@@ -438,7 +438,7 @@ class Run:
     def _validate(self, record: dict[str, float]) -> None:
         """Adds the validation metric to the epoch's record, and keeps the weights when they are the best so far."""
         logits = self._validation_logits()
-        value = _metric_value(self.dataset, logits)
+        value = metric_value(self.dataset, logits)
         record[f"validation/{primary_metric(self.dataset.task)}"] = value
         record.update(self.strategy.validation())
         # of equal epochs the later one: its learning rate was lower
@@ -706,7 +706,7 @@ def _bf16(section: TrainSection, device: torch.device) -> bool:
     return section.precision == "bf16"
 
 
-def _metric_value(dataset: Dataset, logits: np.ndarray[Any, Any]) -> float:
+def metric_value(dataset: Dataset, logits: np.ndarray[Any, Any]) -> float:
     """The primary metric on the validation split without its interval, whose bootstrap can cost more than an epoch."""
     split = dataset.validation
     if dataset.task == "multiclass":
