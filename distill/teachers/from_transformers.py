@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distill.data.dataset import Dataset
+from distill.data.dataset import Dataset, SplitName
 from distill.networks import ImageAdapter
 from distill.outputs import TeacherOutput
 from distill.teachers.section import ImageInput, Pooling, TeacherSection
 from distill.teachers.teacher import NetworkTeacher, TeacherBatch
+from distill.teachers.upper_layers import FIX, KEY, Cut, HiddenStates, Rows, Tokens, send
 from profiles.artifact import content_key
 from profiles.errors import InputError
 
@@ -30,6 +33,9 @@ class TransformersTeacher(NetworkTeacher):
     Images are resized to its processor's size (stretched to a square: framing is the data set's business), scaled with
     its mean and standard deviation, and repeated to its channels.
 
+    A live copy tokenises every split once. When only its last layers learn, it computes once per split of texts what
+    enters them, and keeps it in memory; images go through the frozen layers every time, because their views change.
+
     Raises:
         InputError: `transformers` is not installed, nothing loadable at that name, texts missing, wrong class count.
     """
@@ -40,6 +46,10 @@ class TransformersTeacher(NetworkTeacher):
         assert section.model is not None
         self._pooling: Pooling = section.pooling
         self._dataset = dataset
+        self._batch_size = section.batch_size
+        self._tokens: dict[SplitName, Tokens] | None = None
+        self._cut: Cut | None = None
+        self._entering: dict[SplitName, HiddenStates] = {}
         self.sees_views = dataset.input.kind == "image"
         local = (base / section.model).is_dir()
         if not local and _HUB_NAME.fullmatch(section.model) is None:
@@ -47,7 +57,7 @@ class TransformersTeacher(NetworkTeacher):
         source = str(base / section.model) if local else section.model
         modules, preprocessing = self._load(source, section, dataset, local)
         super().__init__(modules, preprocessing, device)
-        found = self.outputs(TeacherBatch(torch.from_numpy(dataset.train.inputs[:2].copy()), "train", _first_rows()))
+        found = self.outputs(self._example(np.arange(min(2, len(dataset.train)))))
         assert found.embedding is not None
         self.embedding_dim = found.embedding.shape[1]
         if found.logits is not None:
@@ -110,35 +120,147 @@ class TransformersTeacher(NetworkTeacher):
         return modules, preprocessing
 
     def compute(self, batch: TeacherBatch) -> TeacherOutput:
+        inputs = self._inputs(batch)
+        if self._cut is None:
+            return self._forward(inputs)
+        with self._cut.replaying(self._entering_of(batch.split).batch(batch.rows, self.device)):
+            return self._forward(inputs)
+
+    def live(self, layers: int | None = None) -> Self:
+        copied = super().live()
+        if copied.num_logits is None:
+            copied._add_head(len(self._dataset.classes))
+        cut = copied._freeze_below(layers) if layers is not None else None
+        copied.learn_only_for_logits(copied._example(np.arange(min(2, len(self._dataset.train)))))
+        if self._tokenizer is not None:
+            # only now: the steps before look at a few texts, for which a whole split need not be read
+            copied._cut, copied._tokens = cut, {}
+        return copied
+
+    def _shared(self) -> list[object]:
+        return [self._dataset, self._tokenizer]
+
+    def _example(self, rows: Rows) -> TeacherBatch:
+        """These training samples, clean."""
+        return TeacherBatch(torch.from_numpy(self._dataset.train.inputs[rows]), "train", rows)
+
+    def _inputs(self, batch: TeacherBatch) -> dict[str, Tensor]:
+        """What the model's forward takes, on the device."""
+        if self._tokenizer is None:
+            modules = self.network
+            assert isinstance(modules, nn.ModuleDict)
+            return {"pixel_values": modules["adapter"](self.to_device(batch.inputs))}
+        if self._tokens is not None:
+            return self._tokens_of(batch.split).batch(batch.rows, self.device)
+        texts = self._texts(batch.split)
+        return {
+            name: send(value, self.device) for name, value in self._encode([texts[row] for row in batch.rows]).items()
+        }
+
+    def _encode(self, texts: list[str]) -> dict[str, Tensor]:
+        """int64 (N, T) each, on the host, padded to the longest."""
+        return dict(
+            self._tokenizer(texts, padding=True, truncation=True, max_length=self._max_length, return_tensors="pt")
+        )
+
+    def _texts(self, split: SplitName) -> tuple[str, ...]:
+        texts = self._dataset.split(split).texts
+        if texts is None:
+            raise InputError(f"the {split} split has no texts for the teacher's tokenizer", where="teacher.kind")
+        return texts
+
+    def _forward(self, inputs: dict[str, Tensor]) -> TeacherOutput:
         modules = self.network
         assert isinstance(modules, nn.ModuleDict)
-        if self._tokenizer is None:
-            result = modules["model"](
-                pixel_values=modules["adapter"](self.to_device(batch.inputs)), output_hidden_states=True
-            )
-            mask = None
-        else:
-            texts = self._dataset.split(batch.split).texts
-            if texts is None:
-                raise InputError(
-                    f"the {batch.split} split has no texts for the teacher's tokenizer", where="teacher.kind"
-                )
-            encoded = self._tokenizer(
-                [texts[row] for row in batch.rows],
-                padding=True,
-                truncation=True,
-                max_length=self._max_length,
-                return_tensors="pt",
-            ).to(self.device)
-            result = modules["model"](**encoded, output_hidden_states=True)
-            mask = encoded["attention_mask"]
+        result = modules["model"](**inputs, output_hidden_states=True)
         hidden = result.get("last_hidden_state")
         if hidden is None:  # classifiers return the list alone
             hidden = result["hidden_states"][-1]
+        embedding = pool(hidden, inputs.get("attention_mask"), self._pooling).float()
+        if "head" in modules:
+            return TeacherOutput(embedding, modules["head"](embedding).float())
         logits = result.get("logits")
-        return TeacherOutput(
-            pool(hidden, mask, self._pooling).float(), None if logits is None else self._class_logits(logits.float())
-        )
+        return TeacherOutput(embedding, None if logits is None else self._class_logits(logits.float()))
+
+    def _tokens_of(self, split: SplitName) -> Tokens:
+        assert self._tokens is not None
+        if split not in self._tokens:
+            self._tokens[split] = Tokens(self._encode(list(self._texts(split))), self._tokenizer.padding_side)
+        return self._tokens[split]
+
+    def _entering_of(self, split: SplitName) -> HiddenStates:
+        if split not in self._entering:
+            cut, tokens = self._cut, self._tokens_of(split)
+            assert cut is not None
+
+            def entering(rows: Rows) -> Tensor:
+                with cut.recording() as found:
+                    self._forward(tokens.batch(rows, self.device))
+                return found[-1]
+
+            # the frozen part in full precision, whatever the step that asks first runs in
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                self._entering[split] = HiddenStates(tokens, entering, self._batch_size, self.device)
+        return self._entering[split]
+
+    def _freeze_below(self, layers: int) -> Cut:
+        """Freezes all that decides what enters the last `layers` layers, and shows that they can run on their own."""
+        modules = self.network
+        assert isinstance(modules, nn.ModuleDict)
+        cut = Cut(modules["model"], layers)
+        texts = self._dataset.train.texts
+        rows = np.arange(min(256, len(self._dataset.train)))
+        if self._tokenizer is not None and texts is not None:
+            # a short and a long one, so that padding is looked at as well
+            order = sorted(rows.tolist(), key=lambda row: len(texts[row]))
+            rows = np.array([order[0], order[-1]])
+        inputs = self._inputs(self._example(rows[:2]))
+        with torch.enable_grad(), cut.recording() as found:
+            whole = self._forward(inputs)
+        if not found:
+            raise InputError("the teacher's layers were not used in a forward pass", where=KEY, fix=FIX)
+        below = self._reached(found[-1])
+        for parameter in self.parameters_that_learn():
+            if id(parameter) in below:
+                parameter.requires_grad_(False)
+        if self._tokenizer is not None:
+            _check_parts(whole, inputs, found[-1].detach(), cut, self._forward)
+        return cut
+
+
+def _check_parts(
+    whole: TeacherOutput,
+    inputs: dict[str, Tensor],
+    hidden: Tensor,
+    cut: Cut,
+    forward: Callable[[dict[str, Tensor]], TeacherOutput],
+) -> None:
+    """The upper layers alone must give what the whole network gives.
+
+    Raises:
+        InputError: they do not.
+    """
+    mask = inputs["attention_mask"]
+    try:
+        if hidden.shape[:2] != mask.shape:
+            raise ValueError(f"{tuple(mask.shape)} tokens enter as {tuple(hidden.shape)}")
+        with torch.no_grad(), cut.replaying(hidden * mask.unsqueeze(-1)):
+            parts = forward(inputs)
+        pairs = [(a, b) for a, b in zip(whole, parts, strict=True) if a is not None and b is not None]
+        difference = max(float((a.detach() - b).abs().max()) for a, b in pairs)
+        if not difference <= _ATOL:
+            raise ValueError(f"outputs of two training samples differ by {difference:.2g}")
+    except Exception as error:  # a model may need anything of its lower layers
+        raise InputError(
+            "the teacher's last layers cannot run without the others",
+            where=KEY,
+            evidence=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            fix=FIX,
+        ) from error
+
+
+_ATOL = 1e-4
+"""Largest difference between a network run whole and in two parts."""
 
 
 def pool(hidden: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:
@@ -179,9 +301,3 @@ def _image_input(processor: dict[str, Any], channels: int) -> ImageInput:
     else:
         scaling = {"mean": (0.0,), "std": (1.0,)}
     return ImageInput(input_size=size, input_channels=3 if channels == 3 else 1, **scaling)
-
-
-def _first_rows() -> Any:
-    import numpy as np
-
-    return np.arange(2)
