@@ -154,7 +154,7 @@ class Generic(Strategy):
         self._features.clear()
 
     def terms(self, step: Step, output: StudentOutput) -> dict[str, Tensor]:
-        """ "generic/ce" and "generic/kl", weighted: means over boundaries, draws, samples and processes.
+        """Weighted generic/ce and generic/kl: means over boundaries, draws, samples and processes.
 
         The first carries the whole gradient to the teacher (of this process's share); that to the pool's shared
         network is already in its parameters.

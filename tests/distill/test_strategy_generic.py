@@ -269,6 +269,65 @@ def test_only_what_was_sampled_gets_a_gradient(tmp_path: Path) -> None:
     assert pool["shared.body.stem.0.0.weight"] is None
 
 
+def test_the_distribution_is_told_what_each_draw_cost(tmp_path: Path) -> None:
+    """Draws in their order, an architecture that was drawn twice with the same loss twice."""
+    data = large(dataset())
+    strategy = generic(POOL, TEACHER, data, Recorded, distribution="hard", paths=7)
+    run = begin(case(data), strategy, tmp_path)
+    told: list[tuple[list[int], list[float]]] = []
+    strategy.sampler.update = lambda indices, losses: told.append((indices.tolist(), losses.tolist()))
+    step_gradients(run)
+    step = strategy.steps[-1]
+    features, logits = forward(run.student, step.inputs)
+    expected = {}
+    for index in set(strategy.sequence[-1]):
+        outputs = [strategy.supernet.branch(strategy.archs[index], i, f) for i, f in enumerate(features[:-1])]
+        losses = [step.truth(z) + 3 * divergence(z, logits, 1.0, False) for z in outputs]
+        expected[index] = float(torch.stack(losses).mean().detach())
+    assert 1 < len(expected) < 7
+    assert len(set(expected.values())) == len(expected)
+    ((indices, found),) = told
+    assert indices == strategy.sequence[-1]
+    assert found == pytest.approx([expected[index] for index in indices], rel=1e-10)
+
+
+class Alive:
+    """Counts the bytes that autograd keeps for backward passes, and their peak."""
+
+    now = peak = 0
+
+    def hold(self, value: Tensor) -> Any:
+        size = value.numel() * value.element_size()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        counter = self
+
+        class Held:
+            def __del__(self) -> None:
+                counter.now -= size
+
+        held = Held()
+        held.value = value  # type: ignore[attr-defined]
+        return held
+
+
+def peak_of_a_step(paths: int, words: tuple[str, ...], folder: Path) -> int:
+    strategy = generic(words, TEACHER, dataset(), paths=paths)
+    run = begin(case(), strategy, folder)
+    alive = Alive()
+    with torch.autograd.graph.saved_tensors_hooks(alive.hold, lambda held: held.value):
+        step_gradients(run)
+    assert sum(count > 0 for count in strategy.sampled) == len(words)
+    return alive.peak
+
+
+def test_many_paths_need_no_more_memory_than_the_largest(tmp_path: Path) -> None:
+    largest = peak_of_a_step(1, POOL[3:], tmp_path)
+    assert peak_of_a_step(1, POOL[:1], tmp_path) < largest
+    # but for a few scalars; all four at once would need a third more
+    assert peak_of_a_step(16, POOL, tmp_path) < 1.001 * largest
+
+
 def test_with_inheritance_the_pool_learns_from_the_input_on(tmp_path: Path) -> None:
     strategy = generic(POOL, TEACHER, dataset(), inherit=True)
     _, pool = step_gradients(begin(case(), strategy, tmp_path))
