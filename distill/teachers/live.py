@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from distill.data.dataset import Dataset
-from distill.teachers.teacher import NetworkTeacher, Teacher, TeacherBatch
+from distill.teachers.teacher import ModuleTeacher, NetworkTeacher, Teacher, TeacherBatch
 from profiles.errors import InputError
 
 _WHAT = {"array": "only stored outputs", "onnx": "a finished graph whose weights are constants"}
@@ -38,6 +38,7 @@ def live_teacher(teacher: Teacher, layers: int | None, dataset: Dataset) -> Netw
             evidence="a teacher that learns is trained on the labels as well",
             fix='an objective that matches class logits (kd, dkd, dist, mse), or teacher.strategy = "frozen"',
         )
-    rows = np.arange(min(2, len(dataset.train)))
-    live.learn_only_for_logits(TeacherBatch(torch.from_numpy(dataset.train.inputs[rows]), "train", rows))
+    if isinstance(live, ModuleTeacher):  # the others have looked at samples of their own
+        rows = np.arange(min(2, len(dataset.train)))
+        live.learn_only_for_logits(TeacherBatch(torch.from_numpy(dataset.train.inputs[rows]), "train", rows))
     return live

@@ -193,7 +193,7 @@ class NetworkTeacher(Teacher):
             head = nn.Linear(self.embedding_dim, classes)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
-        self.network["head"] = head.to(self.device)
+        self.network["head"] = head.to(self.device).eval()
         self.num_logits = classes
 
     def fingerprint(self) -> str:
