@@ -153,15 +153,15 @@ class Supernet(nn.Module):
             return
         slices = self._slices(arch, template)
         found = dict(slices)
-        for name, norm in norms.items():
-            norm.momentum = None  # a cumulative mean
+        for name in norms:
             for buffer, start in (("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0)):
                 found[f"{name}.{buffer}"] = torch.full_like(slices[f"{name}.{buffer}"], start)
         template.train()
         count = 0
-        for inputs in batches:
+        for count, inputs in enumerate(batches, start=1):
+            for norm in norms.values():
+                norm.momentum = 1 / count  # the mean so far; None does the same, but reads a counter off the device
             functional_call(template, found, (inputs,), strict=True)
-            count += 1
         if not count:
             raise ValueError("statistics need at least one batch")
         for name in norms:
