@@ -212,6 +212,7 @@ def assert_live(teacher: NetworkTeacher, live: NetworkTeacher, data: Dataset, *,
     assert live.num_logits == len(data.classes)
     assert live.embedding_dim == teacher.embedding_dim
     assert live.head_weight is None
+    assert {value.device for value in live.network.state_dict().values()} == {teacher.device}
     assert not any(module.training for module in live.network.modules())
     with pytest.raises(EdgestillError, match="not frozen"):
         live.assert_frozen()
@@ -571,6 +572,24 @@ def test_split_without_texts_is_told(folder: Callable[..., Path]) -> None:
     live = live_teacher(transformer(folder("bert"), data), 1, data)
     with pytest.raises(InputError, match="the test split has no texts"):
         live.outputs(batch(data, [0], "test"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU (torch.cuda.is_available() is false)")
+@pytest.mark.parametrize(("layers", "kept"), [(None, 2**30), (2, 2**30), (2, 100)])
+def test_a_live_teacher_on_the_gpu_says_what_the_one_on_the_cpu_says(
+    layers: int | None, kept: int, folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upper_layers_module, "FLOAT32_BYTES", kept)
+    data, path = texts(), folder("bert", 2)
+    section = TeacherSection(kind="transformers", model=path.name, classification=True)
+    found = []
+    for device in ("cpu", "cuda"):
+        teacher = load_teacher(section, data, base=path.parent, device=device)
+        computed = live_teacher(teacher, layers, data).compute(batch(data))
+        assert _logits(computed).device.type == device
+        found.append(computed.logits.detach().cpu())  # type: ignore[union-attr]
+    torch.testing.assert_close(found[1], found[0], atol=1e-3, rtol=1e-3)
 
 
 # --- kept texts -----------------------------------------------------------------------------------------------------
