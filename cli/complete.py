@@ -62,7 +62,9 @@ def data_sets(incomplete: str) -> list[str]:
 
 
 def methods(incomplete: str) -> list[str]:
-    """Objectives by name."""
+    """Objectives and teacher strategies by name."""
     from distill.objectives.section import describe_objectives
+    from distill.teachers.strategy_section import describe_strategies
 
-    return _matching([entry.kind for entry in describe_objectives()], incomplete)
+    names = [*(entry.kind for entry in describe_objectives()), *(entry.kind for entry in describe_strategies())]
+    return _matching(names, incomplete)

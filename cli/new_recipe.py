@@ -175,6 +175,7 @@ def write(
         "",
         "[teacher]",
         *(line for key in teacher.keys for line in _key(*key)),
+        *_strategy(teacher),
         *_student(data),
         "",
         "[train]",
@@ -200,6 +201,20 @@ def _key(key: str, value: Any, comment: str, off: bool = False) -> list[str]:
 
     words = [f"# {line}" for line in textwrap.wrap(comment, _WIDTH)]
     return [*words, f"{'# ' if off else ''}{key} = {tomlkit.item(value).as_string()}"]
+
+
+def _strategy(teacher: Teacher) -> list[str]:
+    """How the teacher itself could learn, switched off; nothing for a teacher that cannot."""
+    kind = next(value for key, value, _ in teacher.keys if key == "kind")
+    if kind not in ("train", "torch", "transformers") or (kind != "train" and teacher.objective == "ec"):
+        return []
+    return _key(
+        "strategy",
+        "generic",
+        "how the teacher itself learns: generic prepares it for students of many sizes, lgtm lets it learn along with "
+        "the student (slower); more: edgestill methods generic",
+        off=True,
+    )
 
 
 def _data(data: OwnData, task: Task, base: Path) -> list[str]:

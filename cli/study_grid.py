@@ -15,6 +15,7 @@ from distill.objectives.section import AnyObjective, ObjectiveSections, check_mi
 from profiles.errors import InputError, nearest
 
 OBJECTIVE = "objective"
+STRATEGY = "teacher.strategy"
 TRAIN_SIZE = "data.train_size"
 PLAIN = "supervised"
 _NOT_TRAINING = ("name", "export", "measure", "target", "plain_students", "study")
@@ -41,6 +42,11 @@ class Combination:
     def is_plain(self) -> bool:
         """Whether it learns from the labels alone."""
         return [section.kind for section in self.recipe.objective] == [PLAIN]
+
+    @property
+    def is_coached(self) -> bool:
+        """Whether its teacher learns along with the student; a plain student has none."""
+        return self.recipe.teacher.moves and not self.is_plain
 
     @property
     def hard_weight(self) -> float | None:
@@ -95,7 +101,7 @@ def build_grid(
         for entry in entries:
             _checked(values, [(key, entry)], origin, f"--vary {key}={shown(entry)}")
     methods = _methods(loaded, values, varied)
-    factors = {key: tuple(entries) for key, entries in varied.items() if key != OBJECTIVE}
+    factors = {key: tuple(entries) for key, entries in varied.items() if key not in (OBJECTIVE, STRATEGY)}
     for key, entries in factors.items():
         words = [shown(entry) for entry in entries]
         twice = next((word for word in words if words.count(word) > 1), None)
@@ -189,7 +195,7 @@ def _refuse_key(key: str) -> None:
 def _methods(
     loaded: LoadedRecipe, values: dict[str, Any], varied: Mapping[str, Sequence[Any]]
 ) -> dict[str, list[Change]]:
-    """Name -> what it changes in the recipe."""
+    """Name -> what it changes in the recipe: an objective, a teacher's strategy, or both."""
     found: dict[str, list[Change]] = {}
 
     def add(name: str, changes: list[Change], where: str) -> None:
@@ -201,8 +207,19 @@ def _methods(
             )
         found[name] = changes
 
-    for entry in varied.get(OBJECTIVE, ()):
-        add(_label_of(entry), [(OBJECTIVE, entry)], f"--vary {OBJECTIVE}={shown(entry)}")
+    strategies = varied.get(STRATEGY, ())
+    objectives: list[tuple[str, list[Change]]] = [
+        (_label_of(entry), [(OBJECTIVE, entry)]) for entry in varied.get(OBJECTIVE, ())
+    ]
+    if strategies and not objectives:
+        objectives = [(method_label(loaded.recipe.objective), [])]
+    for name, changes in objectives:
+        where = " ".join(f"--vary {key}={shown(value)}" for key, value in changes) or f"--vary {STRATEGY}"
+        if strategies and name != PLAIN:
+            for strategy in strategies:
+                add(f"{name} ({shown(strategy)})", [*changes, (STRATEGY, strategy)], where)
+        else:  # no teacher, no strategy
+            add(name, changes, where)
     for index, variant in enumerate(loaded.recipe.study.variant):
         where = f"{loaded.origin}, study.variant[{index}] ({variant.name})"
         changes = []

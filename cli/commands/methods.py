@@ -13,37 +13,50 @@ from cli.commands.shared import JsonOption, examples, facts, plain_table
 
 if TYPE_CHECKING:
     from distill.objectives.section import Description, Parameter
+    from distill.teachers.strategy_section import StrategyDescription
 
 app = typer.Typer(
-    epilog=examples("edgestill methods", "edgestill methods lelp", "edgestill methods ec", "edgestill methods --json")
+    epilog=examples("edgestill methods", "edgestill methods lelp", "edgestill methods lgtm", "edgestill methods --json")
 )
 
 
 @app.command()
 def methods(
     name: Annotated[
-        str | None, typer.Argument(help="Only this method, with its settings.", autocompletion=complete.methods)
+        str | None,
+        typer.Argument(
+            help="Only this objective or teacher strategy, with its settings.", autocompletion=complete.methods
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """The ways to distil: what each one needs, costs and is good for, and where it comes from.
+    """The ways to distil, and for a teacher to learn: what each one needs, costs and is good for, and its source.
 
     Methods marked "control" are there to be compared with, not to be shipped.
     """
     from distill.objectives.section import describe_objectives
+    from distill.teachers.strategy_section import StrategyDescription, describe_strategies
 
-    described = describe_objectives()
+    described, strategies = describe_objectives(), describe_strategies()
     if name is not None:
-        found = _find(name, described)
+        found = _find(name, described, strategies)
         if as_json:
             console.emit_json(found)
+        elif isinstance(found, StrategyDescription):
+            _print_strategy(found)
         else:
             _print_one(found)
         return
     teachers, students, architectures = _teachers(), _students(), _architectures()
     if as_json:
         console.emit_json(
-            {"objectives": described, "teachers": teachers, "students": students, "architectures": architectures}
+            {
+                "objectives": described,
+                "strategies": strategies,
+                "teachers": teachers,
+                "students": students,
+                "architectures": architectures,
+            }
         )
         return
     rows = [
@@ -56,19 +69,28 @@ def methods(
     ]
     console.emit(plain_table(("Objective", "Needs", "What it does"), rows))
     console.emit("needs: logits and embedding are the teacher's; several objectives in one recipe add up")
+    console.emit("")
+    ways = [(entry.kind, entry.summary, entry.needs, entry.cost) for entry in strategies]
+    console.emit(plain_table(("Teacher strategy", "What it does", "Needs", "Costs"), ways))
     for title, entries in (("Teacher", teachers), ("Student", students), ("Student arch", architectures)):
         console.emit("")
         console.emit(plain_table((title, "What it is"), list(entries.items())))
-    console.emit("\nsettings, costs and source of one objective: edgestill methods NAME")
+    console.emit("\nsettings, costs and source of one objective or teacher strategy: edgestill methods NAME")
 
 
-def _find(name: str, described: tuple[Description, ...]) -> Description:
+def _find(
+    name: str, described: tuple[Description, ...], strategies: tuple[StrategyDescription, ...]
+) -> Description | StrategyDescription:
     from profiles.errors import InputError, nearest
 
     for entry in described:
         if name in (entry.kind, *entry.aliases):
             return entry
+    for strategy in strategies:
+        if name == strategy.kind:
+            return strategy
     names = [word for entry in described for word in (entry.kind, *entry.aliases)]
+    names += [strategy.kind for strategy in strategies]
     raise InputError(f'no method "{name}"', where="NAME", fix=nearest(name, names))
 
 
@@ -108,6 +130,27 @@ def _print_one(entry: Description) -> None:
     rows = [(parameter.name, _toml(parameter.default), _meaning(parameter, entry)) for parameter in entry.parameters]
     console.emit("")
     console.emit(plain_table(("Setting", "Default", "Meaning"), rows))
+
+
+def _print_strategy(entry: StrategyDescription) -> None:
+    console.emit(entry.title)
+    console.emit(
+        facts(
+            [
+                ("in a recipe", f'teacher.strategy = "{entry.kind}"'),
+                ("what it does", entry.summary),
+                ("needs", entry.needs),
+                ("students", entry.students),
+                ("while training", entry.cost),
+                ("on the device", "none: nothing of it is in the exported student"),
+                ("source", entry.source),
+            ]
+        )
+    )
+    if entry.parameters:
+        console.emit("")
+        rows = [(f"teacher.{each.name}", _toml(each.default), each.meaning) for each in entry.parameters]
+        console.emit(plain_table(("Setting", "Default", "Meaning"), rows))
 
 
 def _meaning(parameter: Parameter, entry: Description) -> str:

@@ -18,6 +18,7 @@ app = typer.Typer()
         "edgestill study quickstart --vary objective=supervised,kd,ec --seeds 5",
         "edgestill study shelf.toml --vary objective=supervised,kd --vary data.train_size=500,2000",
         "edgestill study shelf.toml --vary objective=supervised,kd --tune 20",
+        "edgestill study shelf.toml --vary teacher.strategy=frozen,online,lgtm",
         "edgestill study shelf.toml --vary 'objective=kd,{kind=\"kd\",tau=1.0}' --control kd",
     )
 )
@@ -29,7 +30,7 @@ def study(
         typer.Option(
             "--vary",
             metavar="KEY=V1,V2",
-            help="A key of the recipe and the values that it takes; objective is the method. Repeatable.",
+            help="A key of the recipe and its values; objective and teacher.strategy are the method. Repeatable.",
         ),
     ] = None,
     seeds: Annotated[
@@ -73,10 +74,11 @@ def study(
 ) -> None:
     """Train every combination of methods and settings with several seeds, and say which method is better.
 
-    One teacher and one cache serve all trainings. Resumable: the same command goes on, and with more seeds or values it
-    trains only what is missing. A training set larger than the recipe's own data.train_size changes the teacher: that
-    wants another folder, or --replace. --tune searches what `edgestill methods NAME` says, but keeps what you changed
-    or vary. Exit status: 0 done, 1 a training failed, 2 wrong input, 130 interrupted.
+    One teacher and one cache serve all trainings, unless teacher.strategy says otherwise. Resumable: the same command
+    goes on, and with more seeds or values it trains only what is missing. A training set larger than the recipe's own
+    data.train_size changes the teacher: that wants another folder, or --replace. --tune searches what `edgestill
+    methods NAME` says, but keeps what you changed or vary. Exit status: 0 done, 1 a training failed, 2 wrong input,
+    130 interrupted.
     """
     from cli import console
     from cli.recipe import load_recipe

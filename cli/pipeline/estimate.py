@@ -7,10 +7,15 @@ folder.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -18,22 +23,25 @@ from cli.pipeline.run import (
     PLAIN,
     SUPERVISED,
     Run,
-    cache_folder,
     needs_teacher,
-    teacher_name,
-    teacher_title,
     weights_mib,
 )
+from cli.pipeline.teachers import check_held_out, check_strategy, coach, start_of
 from cli.recipe import Recipe, load_recipe, to_toml
 from distill.data import Dataset, load_dataset
 from distill.data.load import open_dataset
 from distill.distribution import default_device
-from distill.objectives.compose import head_size
-from distill.objectives.subclass import retrained_for
-from distill.students import build_student, teacher_arch
+from distill.objectives.base import CachedTeacher
+from distill.objectives.compose import build_objective, head_size
+from distill.objectives.section import AnyObjective
+from distill.strategy import Strategy
+from distill.students import Student, build_student, teacher_arch
+from distill.teachers import ModuleTeacher
 from distill.teachers.section import TeacherSection
+from distill.training import train
 from profiles import artifact
 from profiles.errors import InputError
+from profiles.progress import Silent, Task
 from profiles.section import Section
 
 _WARM_STEPS = 2
@@ -80,10 +88,16 @@ class _Earlier:
         """Whether the artefact at `place` is there and was made with the same values of these recipe sections."""
         if self._recipe is None or not (self._run.folder / place / artifact.MANIFEST).is_file():
             return False
-        return all(getattr(self._recipe, name) == getattr(self._run.recipe, name) for name in ("seed", *sections))
+        return all(self._values(self._recipe, name) == self._values(self._run.recipe, name) for name in sections)
+
+    def _values(self, recipe: Recipe, name: str) -> object:
+        """A section; `START` is that of the teacher as a coached one starts, which a frozen one is, too."""
+        return start_of(recipe.teacher) if name == START else getattr(recipe, name)
 
 
-_TEACHER = ("data", "teacher", "student", "train")
+START = "start"
+_START = ("seed", "data", START, "student", "train")
+_TEACHER = ("seed", "data", "teacher", "student", "train")
 _STUDENT = (*_TEACHER, "objective")
 _TARGET = (*_STUDENT, "export", "measure", "target")
 
@@ -93,7 +107,7 @@ def estimate(run: Run) -> Estimate:
     earlier = _Earlier(run)
     with tempfile.TemporaryDirectory(prefix="edgestill-") as temporary:
         started = time.perf_counter()
-        stored = _stored_data(run) if earlier.finished("data", "data") else None
+        stored = _stored_data(run) if earlier.finished("data", "seed", "data") else None
         if stored is not None:
             run.dataset = dataset = stored
         else:
@@ -105,7 +119,10 @@ def estimate(run: Run) -> Estimate:
                 progress=run.progress,
             )
         if run.recipe.teacher.kind in ("train", "none"):
-            run.check()  # another kind of teacher is only known when it is loaded
+            run.check()
+        else:  # the rest is only known when the teacher is loaded
+            check_strategy(run.recipe)
+            check_held_out(run.recipe.teacher, dataset, run.recipe.seed)
         stages = [_stage("data", time.perf_counter() - started, _data_mib(dataset), stored is not None)]
         stages += _teacher_stages(run, dataset, earlier)
         for arch in run.archs:
@@ -172,49 +189,141 @@ def _teacher_stages(run: Run, dataset: Dataset, earlier: _Earlier) -> list[Plann
     views = run.recipe.data.augment.teacher_views if dataset.input.kind == "image" else 1
     rows = views * len(dataset.train) + len(dataset.validation) + len(dataset.test)
     if section.kind != "train":
-        return [_stage("teacher cache", None, 0.0, earlier.finished("cache", "data", "teacher"))]
-    retrained = retrained_for(objectives)
-    outputs = len(dataset.classes) if retrained is None else head_size((retrained,), len(dataset.classes))
-    name = teacher_name(retrained)
-    arch = section.arch or teacher_arch(run.recipe.student.family, dataset.input)
-    teacher = build_student(
-        run.recipe.student.model_copy(update={"kind": "family"}),
-        dataset.input,
-        outputs,
-        arch=arch,
-        seed=run.recipe.seed,
-        base=run.loaded.base,
-    )
+        return [_stage("teacher cache", None, 0.0, earlier.finished("cache", "seed", "data", START))]
     train = (
         run.recipe.train if section.epochs is None else run.recipe.train.model_copy(update={"epochs": section.epochs})
     )
     epochs = train.resolved(len(dataset.train)).epochs
-    step, forward = _timed(teacher, dataset, run.recipe.train.batch_size)
-    stored = rows * (teacher.embedding_dim + outputs) * (2 if section.cache_dtype == "float16" else 4)
-    return [
-        _stage(
-            f"{teacher_title(retrained)} {arch}",
-            step * len(dataset.train) * epochs,
-            weights_mib(teacher),
-            earlier.finished(name, *_TEACHER),
-        ),
-        _stage("teacher cache", forward * rows, stored / _MIB, earlier.finished(cache_folder(name), *_TEACHER)),
-    ]
+    # a pool also depends on which targets can carry what
+    decisive = (*_TEACHER, "target") if section.strategy == "generic" else _START
+    stages = []
+    for variant in dict.fromkeys(run.variant(objectives, arch) for arch in run.archs):
+        outputs = (
+            len(dataset.classes)
+            if variant.subclasses is None
+            else head_size((variant.subclasses,), 1) * len(dataset.classes)
+        )
+        teacher = _teacher(run, dataset, outputs)
+        step, forward = _timed(teacher, dataset, run.recipe.train.batch_size)
+        students = run.students_of(variant)
+        if students:
+            step = _timed_with(run, _teacher(run, dataset, outputs), dataset, (SUPERVISED,), run.conditioning(variant))
+        stored = rows * (teacher.embedding_dim + outputs) * (2 if section.cache_dtype == "float16" else 4)
+        stages += [
+            _stage(
+                f"{variant.title(len(students))} {teacher.arch}",
+                step * len(dataset.train) * epochs,
+                weights_mib(teacher),
+                earlier.finished(variant.folder, *decisive),
+            ),
+            _stage("teacher cache", forward * rows, stored / _MIB, earlier.finished(variant.cache_folder, *decisive)),
+        ]
+    return stages
+
+
+def _teacher(run: Run, dataset: Dataset, outputs: int) -> Student:
+    """A teacher of kind "train" as it starts."""
+    return build_student(
+        run.recipe.student.model_copy(update={"kind": "family"}),
+        dataset.input,
+        outputs,
+        arch=run.recipe.teacher.arch or teacher_arch(run.recipe.student.family, dataset.input),
+        seed=run.recipe.seed,
+        base=run.loaded.base,
+    )
 
 
 def _student_stage(run: Run, dataset: Dataset, arch: str, role: str, finished: bool) -> PlannedStage:
+    section, objectives = run.recipe.teacher, run.recipe.objective
     student = build_student(
         run.recipe.student,
         dataset.input,
-        len(dataset.classes) if role == "plain student" else head_size(run.recipe.objective, len(dataset.classes)),
+        len(dataset.classes) if role == "plain student" else head_size(objectives, len(dataset.classes)),
         arch=None if run.recipe.student.kind == "torch" else arch,
         seed=run.recipe.seed,
         base=run.loaded.base,
         allow_code=run.allow_code,
     )
-    step, _ = _timed(student, dataset, run.recipe.train.batch_size)
-    seconds = step * len(dataset.train) * run.recipe.train.resolved(len(dataset.train)).epochs
-    return _stage(f"{role} {arch}", seconds, weights_mib(student), finished)
+    disk, name = weights_mib(student), f"{role} {arch}"
+    step: float | None
+    if section.moves and role == "student":
+        name += f" ({section.strategy})"
+        step = None
+        if section.kind == "train":
+            teacher = ModuleTeacher(_teacher(run, dataset, len(dataset.classes)), default_device())
+            disk += weights_mib(teacher.network)
+            step = _timed_with(run, student, dataset, objectives, coach(section, teacher, dataset))
+    else:
+        step, _ = _timed(student, dataset, run.recipe.train.batch_size)
+    samples = len(dataset.train) * run.recipe.train.resolved(len(dataset.train)).epochs
+    return _stage(name, None if step is None else step * samples, disk, finished)
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """A teacher of which only the number of classes is known."""
+
+    train_logits: np.ndarray[Any, Any]
+    key: str = ""
+    views: int = 1
+    train_embedding: np.ndarray[Any, Any] | None = None
+    head_weight: np.ndarray[Any, Any] | None = None
+    head_bias: np.ndarray[Any, Any] | None = None
+
+
+class _Enough(Exception):
+    """So many steps have been timed."""
+
+
+class _Stopwatch(Silent):
+    """The progress of a training that notes when each step ended, and ends the training when it knows enough."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    @contextlib.contextmanager
+    def task(self, title: str, total: int | None, unit: str = "samples") -> Iterator[Task]:
+        """The training's only task."""
+        yield self
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        """A step has ended."""
+        if default_device().type == "cuda":
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter() / amount)
+        steps = len(self.times) - 1 - _WARM_STEPS
+        if steps >= _WARM_STEPS and amount * (self.times[-1] - self.times[_WARM_STEPS]) > _TIMED_SECONDS:
+            raise _Enough
+
+
+def _timed_with(
+    run: Run, network: Student, dataset: Dataset, objectives: tuple[AnyObjective, ...], strategy: Strategy | None
+) -> float:
+    """Seconds per sample of a real training step with a strategy, its teacher's share in it (median)."""
+    classes = len(dataset.classes)
+    shapes: CachedTeacher = _Shapes(np.broadcast_to(np.float32(0), (1, len(dataset.train), classes)))
+    section = run.recipe.train.model_copy(update={"hard_weight": None} if objectives == (SUPERVISED,) else {})
+    objective = build_objective(
+        objectives, dataset, shapes, student_dim=network.embedding_dim, hard_weight=section.hard_weight
+    )
+    watch = _Stopwatch()
+    with tempfile.TemporaryDirectory(prefix="edgestill-") as folder, contextlib.suppress(_Enough):
+        train(
+            network,
+            objective,
+            dataset,
+            None,
+            section,
+            run.recipe.data.augment,
+            Path(folder) / "timed",
+            seed=run.recipe.seed,
+            progress=watch,
+            strategy=strategy,
+        )
+    # a training that ended before it was stopped has few steps: the warm ones have to do
+    times = watch.times[_WARM_STEPS:] if len(watch.times) > _WARM_STEPS + 1 else watch.times
+    steps = sorted(after - before for before, after in itertools.pairwise(times))
+    return steps[len(steps) // 2]
 
 
 def _timed(network: nn.Module, dataset: Dataset, batch_size: int) -> tuple[float, float]:

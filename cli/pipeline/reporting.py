@@ -230,6 +230,7 @@ def _training(role: str, trained: Trained) -> TrainingRun:
             "role": role,
             "arch": trained.student.arch,
             "objective": trained.objective_name,
+            "strategy": trained.strategy,
             "epochs": result.epochs,
             "best_epoch": result.best_epoch,
             "seconds": result.seconds,

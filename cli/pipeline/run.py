@@ -17,6 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from cli.pipeline.choose import Choice, Option, choose
+from cli.pipeline.pool_cost import limits_of, pool_cost
+from cli.pipeline.teachers import (
+    Variant,
+    check_boundaries,
+    check_held_out,
+    check_strategy,
+    coach,
+    inherit,
+    told_shapes,
+    variant_for,
+)
 from cli.recipe import LoadedRecipe, Recipe, to_toml
 from cli.report.schema import Bought, MetricValue, ReferenceRow, Report, Stage
 from cli.report.schema import Difference as ReportedDifference
@@ -33,7 +44,6 @@ from distill.objectives.compose import available as offered
 from distill.objectives.section import (
     AnyObjective,
     Need,
-    SubclassSection,
     SupervisedSection,
     check_data,
     check_mixup,
@@ -43,11 +53,14 @@ from distill.objectives.section import (
     resolve_hard_weight,
 )
 from distill.objectives.split_head import class_logits_of
-from distill.objectives.subclass import retrained_for, teacher_section
+from distill.objectives.subclass import retrained_for
+from distill.strategy import Strategy
 from distill.students import Student, build_student, default_arch, parse_arch, teacher_arch
-from distill.students.arch import check_family
+from distill.students.arch import Arch, check_family
+from distill.students.pool import family_pool, parse_pool, restrict
 from distill.students.section import StudentSection, torch_word
 from distill.teachers import ModuleTeacher, SubclassCache, Teacher, TeacherCache, build_cache, load_teacher
+from distill.teachers.strategy_section import CONDITIONED
 from distill.training import TrainResult, evaluate_logits, train
 from export import Candidate, Plan, available, plan, refusal_of, write_bundle
 from profiles import artifact
@@ -71,13 +84,17 @@ MEASURED_SAMPLES = 64
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained network: `key` is the hash of its weights, `objective_name` says what it learned from, kind by kind."""
+    """A trained network: `key` is the hash of its weights, `objective_name` says what it learned from, kind by kind.
+
+    strategy: of its teacher, for a student; its own, for a teacher.
+    """
 
     student: Student
     objective: Composition
     result: TrainResult
     key: str
     objective_name: str
+    strategy: str = "frozen"
 
 
 class Deployable(nn.Module):
@@ -215,46 +232,105 @@ class Run:
 
     @property
     def teacher(self) -> Teacher | None:
-        """The teacher that learned from the labels, or was given; None for kind "none"."""
-        return self._teacher_of(None)
+        """The teacher that learned from the labels alone, or was given; None for kind "none"."""
+        return self._teacher_of(Variant())
 
     @property
     def cache(self) -> TeacherCache | None:
         """That teacher's outputs on every training sample and view; None without a teacher."""
-        return self._cache_of(None)
+        return self._cache_of(Variant())
 
-    def teacher_for(self, sections: tuple[AnyObjective, ...]) -> Teacher | None:
+    def variant(self, sections: tuple[AnyObjective, ...], arch: str | None = None) -> Variant:
+        """Which teacher a student of these objectives learns from, or starts to. arch: its own; None: the first's."""
+        return variant_for(self.recipe.teacher, sections, arch or next(iter(self.archs)))
+
+    def teacher_for(self, sections: tuple[AnyObjective, ...], arch: str | None = None) -> Teacher | None:
         """Who teaches a student of these objectives; None when none of them needs a teacher.
 
         Objective "subclass" has a teacher of its own, trained again with subclasses, if the recipe trains its teacher;
-        the objectives beside it then learn from that one, too.
+        the objectives beside it then learn from that one, too. With strategy "sftn" every architecture has its own. A
+        coached teacher is here as it starts.
+
+        Args:
+            sections: the objectives.
+            arch: the student's; None: that of the first target.
 
         Raises:
             InputError: see `check_objectives`.
         """
         self.check_objectives(sections)
-        return self._teacher_of(self._retrained(sections)) if needs_teacher(sections) else None
+        return self._teacher_of(self.variant(sections, arch)) if needs_teacher(sections) else None
 
-    def cache_for(self, sections: tuple[AnyObjective, ...]) -> TeacherCache | None:
+    def cache_for(
+        self, sections: tuple[AnyObjective, ...], arch: str | None = None, moves: bool | None = None
+    ) -> TeacherCache | None:
         """The outputs of `teacher_for` on every sample and view; None when no objective needs a teacher.
 
+        Args:
+            sections: the objectives.
+            arch: the student's; None: that of the first target.
+            moves: whether the teacher learns along with the student; None: as the recipe says.
+
         Raises:
             InputError: see `check_objectives`.
         """
-        self.check_objectives(sections)
+        self.check_objectives(sections, moves=moves)
         if not needs_teacher(sections):
             return None
-        cache = self._cache_of(self._retrained(sections))
+        cache = self._cache_of(self.variant(sections, arch))
         if retrained_for(sections) is not None and not isinstance(cache, SubclassCache):
             self._say_once(FROZEN_NOTE)
         return cache
 
-    def teacher_fingerprint_for(self, sections: tuple[AnyObjective, ...]) -> Callable[[], str] | None:
+    def teacher_fingerprint_for(
+        self, sections: tuple[AnyObjective, ...], arch: str | None = None
+    ) -> Callable[[], str] | None:
         """Computes the hash of what is fixed in `teacher_for`, anew at every call; None without a teacher."""
-        teacher = self.teacher_for(sections)
+        teacher = self.teacher_for(sections, arch)
         return None if teacher is None else teacher.fingerprint
 
-    def check_objectives(self, sections: tuple[AnyObjective, ...], student_dim: int | None = None) -> None:
+    def start_for(self, sections: tuple[AnyObjective, ...], arch: str) -> Teacher:
+        """The teacher that a coached one starts from, which is not checked against the objectives."""
+        teacher = self._teacher_of(self.variant(sections, arch))
+        assert teacher is not None  # `check_strategy` refuses kind "none"
+        return teacher
+
+    @cached_property
+    def pool(self) -> tuple[Arch, ...]:
+        """The architectures that a teacher of strategy "generic" is conditioned on: those that some target can carry.
+
+        Raises:
+            InputError: an architecture that does not exist or reads other inputs, or none that a target can carry.
+        """
+        section, spec = self.recipe.teacher.generic, self.dataset.input
+        if section.archs is not None:
+            found = parse_pool(section.archs, spec)
+        else:
+            found = family_pool(
+                parse_arch(self._teacher_arch, where="teacher.arch"),
+                spec,
+                like=parse_arch(next(iter(self.archs)), where="student.arch"),
+                widths=section.widths,
+                depths=section.depths,
+                kernels=section.kernels,
+                heads=section.heads,
+            )
+        limits = limits_of(self.targets) if section.within_limits else {}
+        if not limits:
+            return found
+
+        def build(arch: Arch) -> Student:
+            return self._build(self._teacher_network(str(arch)), str(arch), (SUPERVISED,))
+
+        kept, exclusions = restrict(found, pool_cost(self.targets, spec, build), limits)
+        if len(kept) < len(found):
+            reasons = "; ".join(map(str, exclusions))
+            self._say_once(f"the teacher's pool has {len(kept)} of {len(found)} students: {reasons}")
+        return kept
+
+    def check_objectives(
+        self, sections: tuple[AnyObjective, ...], student_dim: int | None = None, moves: bool | None = None
+    ) -> None:
         """Refuses objectives that data or teacher cannot serve, or that do not go together; trains nothing.
 
         A teacher that is not to be trained is loaded for it.
@@ -262,6 +338,7 @@ class Run:
         Args:
             sections: the objectives.
             student_dim: size of the smallest student's embedding; None: what depends on it is not checked.
+            moves: whether the teacher learns along with the student; None: as the recipe says.
 
         Raises:
             InputError: names the objective's place in the recipe.
@@ -271,16 +348,18 @@ class Run:
         check_data(sections, dataset.task, classes, len(dataset.train))
         head_size(sections, classes)
         retrained_for(sections)
+        moves = self.recipe.teacher.moves if moves is None else moves
         found: set[Need] = set(offered(dataset, None))
         teacher = self.teacher if kind not in ("none", "train") and needs_teacher(sections) else None
         if kind == "train" or (teacher is not None and teacher.embedding_dim is not None):
             found.add("embedding")
-        if kind == "train" or (teacher is not None and teacher.num_logits is not None):
+        # a coached teacher without class logits gets a head for them
+        if kind == "train" or (teacher is not None and (moves or teacher.num_logits is not None)):
             found.add("logits")
         check_needs(sections, frozenset(found))
-        if teacher is not None:
+        if teacher is not None and not moves:
             check_classes(sections, classes, teacher.num_logits)
-        check_teacher(sections, self.recipe.teacher.moves)
+        check_teacher(sections, moves)
         check_subclasses(sections, classes, lambda: self._teacher_dim, student_dim)
 
     @cached_property
@@ -307,18 +386,14 @@ class Run:
             self.notes.append(note)
             self.progress.note(note)
 
-    def _retrained(self, sections: tuple[AnyObjective, ...]) -> SubclassSection | None:
-        """The objective that the teacher is trained again for; a frozen teacher never is."""
-        return retrained_for(sections) if self.recipe.teacher.kind == "train" else None
-
-    def _teacher_of(self, retrained: SubclassSection | None) -> Teacher | None:
+    def _teacher_of(self, variant: Variant) -> Teacher | None:
         """The teacher, made once; kind "train" is trained first, through the one training loop."""
-        name = teacher_name(retrained)
+        name = variant.folder
         if name not in self._teachers:
-            self._teachers[name] = self._make_teacher(name, retrained)
+            self._teachers[name] = self._make_teacher(variant)
         return self._teachers[name]
 
-    def _make_teacher(self, name: str, retrained: SubclassSection | None) -> Teacher | None:
+    def _make_teacher(self, variant: Variant) -> Teacher | None:
         section = self.recipe.teacher
         if section.kind == "none":
             return None
@@ -333,22 +408,60 @@ class Run:
                     allow_code=self.allow_code,
                     progress=self.progress,
                 )
-        arch = self._teacher_arch
         changes: dict[str, Any] = {"epochs": section.epochs} if section.epochs is not None else {}
         if section.learning_rate is not None:
             changes["learning_rate"] = section.learning_rate
-        objectives: tuple[AnyObjective, ...] = (SUPERVISED,) if retrained is None else (retrained,)
-        trained = self._train("teacher", name, arch, objectives, None, {**changes, "hard_weight": None})
+        objectives: tuple[AnyObjective, ...] = (SUPERVISED,) if variant.subclasses is None else (variant.subclasses,)
+        trained = self._train(
+            "teacher",
+            variant.folder,
+            self._teacher_arch,
+            objectives,
+            None,
+            {**changes, "hard_weight": None},
+            title=variant.title(len(self.students_of(variant))),
+            strategy=self.conditioning(variant),
+            strategy_name=variant.strategy,
+        )
         return ModuleTeacher(trained.student, default_device())
 
-    def _cache_of(self, retrained: SubclassSection | None) -> TeacherCache | None:
-        name = teacher_name(retrained)
+    def students_of(self, variant: Variant) -> tuple[Arch, ...]:
+        """The students that a teacher is conditioned on; none for one that is not."""
+        if variant.strategy == "generic":
+            return self.pool
+        if variant.arch is None:
+            return ()
+        return parse_pool((variant.arch,), self.dataset.input)
+
+    def conditioning(self, variant: Variant) -> Strategy | None:
+        """What conditions a teacher on students while it is trained; None for one that only learns its labels."""
+        students = self.students_of(variant)
+        if not students:
+            return None
+        from distill.strategies.generic import Generic
+
+        teacher = parse_arch(self._teacher_arch, where="teacher.arch")
+        return Generic(self.recipe.teacher.generic, students, teacher, self.dataset, seed=self.recipe.seed)
+
+    def shared_weights(self, sections: tuple[AnyObjective, ...], arch: str) -> Path | None:
+        """The artefact whose pool a student starts from; None: it starts afresh."""
+        if not self.recipe.teacher.generic.inherit or not needs_teacher(sections):
+            return None
+        variant = self.variant(sections, arch)
+        if arch not in map(str, self.students_of(variant)):
+            self._say_once(f"{arch} is not in the teacher's pool, so it starts from fresh weights")
+            return None
+        self._teacher_of(variant)
+        return self.folder / variant.folder
+
+    def _cache_of(self, variant: Variant) -> TeacherCache | None:
+        name = variant.folder
         if name in self._caches:
             return self._caches[name]
-        teacher = self._teacher_of(retrained)
+        teacher = self._teacher_of(variant)
         if teacher is None:
             return None
-        folder = self.folder / cache_folder(name)
+        folder = self.folder / variant.cache_folder
         with self._stage("teacher cache") as stage, self._main_first():
             before = _manifest_time(folder)
             cache = build_cache(
@@ -362,8 +475,8 @@ class Run:
                 progress=self.progress,
             )
             stage["cached"] = before is not None and before == _manifest_time(folder)
-        if retrained is not None:
-            cache = SubclassCache.of(cache, retrained.subclasses_per_class)
+        if variant.subclasses is not None:
+            cache = SubclassCache.of(cache, variant.subclasses.subclasses_per_class)
         self._caches[name] = cache
         return cache
 
@@ -395,6 +508,8 @@ class Run:
         # what the recipe alone tells comes before reading the data
         resolve_hard_weight(self.recipe.objective, self.recipe.train.hard_weight)
         check_mixup(self.recipe.objective, self.recipe.train.mixup)
+        check_strategy(self.recipe)
+        self.check_teacher_strategy()
         self.check_objectives(self.recipe.objective)
         for index, target in enumerate(self.targets):
             refused = refusal_of(target.section.precision, target.device, target.stack)
@@ -421,16 +536,50 @@ class Run:
         students = [self._build(student, arch, self.recipe.objective) for arch in self.archs]
         self.check_objectives(self.recipe.objective, min((each.embedding_dim for each in students), default=None))
 
+    def check_teacher_strategy(self) -> None:
+        """Refuses what data, architectures and a given teacher tell about its strategy; trains nothing.
+
+        Raises:
+            InputError: a held-out share that leaves a class empty, a pool without an architecture, a teacher without
+                stage boundaries, or one that cannot learn.
+        """
+        section = self.recipe.teacher
+        check_held_out(section, self.dataset, self.recipe.seed)
+        if section.strategy in CONDITIONED:
+            check_boundaries(parse_arch(self._teacher_arch, where="teacher.arch"), self.dataset.input, section.strategy)
+            for arch in self.archs:
+                self.students_of(self.variant(self.recipe.objective, arch))
+        if section.moves and section.kind != "train":
+            coach(section, self.start_for(self.recipe.objective, next(iter(self.archs))), self.dataset)
+
     def student(self, arch: str) -> Trained:
         """The distilled student of that architecture."""
-        objectives = self.recipe.objective
-        return self._train("student", arch, arch, objectives, self.cache_for(objectives), {})
+        objectives, section = self.recipe.objective, self.recipe.teacher
+        cache = self.cache_for(objectives, arch)
+        strategy = None
+        if section.moves:
+            assert cache is not None
+            cache = told_shapes(cache, self.dataset)
+            strategy = coach(section, self.start_for(objectives, arch), self.dataset)
+        return self._train(
+            "student",
+            arch,
+            arch,
+            objectives,
+            cache,
+            {},
+            title="student",
+            strategy=strategy,
+            strategy_name=section.strategy,
+        )
 
     def plain_student(self, arch: str) -> Trained | None:
         """The same network without a teacher; None when the recipe turns it off or trains without a teacher anyway."""
         if not self.recipe.plain_students or self.recipe.objective == (SUPERVISED,):
             return None
-        return self._train("no teacher", arch + PLAIN, arch, (SUPERVISED,), None, {"hard_weight": None})
+        return self._train(
+            "no teacher", arch + PLAIN, arch, (SUPERVISED,), None, {"hard_weight": None}, title="plain student"
+        )
 
     def distill(self) -> dict[str, Trained]:
         """Trains every distinct student, and its plain twin."""
@@ -449,8 +598,19 @@ class Run:
         objectives: tuple[AnyObjective, ...],
         cache: TeacherCache | None,
         changes: dict[str, Any],
+        *,
+        title: str,
+        strategy: Strategy | None = None,
+        strategy_name: str = "frozen",
     ) -> Trained:
-        """Trains one network, or loads it when its artefact is current. `changes`: to the recipe's `[train]`."""
+        """Trains one network, or loads it when its artefact is current.
+
+        Args:
+            cache: what the objective is built for, and without a strategy what it learns from.
+            changes: to the recipe's `[train]`.
+            title: of the stage and the progress bar, before the arch.
+            strategy, strategy_name: how the teacher learns.
+        """
         if (role, name) in self._trained:
             return self._trained[role, name]
         dataset = self.dataset
@@ -471,28 +631,33 @@ class Run:
                 hard_weight=section.hard_weight,
                 seed=self.recipe.seed,
             )
-        titles = {"teacher": teacher_title(retrained), "student": "student", "no teacher": "plain student"}
-        title = titles[role]
-        with self._stage(f"{title} {arch}") as stage:
+        if role == "student":
+            folder_of_pool = self.shared_weights(objectives, arch)
+            if folder_of_pool is not None:
+                inherit(student, folder_of_pool, dataset)
+        title = f"{title} {arch}" + (f" ({strategy_name})" if role == "student" and strategy is not None else "")
+        told = cache if strategy is None else None
+        with self._stage(title) as stage:
             before = _manifest_time(folder)
             result = train(
                 student,
                 objective,
                 dataset,
-                cache,
+                told,
                 section,
                 self.recipe.data.augment,
                 folder,
                 seed=self.recipe.seed,
-                title=f"{title} {arch}",
+                title=title,
                 progress=self.progress,
-                teacher_fingerprint=self.teacher_fingerprint_for(objectives) if cache is not None else None,
+                teacher_fingerprint=self.teacher_fingerprint_for(objectives, arch) if told is not None else None,
+                strategy=strategy,
             )
             stage["cached"] = before is not None and before == _manifest_time(folder)
         files = artifact.read_manifest(folder, "student").files
         # the weights themselves: the same settings give others on another device or version
         key = artifact.content_key(files["student.safetensors"], files["objective.safetensors"])
-        trained = Trained(student, objective, result, key, objective_name(objectives))
+        trained = Trained(student, objective, result, key, objective_name(objectives), strategy_name)
         self._trained[role, name] = trained
         return trained
 
@@ -702,11 +867,15 @@ class Run:
 
     def references(self) -> tuple[ReferenceRow, ...]:
         """The teacher and every plain-trained student."""
-        rows = []
+        rows: list[ReferenceRow] = []
         test = self.dataset.test
-        cache = self.cache_for(self.recipe.objective)
-        if cache is not None:
-            rows.append(self._teacher_row(cache))
+        told: dict[str, ReferenceRow] = {}
+        for arch in self.archs:
+            cache = self.cache_for(self.recipe.objective, arch)
+            variant = self.variant(self.recipe.objective, arch)
+            if cache is not None and variant.folder not in told:
+                told[variant.folder] = self._teacher_row(cache, variant)
+        rows += told.values()
         for arch in self.archs:
             plain = self.plain_student(arch)
             if plain is not None:
@@ -716,23 +885,47 @@ class Run:
                 )
         return tuple(rows)
 
-    def _teacher_row(self, cache: TeacherCache) -> ReferenceRow:
+    def _teacher_row(self, cache: TeacherCache, variant: Variant) -> ReferenceRow:
         kind = self.recipe.teacher.kind
-        trained = self._trained.get(("teacher", teacher_name(self._retrained(self.recipe.objective))))
-        arch = trained.student.arch if trained is not None else kind
-        size = weights_mib(trained.student) if trained is not None else None
-        logits, columns, note = cache.test_logits, cache.num_logits, ""
+        trained = self._trained.get(("teacher", variant.folder))
+        logits, columns = cache.test_logits, cache.num_logits
+        notes = []
         if retrained_for(self.recipe.objective) is not None:
-            note = FROZEN_NOTE
+            notes.append(FROZEN_NOTE)
         if isinstance(cache, SubclassCache) and logits is not None and columns is not None:
-            note = f"trained again, with {cache.subclasses} subclasses per class"
+            notes = [f"trained again, with {cache.subclasses} subclasses per class"]
             logits = class_logits_of(torch.from_numpy(np.array(logits, np.float32)), cache.subclasses).numpy()
             columns //= cache.subclasses
+        if variant.strategy == "generic":
+            notes.append(f"trained once for a pool of {len(self.pool)} students")
+        if variant.strategy == "sftn":
+            notes.append(f"trained for student {variant.arch}")
+        if self.recipe.teacher.moves:
+            notes.append(f"as it started; a copy of it learned beside every student ({self._coached_figures()})")
+        metric = None
         if logits is None or columns != len(self.dataset.classes):
-            note = "; ".join(part for part in ("gives no class logits", note) if part)
-            return ReferenceRow(role="teacher", arch=arch, size_mib=size, note=note)
-        metric = MetricValue.of(self._metric(np.asarray(logits, dtype=np.float32), self.dataset.test), "PyTorch")
-        return ReferenceRow(role="teacher", arch=arch, size_mib=size, metric=metric, note=note)
+            notes.append("gives no class logits")
+        else:
+            found = self._metric(np.asarray(logits, dtype=np.float32), self.dataset.test)
+            metric = MetricValue.of(found, "PyTorch")
+        return ReferenceRow(
+            role="teacher",
+            strategy=self.recipe.teacher.strategy,
+            arch=trained.student.arch if trained is not None else kind,
+            size_mib=weights_mib(trained.student) if trained is not None else None,
+            metric=metric,
+            note="; ".join(notes),
+        )
+
+    def _coached_figures(self) -> str:
+        """What is known of the teachers that learned beside the students: their metric on the validation split."""
+        parts = []
+        for arch in self.archs:
+            result = self.student(arch).result
+            value = result.history[result.best_epoch - 1].get(f"validation/teacher_{result.metric.name}")
+            if value is not None:
+                parts.append(f"{arch}'s {value:.1%}")
+        return f"on validation: {', '.join(parts)}" if parts else "not judged by itself"
 
     def bought(self) -> tuple[Bought, ...]:
         """What distilling bought: distilled minus plain, per architecture, paired over the test samples."""
@@ -793,32 +986,6 @@ def refuse_unquiet(measurements: Iterable[Measurement]) -> None:
 def needs_teacher(sections: tuple[AnyObjective, ...]) -> bool:
     """Whether an objective needs outputs of a teacher."""
     return any(section.needs & {"logits", "embedding"} for section in sections)
-
-
-def teacher_name(retrained: SubclassSection | None) -> str:
-    """Folder of a trained teacher in the run folder: "teacher", or "teacher--subclass-8" with what else is not default.
-
-    Every setting has a folder of its own, so that a study of several trains each teacher once.
-    """
-    if retrained is None:
-        return "teacher"
-    settings, defaults = teacher_section(retrained), SubclassSection()
-    name = f"teacher--subclass-{settings.subclasses_per_class}"
-    if settings.aux_weight != defaults.aux_weight:
-        name += f"-w{settings.aux_weight}"
-    if settings.aux_temperature != defaults.aux_temperature:
-        name += f"-t{settings.aux_temperature}"
-    return name
-
-
-def teacher_title(retrained: SubclassSection | None) -> str:
-    """What its stage and progress bar call a trained teacher, before its arch."""
-    return "teacher" if retrained is None else f"teacher ({retrained.subclasses_per_class} subclasses per class)"
-
-
-def cache_folder(teacher: str) -> str:
-    """Folder of a teacher's cache in the run folder, from the teacher's."""
-    return "cache" + teacher.removeprefix("teacher")
 
 
 def objective_name(sections: tuple[AnyObjective, ...]) -> str:

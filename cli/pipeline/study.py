@@ -38,6 +38,15 @@ import numpy as np
 import torch
 
 from cli.pipeline.run import SUPERVISED, Run
+from cli.pipeline.teachers import (
+    check_held_out,
+    check_strategy,
+    coach,
+    inherit,
+    plain_values,
+    start_of,
+    told_shapes,
+)
 from cli.recipe import LoadedRecipe, Recipe
 from cli.report.study_schema import CellResult, TuningRow
 from cli.search import check_trials
@@ -48,13 +57,16 @@ from distill.data.labels import Labels
 from distill.data.load import KIND as DATA_KIND
 from distill.data.load import open_dataset
 from distill.data.splits import nested_order
+from distill.distribution import default_device
 from distill.networks import fingerprint
 from distill.objectives.compose import Composition, build_objective, head_size
 from distill.objectives.section import AnyObjective, check_data
 from distill.objectives.subclass import retrained_for
 from distill.resident import Resident
-from distill.students import Student, build_student, default_arch
-from distill.teachers import SubclassCache, TeacherCache, open_cache
+from distill.strategy import Strategy
+from distill.students import Student, build_student, default_arch, load_student
+from distill.students.section import StudentSection, torch_word
+from distill.teachers import ModuleTeacher, SubclassCache, Teacher, TeacherCache, load_teacher, open_cache
 from distill.teachers.cache import CacheParts
 from distill.teachers.subset import cache_rows
 from distill.train_section import TrainSection
@@ -126,6 +138,16 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Start:
+    """From what a coached teacher starts. key: the start teacher's. seed: the recipe's. trained: folder and arch of
+    one that was trained here; None: it is loaded as the recipe says."""
+
+    key: str
+    seed: int
+    trained: tuple[Path, str] | None = None
+
+
+@dataclass(frozen=True)
 class Job:
     """Everything that a process needs to train one cell; small enough to be sent to another one.
 
@@ -133,7 +155,8 @@ class Job:
     teacher's outputs, None where no objective needs a teacher. settings: hash of the recipe's keys alone, by which a
     dry run knows a finished cell without loading anything. tuning: the cell is not trained but tuned. row_seed: of the
     choice of `rows`; view_seed: of the augmented views. base_run: folder and `base_key` of the run that owns data,
-    teacher and cache.
+    teacher and cache. coached: from what the teacher starts that learns along with the student; None: it stands still.
+    shared: folder of the teacher whose pool the student starts from; None: it starts afresh.
     """
 
     cell: Cell
@@ -150,6 +173,8 @@ class Job:
     tuning: Tuning | None = None
     row_seed: int = 0
     base_run: tuple[str, str] = ("", "")
+    coached: Start | None = None
+    shared: Path | None = None
 
     @property
     def label(self) -> str:
@@ -344,7 +369,9 @@ class Study:
     def base_key(run: Run) -> str:
         """Hash of everything in the recipe that decides data, teacher and cache of a base run."""
         recipe = run.recipe
-        return artifact.content_key(recipe.data, recipe.teacher, recipe.train, recipe.student, recipe.seed)
+        return artifact.content_key(
+            recipe.data, plain_values(recipe.teacher), recipe.train, recipe.student, recipe.seed
+        )
 
     def _jobs(self, cells: Sequence[Cell]) -> list[Job]:
         """One job per cell; what `finished` knows from then on."""
@@ -385,7 +412,7 @@ class Study:
             largest = None if None in sizes else max(size for size in sizes if size is not None)
             changes: dict[str, Any] = {
                 "data": recipe.data.model_copy(update={"train_size": largest}),
-                "teacher": recipe.teacher,
+                "teacher": start_of(recipe.teacher),
                 "seed": recipe.seed,
                 "objective": (SUPERVISED,),
             }
@@ -416,9 +443,26 @@ class Study:
                 where="data.train_size",
                 fix=f"data.train_size of {len(dataset.classes)} or more",
             )
-        run.check_objectives(recipe.objective)
+        moves = combination.is_coached
+        if not combination.is_plain:
+            check_strategy(recipe)
+            run.check_teacher_strategy()
+        run.check_objectives(recipe.objective, moves=moves)
         check_data(recipe.objective, dataset.task, len(dataset.classes), rows or len(dataset.train))
-        run.check_objectives(recipe.objective, self._untrained(combination, 0).embedding_dim)
+        run.check_objectives(recipe.objective, self._untrained(combination, 0).embedding_dim, moves=moves)
+        if moves:
+            part = dataset if rows is None or rows == len(dataset.train) else self._part(combination)
+            for seed in range(self.grid.seeds):
+                check_held_out(recipe.teacher, part, seed)
+            if recipe.teacher.kind != "train":
+                coach(recipe.teacher, run.start_for(recipe.objective, self.student_word(combination)), dataset)
+
+    def _part(self, combination: Combination) -> Dataset:
+        """The smaller training split of a combination, with the other splits."""
+        dataset, recipe = self.base(combination).dataset, combination.recipe
+        assert recipe.data.train_size is not None
+        order = nested_order(Labels(dataset.train.labels, dataset.train.mask), seed=_row_seed(recipe))
+        return subset(dataset, np.sort(order[: recipe.data.train_size]))
 
     def _arch(self, combination: Combination) -> str | None:
         """The recipe's student, else that of its first target; None for a student of the user's own."""
@@ -428,6 +472,10 @@ class Study:
             return None
         own = section.arch or recipe.target[0].arch
         return own or default_arch(section.family, run.targets[0].size_class, run.dataset.input)
+
+    def student_word(self, combination: Combination) -> str:
+        """What the student of a combination is called."""
+        return self._arch(combination) or torch_word(combination.recipe.student)
 
     def _untrained(self, combination: Combination, seed: int) -> _Untrained:
         """The student that a cell starts from, built once for all cells of one student and seed."""
@@ -444,14 +492,23 @@ class Study:
     def job(self, combination: Combination, seed: int, folder: Path) -> Job:
         """What a process needs to train this cell; makes teacher and cache where they are missing."""
         recipe, run = combination.recipe, self.base(combination)
-        cache = run.cache_for(recipe.objective)
+        arch, moves, name = self._arch(combination), combination.is_coached, self.student_word(combination)
+        cache = run.cache_for(recipe.objective, name, moves=moves)
         rows, row_seed = recipe.data.train_size, _row_seed(recipe)
         if rows == len(run.dataset.train):
             rows = None
         place = None
         if cache is not None:
             place = (cache.folder, cache.parts, cache.subclasses if isinstance(cache, SubclassCache) else None)
-        arch, data = self._arch(combination), run.folder / "data"
+        data = run.folder / "data"
+        start = self._start(combination, name) if moves else None
+        shared = run.shared_weights(recipe.objective, name)
+        # only where there is one, so that all other cells keep their key
+        learning: list[Any] = []
+        if start is not None:
+            learning += [recipe.teacher.strategy, recipe.teacher.coached, recipe.teacher.held_out, start.key]
+        if shared is not None:
+            learning += ["inherit", artifact.read_manifest(shared, "student").key]
         section = _train_section(combination).resolved(rows or len(run.dataset.train))
         key = artifact.content_key(
             KIND,
@@ -467,6 +524,7 @@ class Study:
             self._untrained(combination, seed).key,
             seed,
             recipe.seed,
+            *learning,
         )
         return Job(
             cell=Cell(combination, seed, folder),
@@ -482,7 +540,17 @@ class Study:
             keep_student=self.keep_students,
             row_seed=row_seed,
             base_run=(run.folder.name, self.base_key(run)),
+            coached=start,
+            shared=shared,
         )
+
+    def _start(self, combination: Combination, arch: str) -> Start:
+        """From what the teacher of a coached combination starts; trained where it is missing."""
+        run, recipe = self.base(combination), combination.recipe
+        teacher = run.start_for(recipe.objective, arch)
+        trained = run.trained.get(("teacher", run.variant(recipe.objective, arch).folder))
+        place = None if trained is None else (run.folder / "teacher", trained.student.arch)
+        return Start(teacher.key, recipe.seed, place)
 
     def settings_key(self, combination: Combination, seed: int) -> str:
         """Hash of everything in the recipe that decides a cell."""
@@ -491,7 +559,8 @@ class Study:
         # the arch that these stand for depends on the kind of data besides, which follows from the section
         student = (recipe.student, recipe.target[0].arch, run.targets[0].size_class)
         return artifact.content_key(
-            *(_FORM, TRAINING_FORM, recipe.data, base.data, recipe.teacher, *student, list(recipe.objective)),
+            *(_FORM, TRAINING_FORM, recipe.data, base.data, plain_values(recipe.teacher), *student),
+            list(recipe.objective),
             *(_train_section(combination), base.train, base.student, recipe.seed, seed),
         )
 
@@ -709,12 +778,13 @@ def fit(job: Job, progress: Progress) -> Trained:
     """Trains one cell, going on from its checkpoint where there is one."""
     cell, recipe = job.cell, job.cell.combination.recipe
     dataset, cache, student, objective = _modules(job)
+    strategy = _strategy(job, dataset)
     training = cell.folder.with_name(cell.folder.name + ".training")
     result = train(
         student,
         objective,
         dataset,
-        cache,
+        cache if strategy is None else None,
         _train_section(cell.combination),
         recipe.data.augment,
         training,
@@ -722,6 +792,7 @@ def fit(job: Job, progress: Progress) -> Trained:
         view_seed=job.view_seed,
         progress=progress,
         title=cell.label,
+        strategy=strategy,
     )
     return Trained(dataset, student, objective, result, training)
 
@@ -769,7 +840,12 @@ def _modules(job: Job) -> tuple[Dataset, TeacherCache | None, Student, Compositi
     recipe = combination.recipe
     dataset = _data(job.data, job.rows, job.row_seed)
     cache = None if job.cache is None else _cache(job.cache, job.data, job.rows, job.row_seed)
+    if job.coached is not None:
+        assert cache is not None
+        cache = told_shapes(cache, dataset)
     student = _build(recipe, dataset, job.arch, seed, job.base, job.allow_code)
+    if job.shared is not None:
+        inherit(student, job.shared, dataset)
     objective = build_objective(
         recipe.objective,
         dataset,
@@ -779,6 +855,32 @@ def _modules(job: Job) -> tuple[Dataset, TeacherCache | None, Student, Compositi
         seed=seed,
     )
     return dataset, cache, student, objective
+
+
+def _strategy(job: Job, dataset: Dataset) -> Strategy | None:
+    """How the teacher of a cell learns; None: it stands still."""
+    if job.coached is None:
+        return None
+    recipe, start = job.cell.combination.recipe, job.coached
+    teacher: Teacher
+    if start.trained is None:
+        teacher = load_teacher(
+            recipe.teacher,
+            dataset,
+            base=job.base,
+            seed=start.seed,
+            device=default_device(),
+            allow_code=job.allow_code,
+        )
+    else:
+        folder, arch = start.trained
+        section = StudentSection(family=recipe.student.family)
+        network = build_student(section, dataset.input, len(dataset.classes), arch=arch, seed=start.seed, base=job.base)
+        load_student(network, folder / "student.safetensors")
+        teacher = ModuleTeacher(network, default_device())
+    if teacher.key != start.key:
+        raise EdgestillError("the teacher changed while the study ran", where="teacher", fix="the same command again")
+    return coach(recipe.teacher, teacher, dataset)
 
 
 def _build(recipe: Recipe, dataset: Dataset, arch: str | None, seed: int, base: Path, allow_code: bool) -> Student:
@@ -929,7 +1031,7 @@ def _interrupt(number: int, frame: Any) -> None:
 def _base_key(recipe: Recipe) -> str:
     """Hash of what decides data, teacher and cache, the number of training samples aside."""
     data = recipe.data.model_dump(mode="json", exclude={"train_size"})
-    return artifact.content_key(data, recipe.teacher, recipe.seed)
+    return artifact.content_key(data, plain_values(start_of(recipe.teacher)), recipe.seed)
 
 
 def _row_seed(recipe: Recipe) -> int:

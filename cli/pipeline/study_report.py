@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from cli.pipeline.reporting import machine_facts
-from cli.pipeline.run import Run, needs_teacher, teacher_name
+from cli.pipeline.run import Run, needs_teacher
 from cli.pipeline.study import Cell, Study
 from cli.report.schema import DataFacts
 from cli.report.study_schema import (
@@ -25,7 +25,6 @@ from cli.report.study_schema import (
 )
 from distill.data import Dataset
 from distill.objectives.split_head import class_logits_of
-from distill.objectives.subclass import retrained_for
 from distill.study import chance_of_all_wins, compare, over_samples
 from distill.teachers import SubclassCache, TeacherCache
 from profiles import artifact
@@ -163,13 +162,15 @@ def _teachers(study: Study, finished: Iterable[Cell]) -> tuple[TeacherFacts, ...
         if combination.label not in labels or not needs_teacher(sections):
             continue
         kind = run.recipe.teacher.kind
-        name = teacher_name(retrained_for(sections) if kind == "train" else None)
+        student = study.student_word(combination)
+        variant = run.variant(sections, student)
+        name = variant.folder
         before = found.get((id(run), name))
         if before is not None:
             methods = tuple(dict.fromkeys((*before.methods, combination.method)))
             found[id(run), name] = before.model_copy(update={"methods": methods})
             continue
-        cache = run.cache_for(sections)
+        cache = run.cache_for(sections, student, moves=combination.is_coached)
         if cache is None:
             continue
         trained = run.trained.get(("teacher", name))
@@ -180,6 +181,7 @@ def _teachers(study: Study, finished: Iterable[Cell]) -> tuple[TeacherFacts, ...
             train_samples=len(run.dataset.train),
             methods=(combination.method,),
             subclasses=cache.subclasses if isinstance(cache, SubclassCache) else None,
+            conditioned_on=(f"a pool of {len(run.pool)} students" if variant.strategy == "generic" else variant.arch),
             test=_teacher_metric(run, cache),
             seconds=None if trained is None else trained.result.seconds,
             factors=factors if several else {},
@@ -228,6 +230,12 @@ def _notes(study: Study, blocks: Sequence[Block], teachers: Sequence[TeacherFact
                 f"with {block.train_samples:,} training samples no method is better than always answering "
                 f'"{answer[0]}": nothing was learned, and no difference here means anything'
             )
+    coached = dict.fromkeys(c.method for c in study.grid.combinations if c.is_coached)
+    if coached:
+        notes.append(
+            f"{', '.join(coached)}: a copy of the teacher learns along with every student; the teacher's figure is "
+            "that of where it starts, and a training's time has both"
+        )
     seeds = study.grid.seeds
     if comparisons and 1 < seeds < _FEW_SEEDS:
         notes.append(

@@ -32,6 +32,7 @@ from cli.report.words import (
     provenance,
     reasons,
     scopes,
+    strategy_notes,
     subject_line,
 )
 
@@ -137,7 +138,7 @@ def _targets(report: Report) -> str:
         rows.append(f"<tr>{''.join(cells)}</tr>")
     for reference in report.references:
         cells = [
-            _cell(escape(reference.role), title=reference.note),
+            _cell(escape(reference.title), title=reference.note),
             _cell(escape(reference.arch), look="arch"),
             _cell(escape(reference.precision)),
             _cell(mebibytes(reference.size_mib), "MiB", "number"),
@@ -161,6 +162,7 @@ def _footnotes(report: Report) -> str:
     notes += [f"distilling {entry.arch} bought {points(entry.difference, '−')}" for entry in report.bought]
     if any(on_other_machine(row) for row in report.targets):
         notes.append(f"* {NOT_THE_DEVICE}")
+    notes += strategy_notes(report)
     notes += report.notes
     return f'<div class="notes">{"".join(f"<p>{escape(note)}</p>" for note in notes)}</div>\n'
 
@@ -295,7 +297,7 @@ def _cost(report: Report) -> str:
         best = "" if run.best_epoch is None else f", epoch {plain_number(run.best_epoch)} chosen"
         text = f"{run.objective}; {plain_number(run.epochs)} epochs{best}, {duration(run.seconds)}{speed}"
         cards.append(
-            f'<section class="card"><h3>{escape(run.role)} {escape(run.arch)}</h3>'
+            f'<section class="card"><h3>{escape(run.title)} {escape(run.arch)}</h3>'
             f'<p class="soft">{escape(text)}</p>{training_curve(run, report.metric)}</section>'
         )
     longest = max((stage.seconds for stage in report.stages), default=0.0) or 1.0

@@ -260,6 +260,13 @@ class ReferenceRow(Part):
     metric: MetricValue | None = None
     """None for a teacher that has no class logits."""
     note: str = ""
+    strategy: str = "frozen"
+    """How a teacher itself learned: `teacher.strategy` of the recipe."""
+
+    @property
+    def title(self) -> str:
+        """The row's name: "teacher (lgtm)"."""
+        return self.role if self.strategy == "frozen" else f"{self.role} ({self.strategy})"
 
 
 class Bought(Part):
@@ -294,6 +301,8 @@ class TrainingRun(Part):
     role: Literal["teacher", "student", "no teacher"]
     arch: str
     objective: str
+    strategy: str = "frozen"
+    """How a student's teacher, or this teacher, learned."""
     epochs: float
     best_epoch: float | None = None
     seconds: float
@@ -301,6 +310,11 @@ class TrainingRun(Part):
     device: str = ""
     parameters: int | None = None
     curve: tuple[CurvePoint, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The training's name: "student (lgtm)"."""
+        return self.role if self.strategy == "frozen" else f"{self.role} ({self.strategy})"
 
 
 class DataFacts(Part):

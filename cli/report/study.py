@@ -171,6 +171,7 @@ def _teacher_words(report: StudyReport, teacher: TeacherFacts) -> str:
     if teacher.seconds is None:
         return f"teacher{whose}{factors}: of kind {teacher.kind}, not trained here{score}"
     split = "" if teacher.subclasses is None else f"with {teacher.subclasses} subclasses per class "
+    split += "" if teacher.conditioned_on is None else f"for {teacher.conditioned_on} "
     trained = f"trained {split}on {teacher.train_samples:,} samples in {duration(teacher.seconds)}"
     return f"teacher{whose}{factors}: {teacher.arch}, {trained}{score}"
 

@@ -127,6 +127,7 @@ class TeacherFacts(Part):
     """A teacher that cells learned from. train_samples: it saw so many, whatever a cell's own number is.
 
     methods: those whose cells learned from it. subclasses: per class, of a teacher that was trained again with them.
+    conditioned_on: the students that a teacher of strategy "generic" or "sftn" was trained for, in words.
     test: the task's metric, None without class logits. seconds: of its training, None when it was not trained here.
     """
 
@@ -135,6 +136,7 @@ class TeacherFacts(Part):
     train_samples: int
     methods: tuple[str, ...] = ()
     subclasses: int | None = None
+    conditioned_on: str | None = None
     test: float | None = None
     seconds: float | None = None
     factors: dict[str, Any] = Field(default_factory=dict)

@@ -184,7 +184,7 @@ def to_markdown(report: Report) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     for reference in report.references:
         cells = [
-            f"_{reference.role}_",
+            f"_{reference.title}_",
             _escape(reference.arch),
             _escape(reference.precision),
             mebibytes(reference.size_mib),

@@ -49,6 +49,7 @@ from cli.report.words import (
     reasons,
     scopes,
     state_words,
+    strategy_notes,
     subject_line,
     wrap,
 )
@@ -323,6 +324,7 @@ def _footnotes(report: Report, style: Style) -> list[Text]:
     for entry in report.bought:
         which = f" ({entry.arch})" if len(report.bought) > 1 else ""
         notes.append(f"distilling{which} bought {points(entry.difference)}")
+    notes += strategy_notes(report)
     if any(on_other_machine(row) for row in report.targets):
         notes.append(f"* {NOT_THE_DEVICE}")
     lines: list[Text] = []

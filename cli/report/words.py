@@ -237,6 +237,11 @@ def engine_words(row: TargetRow) -> str:
     return ", ".join(part for part in parts if part)
 
 
+def strategy_notes(report: Report) -> list[str]:
+    """A sentence on every teacher that learned in another way than from the labels alone."""
+    return [f"{row.title}: {row.note}" for row in report.references if row.strategy != "frozen" and row.note]
+
+
 def wrap(text: str, width: int, first: str = "", indent: str = "") -> list[str]:
     """Breaks at spaces into lines of at most `width` terminal cells (wide characters take two); long words stay."""
     lines: list[str] = []

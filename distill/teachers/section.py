@@ -6,7 +6,15 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from distill.teachers.strategy_section import COACHED, CONDITIONED, HELD_OUT, CoachedSection, GenericSection, Strategy
+from distill.teachers.strategy_section import (
+    COACHED,
+    CONDITIONED,
+    HELD_OUT,
+    ONLY_WITH,
+    CoachedSection,
+    GenericSection,
+    Strategy,
+)
 from profiles.section import Section
 
 TeacherKind = Literal["train", "array", "transformers", "onnx", "torch", "none"]
@@ -137,7 +145,7 @@ class TeacherSection(ImageInput):
                     f'"{table}.{given[0]}" belongs to strategy {_or(strategies)}, this one is "{self.strategy}"'
                 )
             for name in given:
-                fitting = _ONLY_WITH.get((table, name), strategies)
+                fitting = ONLY_WITH.get((table, name), strategies)
                 if self.strategy not in fitting:
                     raise ValueError(
                         f'"{table}.{name}" belongs to strategy {_or(fitting)}, this one is "{self.strategy}"'
@@ -155,20 +163,6 @@ class TeacherSection(ImageInput):
 
 _IMAGE_KEYS = frozenset(ImageInput.model_fields)
 COMMON_KEYS = frozenset({"kind", "strategy", "generic", "coached", "cache_dtype", "batch_size"})
-_INFLUENCED: frozenset[str] = frozenset({"meta", "lgtm"})
-_ONLY_WITH: dict[tuple[str, str], frozenset[str]] = {
-    **{
-        ("generic", name): frozenset({"generic"})
-        for name in ("widths", "depths", "kernels", "heads", "within_limits", "paths", "distribution", "entropy")
-    },
-    ("generic", "sampler_learning_rate"): frozenset({"generic"}),
-    ("coached", "hard_weight"): frozenset({"online", "lgtm"}),
-    ("coached", "held_out_batch_size"): _INFLUENCED,
-    ("coached", "influence"): _INFLUENCED,
-    ("coached", "derivative"): _INFLUENCED,
-    ("coached", "lambda_inf"): frozenset({"lgtm"}),
-}
-"""Keys of the strategies' tables that only some of them read."""
 KEYS_OF_KIND: dict[TeacherKind, frozenset[str]] = {
     "train": frozenset({"arch", "epochs", "learning_rate"}),
     "array": frozenset({"embeddings", "logits"})

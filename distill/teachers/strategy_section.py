@@ -118,3 +118,123 @@ class CoachedSection(Section):
     trainable_layers: int | None = Field(
         None, ge=1, description="so many of a transformer's last layers learn, the others are cached; default: all"
     )
+
+
+_INFLUENCED: frozenset[str] = frozenset({"meta", "lgtm"})
+ONLY_WITH: dict[tuple[str, str], frozenset[str]] = {
+    **{
+        ("generic", name): frozenset({"generic"})
+        for name in ("widths", "depths", "kernels", "heads", "within_limits", "paths", "distribution", "entropy")
+    },
+    ("generic", "sampler_learning_rate"): frozenset({"generic"}),
+    ("coached", "hard_weight"): frozenset({"online", "lgtm"}),
+    ("coached", "held_out_batch_size"): _INFLUENCED,
+    ("coached", "influence"): _INFLUENCED,
+    ("coached", "derivative"): _INFLUENCED,
+    ("coached", "lambda_inf"): frozenset({"lgtm"}),
+}
+"""Keys of the strategies' tables that only some of them read."""
+
+
+class StrategyParameter(Section):
+    """One key of a strategy's table, by its place below `[teacher]`."""
+
+    name: str
+    default: str | float | bool | tuple[str | int, ...] | None
+    meaning: str
+
+
+class StrategyDescription(Section):
+    """What `edgestill methods` says about one strategy."""
+
+    kind: Strategy
+    title: str
+    summary: str
+    needs: str
+    students: str
+    cost: str
+    source: str
+    parameters: tuple[StrategyParameter, ...]
+
+
+_LEARNS = 'a teacher of kind "train", "transformers" or "torch", and an objective on its logits (kd, dkd, dist, mse)'
+_SPLITS = 'a teacher of kind "train"'
+_ANY = "each from the finished teacher, with any objective but subclass"
+_ITS_OWN = "each beside a copy of the teacher of its own, which is kept with it"
+_FACTS: dict[Strategy, tuple[str, str, str, str, str, str]] = {
+    "frozen": (
+        "A teacher that stands still",
+        "the teacher is trained on the labels, or given, and then never changes",
+        "any teacher",
+        "each from the same stored outputs, with any objective",
+        "none",
+        "Hinton, Vinyals & Dean 2015, arXiv 1503.02531",
+    ),
+    "generic": (
+        "A generic teacher (GTN)",
+        "trained once, with parts of students grafted on it, so that it teaches any student of a pool",
+        _SPLITS,
+        _ANY,
+        "a longer training of the teacher, once for all students; none for a student",
+        "Binici et al. 2024, arXiv 2407.16040; sampling and weights are our reading",
+    ),
+    "sftn": (
+        "A student-friendly teacher (SFTN)",
+        "as generic, for one student architecture",
+        _SPLITS,
+        _ANY,
+        "a longer training of the teacher, for every student architecture anew; none for a student",
+        "Park et al. 2021, arXiv 2102.07650",
+    ),
+    "online": (
+        "Online distillation (ProKT)",
+        "the teacher learns along with the student, from the labels and from what the student says",
+        _LEARNS,
+        _ITS_OWN,
+        "a step of the teacher in every step of a student",
+        "Shi et al. 2021",
+    ),
+    "meta": (
+        "Meta distillation (MetaDistil)",
+        "the teacher learns along with the student, from the student's loss on held-out data alone",
+        _LEARNS,
+        _ITS_OWN,
+        "a step of the teacher and about three passes of the student in every step of a student",
+        "Zhou et al. 2022",
+    ),
+    "lgtm": (
+        "Learning good teacher matters (LGTM)",
+        "as online, and distillation influence tells the teacher which samples help the student on held-out data",
+        _LEARNS,
+        _ITS_OWN,
+        "a step of the teacher and about three passes of the student in every step of a student",
+        "Ren et al. 2023, arXiv 2305.09651",
+    ),
+}
+"""Title, summary, needs, how students learn, cost, source."""
+
+
+def describe_strategies() -> tuple[StrategyDescription, ...]:
+    """Every strategy with its parameters; defaults and meanings come from the recipe's own fields."""
+    tables: tuple[tuple[str, type[Section], frozenset[str]], ...] = (
+        ("generic", GenericSection, CONDITIONED),
+        ("coached", CoachedSection, COACHED),
+    )
+    return tuple(
+        StrategyDescription(
+            kind=kind,
+            title=title,
+            summary=summary,
+            needs=needs,
+            students=students,
+            cost=cost,
+            source=source,
+            parameters=tuple(
+                StrategyParameter(name=f"{table}.{name}", default=field.default, meaning=field.description or "")
+                for table, section, strategies in tables
+                for name, field in section.model_fields.items()
+                if kind in ONLY_WITH.get((table, name), strategies)
+            ),
+        )
+        for kind, (title, summary, needs, students, cost, source) in _FACTS.items()
+    )

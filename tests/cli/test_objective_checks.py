@@ -164,7 +164,8 @@ def test_the_sizes_are_asked_for_only_where_they_matter() -> None:
 
 
 STILL = ["lelp", "subclass", [{"kind": "ec", "schedule": "frozen"}], [{"kind": "lelp", "subclasses": "random"}]]
-FOLLOWING = ["supervised", "kd", "crd", "fitnet", [{"kind": "ec", "schedule": "joint"}], [{"kind": "ec"}]]
+LISTENING = ["kd", "dkd", "dist", "mse", "supervised+kd"]
+UNHEARD = ["supervised", "crd", "fitnet", "kd+fitnet", [{"kind": "ec", "schedule": "joint"}], [{"kind": "ec"}]]
 
 
 def test_what_is_fitted_once_needs_a_teacher_that_stands_still() -> None:
@@ -175,15 +176,18 @@ def test_what_is_fitted_once_needs_a_teacher_that_stands_still() -> None:
         assert caught.value.where == "objective[1].kind"
         assert caught.value.fix is not None
         assert "strategy" in caught.value.fix
-    for sections in map(READ, FOLLOWING):
+    for sections in map(READ, LISTENING):
         check_teacher(sections, moves=True)
+    for sections in map(READ, UNHEARD):
+        with pytest.raises(InputError, match=r"compares embeddings|no objective listens") as caught:
+            check_teacher(sections, moves=True)
+        assert "frozen" in (caught.value.fix or "")
 
 
 def test_a_run_asks_whether_its_teacher_moves(folder: Path, tmp_path: Path) -> None:
     run = open_run(folder, tmp_path / "run", '"lelp"')
     run.check_objectives(run.recipe.objective)
     assert not run.recipe.teacher.moves
-    # no strategy of today moves, so the recipe cannot say it
     moving = run.recipe.teacher.model_copy(update={"strategy": "online"})
     assert isinstance(moving, TeacherSection)
     assert moving.moves

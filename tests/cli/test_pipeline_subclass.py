@@ -10,7 +10,8 @@ import pytest
 
 from cli.app import main
 from cli.pipeline import Run
-from cli.pipeline.run import FROZEN_NOTE, teacher_name
+from cli.pipeline.run import FROZEN_NOTE
+from cli.pipeline.teachers import Variant
 from cli.recipe import load_recipe
 from cli.report.schema import load_report
 from distill.data.make_fashion_mnist_small import PACKAGED
@@ -182,10 +183,10 @@ def test_every_teachers_settings_have_a_folder() -> None:
         SubclassSection(aux_temperature=0.5),
         SubclassSection(aux_weight=0.5, aux_temperature=2.0),
     ]
-    names = [teacher_name(section) for section in sections]
+    names = [Variant(section).folder for section in sections]
     assert len(set(names)) == len(names)
     assert names[:3] == ["teacher", "teacher--subclass-8", "teacher--subclass-4"]
-    assert teacher_name(SubclassSection(tau=3.0)) == teacher_name(SubclassSection())
+    assert Variant(SubclassSection(tau=3.0)).folder == Variant(SubclassSection()).folder
 
 
 def test_an_objective_beside_it_learns_from_the_same_teacher(finished: Path, folder: Path) -> None:
@@ -320,4 +321,4 @@ def test_a_teacher_that_moves_is_an_invalid_value(
     message = capsys.readouterr().err
     assert "teacher.strategy" in message
     assert "frozen" in message
-    assert not (tmp_path / "run").exists()
+    assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(("teacher", "students"))]

@@ -1,0 +1,123 @@
+"""What an architecture costs on every target at least, from facts alone: nothing is trained, exported or measured.
+
+Every figure is a lower end over the precisions that the target may get, so that only what cannot fit is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from distill.data import InputSpec
+from distill.students import Student
+from distill.students.arch import Arch
+from distill.students.pool import Cost, Limits
+from export import available
+from profiles.device import Precision, Target
+from profiles.predict import ON_CHIP_BYTES
+
+_MIB = 2**20
+_BYTES: dict[str, float] = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "int8": 1, "fp8": 1, "fp4": 0.5}
+"""Of one stored value."""
+
+
+def limits_of(targets: Sequence[Target]) -> dict[str, Limits]:
+    """The limits that facts can decide, by target; empty where some target has none: it carries everything."""
+    found = {
+        target.name: Limits(
+            file_mib=target.section.file_size_mib,
+            memory_mib=target.section.memory_mib,
+            latency_ms=target.section.latency_ms,
+        )
+        for target in targets
+    }
+    return {} if any(limits == Limits() for limits in found.values()) else found
+
+
+def pool_cost(
+    targets: Sequence[Target], spec: InputSpec, build: Callable[[Arch], Student]
+) -> Callable[[Arch], Mapping[str, Cost]]:
+    """`cost(arch)`: by target name, what a student of that architecture needs at least.
+
+    Args:
+        targets: the recipe's.
+        spec: one sample's shape.
+        build: makes the student; its weights play no part.
+    """
+
+    def cost(arch: Arch) -> Mapping[str, Cost]:
+        student = build(arch)
+        return {target.name: _cost(_work(student, spec, target.section.batch), target) for target in targets}
+
+    return cost
+
+
+class _Work(NamedTuple):
+    """values: weights that are left in an exported graph. flops: of convolutions and matrix products, a multiply-add
+    is two. activations: the most values that one layer reads and writes. passed: bytes of the graph's inputs and
+    outputs, which keep their type in every precision."""
+
+    values: int
+    flops: int
+    activations: int
+    passed: int
+
+
+@torch.no_grad()
+def _work(student: Student, spec: InputSpec, batch: int) -> _Work:
+    """Counted in one forward pass that computes nothing (on the meta device)."""
+    student = student.to("meta").eval()
+    inputs = torch.empty(batch, *spec.shape, dtype=torch.uint8 if spec.kind == "image" else torch.int64, device="meta")
+    largest = 0
+
+    def watch(module: nn.Module, given: tuple[object, ...], output: object) -> None:
+        nonlocal largest
+        if isinstance(output, Tensor):
+            read = sum(value.numel() for value in given if isinstance(value, Tensor) and value.is_floating_point())
+            largest = max(largest, read + output.numel())
+
+    handles = [
+        module.register_forward_hook(watch)
+        for module in student.modules()
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear)
+    ]
+    with FlopCounterMode(display=False) as counter:
+        head: Tensor = student(inputs).head
+    for handle in handles:
+        handle.remove()
+    # an export folds batch normalisation into the convolution before it
+    kept = (module for module in student.modules() if not isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d))
+    values = sum(parameter.numel() for module in kept for parameter in module.parameters(recurse=False))
+    passed = inputs.numel() * inputs.element_size() + head.numel() * 4
+    return _Work(values, counter.get_total_flops(), largest, passed)
+
+
+def _cost(work: _Work, target: Target) -> Cost:
+    asked = target.section.precision
+    stored: tuple[str, ...] = available(target.device, target.stack) if asked == "auto" else (asked,)
+    # a builder on the device may compute an FP32 file in any precision that the device has
+    computed: tuple[Precision, ...] = target.device.precisions if asked == "auto" else (asked,)
+    if asked == "fp32" and "tf32" in target.device.precisions:
+        computed = ("tf32",)
+    smallest = min(_BYTES[name] for name in computed)
+    bounds = [_bound_ms(work, target, name) for name in computed]
+    return Cost(
+        file_mib=work.values * min(_BYTES[name] for name in stored) / _MIB,
+        memory_mib=(work.values + work.activations) * smallest / _MIB,
+        latency_bound_ms=None if None in bounds else min(bound for bound in bounds if bound is not None),
+    )
+
+
+def _bound_ms(work: _Work, target: Target, precision: Precision) -> float | None:
+    """The roofline bound (see `profiles.predict.roofline`); None where the device's peak is not known."""
+    peak = target.device.peak(precision, target.power_mode)
+    if peak is None:
+        return None
+    bandwidth = target.device.bandwidth(target.power_mode)
+    moved = work.values * _BYTES[precision] + work.passed
+    memory_ms = max(0.0, moved - ON_CHIP_BYTES) / bandwidth * 1e3 if bandwidth else 0.0
+    return max(work.flops / peak * 1e3, memory_ms)
