@@ -301,7 +301,9 @@ class Coached(Strategy):
         if self._pass is None or self._pass[0] != number:
             order = np.random.default_rng((self.run.seed, number, _STREAM)).permutation(len(self.held))
             host = self.held[torch.from_numpy(order)]
-            self._pass = number, host.to(self.run.device), host
+            if self.run.device.type == "cuda":
+                host = host.pin_memory()  # a pass may be one batch, and no step waits for the device
+            self._pass = number, host.to(self.run.device, non_blocking=True), host
         _, rows, host_rows = self._pass
         chosen = slice(place * self.held_batch, (place + 1) * self.held_batch)
         return rows[chosen], host_rows[chosen]

@@ -179,7 +179,7 @@ def _adamw_slope(group: dict[str, Any], state: Mapping[str, Tensor], g: Tensor) 
     m = state.get("exp_avg", torch.zeros_like(g))
     w = state.get("exp_avg_sq", torch.zeros_like(g))
     # double, since the counter is float32 and 1 - b2^t is a small difference at first
-    steps = torch.as_tensor(state.get("step", 0.0)).double() + 1
+    steps = state.get("step", torch.zeros((), device=g.device)).double() + 1
     c1, c2 = (1 - b1**steps).to(g), (1 - b2**steps).to(g)
     r = ((b2 * w + (1 - b2) * g.square()) / c2).sqrt()
     # r is 0 where no gradient ever came; the part that it divides is 0 there as well

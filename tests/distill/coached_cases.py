@@ -117,7 +117,11 @@ class Coaching:
         )
 
     def run(
-        self, folder: Path, look: Callable[[Looking, Step], None] | None = None, progress: Any = None
+        self,
+        folder: Path,
+        look: Callable[[Looking, Step], None] | None = None,
+        progress: Any = None,
+        device: str = "cpu",
     ) -> tuple[TrainResult, Student, Looking]:
         """Trains; `look` is called before every step."""
         coached = self.build()
@@ -133,7 +137,7 @@ class Coaching:
             self.case.augmentation,
             folder,
             seed=self.case.seed,
-            device="cpu",
+            device=device,
             strategy=coached,
             progress=progress,
         )

@@ -91,6 +91,22 @@ def test_several_labels_with_unknown_ones_are_coached_too(objective: str, tmp_pa
     assert moved(coached, coaching)
 
 
+@pytest.mark.parametrize("derivative", ["finite_difference", "jvp"])
+def test_bf16_passes_of_the_student_leave_the_influence_in_float32(derivative: str, tmp_path: Path) -> None:
+    coaching = Coaching(case=CONV.with_(precision="bf16", epochs=1), teacher_arch="conv-w12-d1-k3")
+    kinds: set[torch.dtype] = set()
+
+    def look(coached: Looking, step: Step) -> None:
+        told, said, value = coached.influence(step)
+        kinds.update((told.dtype, said.dtype, value.dtype))
+
+    result, _, coached = coaching.with_(derivative=derivative).run(tmp_path / "student", look)
+    assert result.precision == "bf16"
+    assert kinds == {torch.float32}
+    assert np.isfinite(result.history[0]["coached/influence"])
+    assert moved(coached, coaching)
+
+
 def test_the_teacher_descends_labels_and_the_students_say(tmp_path: Path) -> None:
     """One step of a learning rate so small that AdamW's is a step along the sign of the gradient."""
     coaching = replace(exact(), strategy="online", learning_rate=1e-6).with_(weight_decay=0.0)
