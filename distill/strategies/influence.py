@@ -73,7 +73,9 @@ def change_along(
 
     "finite_difference": [head(theta + eps v) - head(theta - eps v)] / (2 eps), eps = 0.01 / ||v||; two forward passes,
     error O(eps^2), exact for a student whose outputs are affine in its weights. The weights move in place and come back
-    as they were, to the bit, also after an error. "jvp": one pass in forward mode, exact.
+    as they were, to the bit, also after an error. "jvp": one pass in forward mode, exact. At a kink (a ReLU whose input
+    is exactly 0, as behind dead units before the first step) the difference averages both sides, forward mode takes the
+    side that backward passes take.
 
     Call it in eval mode: forward mode knows no BatchNorm in train mode, and the two passes must drop the same units.
     Attention is computed step by step meanwhile, as forward mode knows no fused kernel either. Both run in the weights'
@@ -149,7 +151,7 @@ def preconditioned(
                 c_k = 1 - b_k^(t + 1) after t steps, m and w the moments:
                 P = [(1 - b1) eps + ((1 - b1) b2 w - b1 (1 - b2) m g) / (c2 r)] / (c1 (r + eps)^2)
 
-    The g^2 of numerator's two parts cancel; written like this, float32 loses nothing. At a fresh state Adam's first
+    In P the terms in g^2 have cancelled; as a difference of two quotients it would lose all digits in float32. At a fresh state Adam's first
     step is +-eta whatever the size of g, and P is eps / (|g| + eps)^2: next to nothing.
 
     Args:
