@@ -151,8 +151,8 @@ def preconditioned(
                 c_k = 1 - b_k^(t + 1) after t steps, m and w the moments:
                 P = [(1 - b1) eps + ((1 - b1) b2 w - b1 (1 - b2) m g) / (c2 r)] / (c1 (r + eps)^2)
 
-    In P the terms in g^2 have cancelled; as a difference of two quotients it would lose all digits in float32. At a fresh state Adam's first
-    step is +-eta whatever the size of g, and P is eps / (|g| + eps)^2: next to nothing.
+    In P the terms in g^2 have cancelled; as a difference of two quotients it would lose all digits in float32. At a
+    fresh state Adam's step is +-eta whatever the size of g, and P is eps / (|g| + eps)^2: next to nothing.
 
     Args:
         optimizer: SGD (without dampening) or AdamW (without amsgrad), before the step.
