@@ -19,7 +19,7 @@ import torch
 
 from distill.data import Dataset, catalogue, load_dataset
 from distill.data.section import AugmentSection, DataSection
-from distill.objectives.compose import build_objective, head_size
+from distill.objectives.compose import Composition, build_objective, head_size
 from distill.objectives.section import AnyObjective, KDSection, LELPSection, SupervisedSection
 from distill.strategies.generic import FORM as STRATEGY_FORM
 from distill.strategies.generic import POOL_FILE, Generic
@@ -29,7 +29,7 @@ from distill.teachers import ModuleTeacher, TeacherCache, build_cache
 from distill.teachers.strategy_section import GenericSection
 from distill.train_section import TrainSection
 from distill.training import FORM as TRAINING_FORM
-from distill.training import TrainResult, evaluate_logits, read_result, train
+from distill.training import evaluate_logits, read_result, train
 from profiles import artifact
 from profiles.errors import EdgestillError, Interrupted
 from tests.benchmarks.evidence import images
@@ -113,7 +113,6 @@ class Cells:
             validation_path="validation.npz",
             test_path="test.npz",
             classes=catalogue.entry_of("fashion-mnist").classes,
-            split_seed=0,
             train_size=self.sizes.train_size,
         )
         return load_dataset(section, seed=0, base=source, folder=self.folder / "data")
@@ -188,8 +187,10 @@ class Cells:
             section = GenericSection.model_validate({"archs": cell.teacher.pool, **dict(cell.teacher.settings)})
             pool = [parse_arch(word) for word in cell.teacher.pool]
             strategy = Generic(section, pool, parse_arch(TEACHER), self.dataset, seed=cell.seed)
-        trained = self._train(cell, TEACHER, SupervisedSection(), None, self.sizes.teacher_epochs, strategy)
-        self._cache(cell, trained)
+        network, _ = self._train(cell, TEACHER, SupervisedSection(), None, self.sizes.teacher_epochs, strategy)
+        logits = self._cache(cell, network).test_logits
+        assert logits is not None
+        self._keep(cell, np.array(logits))
 
     def _make_student(self, cell: StudentCell) -> None:
         cache = None
@@ -204,11 +205,12 @@ class Cells:
             section = KDSection(tau=cell.tau)
         else:
             section = LELPSection() if cell.objective == "lelp" else SupervisedSection()
-        self._train(cell, cell.arch, section, cache, self.sizes.student_epochs, None)
+        student, objective = self._train(cell, cell.arch, section, cache, self.sizes.student_epochs, None)
+        self._keep(cell, evaluate_logits(student, objective, self.dataset.test, device="cpu"))
 
     def _cache(self, cell: TeacherCell, network: Student) -> TeacherCache:
         folder = self.folder / cell.place / "cache"
-        return build_cache(ModuleTeacher(network), self.dataset, ONE_VIEW, folder, seed=cell.seed)
+        return build_cache(ModuleTeacher(network), self.dataset, ONE_VIEW, folder, seed=cell.seed, dtype="float32")
 
     def _build(self, arch: str, outputs: int, seed: int) -> Student:
         return build_student(StudentSection(), self.dataset.input, outputs, arch=arch, seed=seed, base=Path())
@@ -221,8 +223,8 @@ class Cells:
         cache: TeacherCache | None,
         epochs: int,
         strategy: Generic | None,
-    ) -> Student:
-        place, dataset = self.folder / cell.place, self.dataset
+    ) -> tuple[Student, Composition]:
+        dataset = self.dataset
         student = self._build(arch, head_size((section,), len(dataset.classes)), cell.seed)
         objective = build_objective((section,), dataset, cache, student_dim=student.embedding_dim, seed=cell.seed)
         settings = TrainSection(epochs=epochs, learning_rate=self.sizes.learning_rate, batch_size=128)
@@ -233,23 +235,26 @@ class Cells:
             cache,
             settings,
             ONE_VIEW,
-            place / "trained",
+            self.folder / cell.place / "trained",
             seed=cell.seed,
             device="cpu",
             strategy=strategy,
         )
-        logits = evaluate_logits(student, objective, dataset.test, device="cpu")
-        found: TrainResult = read_result(place / "trained")
+        return student, objective
+
+    def _keep(self, cell: Cell, logits: Array) -> None:
+        """Writes what a trained cell says; with this it is finished."""
+        place = self.folder / cell.place
+        found = read_result(place / "trained")
         info = {
             "label": cell.label,
-            "test": float((logits.argmax(1) == dataset.test.labels).mean()),
+            "test": float((logits.argmax(1) == self.dataset.test.labels).mean()),
             "validation": found.metric.value,
             "seconds": found.seconds,
             "best_epoch": found.best_epoch,
         }
         with artifact.create(place / "measured", KIND, self.key(cell), info) as temporary:
             np.save(temporary / "test_logits.npy", logits)
-        return student
 
 
 # -- many of them, in processes ---------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from distill.study import compare, over_samples
-from profiles.statistics import paired_difference
 from tests.benchmarks.generic_teacher.cells import Array, Measured
 from tests.benchmarks.generic_teacher.plan import (
     ABLATED_ON,
@@ -99,6 +98,14 @@ class Results:
         row["minus_vanilla"] = self.minus(arm, objective, students, control)
         return row
 
+    def one(self, arm: Arm | None, objective: Objective, arch: str) -> dict[str, Any] | None:
+        """Accuracies of one student by seed, and the differences to the plain teacher's; None: none is finished."""
+        found = {seed: entry.test for seed in SEEDS if (entry := self.student(arm, objective, arch, seed))}
+        if not found:
+            return None
+        pairs = self.pairs(arm, objective, (arch,), ARMS["vanilla"])
+        return {"test": found, "minus_vanilla": {seed: a.test - b.test for seed, ((a, b),) in pairs.items()}}
+
     def teachers(self, arm: Arm, students: Sequence[str]) -> dict[str, Any]:
         """Accuracy and seconds of an arm's teachers: means over seeds; seconds of all that these students need."""
         teachers = dict.fromkeys(arm.teachers[arch] for arch in students)
@@ -120,11 +127,32 @@ class Results:
         """An arm minus the control, paired by student and seed, over the seeds of which both have all `students`.
 
         Decided as in a study (`distill.study.compare`): Student's t over the seeds' means over the students, and a
-        bootstrap over test samples. The bootstrap over (student, seed) pairs takes them for independent, although
-        students share a teacher; it is given, it decides nothing.
+        bootstrap over test samples. There is no interval over (student, seed) pairs: students of a seed share a
+        teacher, so their differences are not independent.
         """
-        if arm is control:
+        pairs = self.pairs(arm, objective, students, control)
+        if not pairs:
             return None
+        flat = [pair for both in pairs.values() for pair in both]
+        samples = over_samples("multiclass", [a.logits for a, _ in flat], [b.logits for _, b in flat], self.labels)
+        by_seed = [(mean(a.test for a, _ in both), mean(b.test for _, b in both)) for both in pairs.values()]
+        found = compare([a for a, _ in by_seed], [b for _, b in by_seed], samples)
+        return {
+            "difference": found.bootstrap.value,
+            "by_seed": list(found.differences),
+            "seeds_interval": found.seeds,
+            "samples_interval": (samples.low, samples.high),
+            "wins": sum(a.test > b.test for a, b in flat),
+            "n": len(flat),
+            "outcome": found.outcome,
+        }
+
+    def pairs(
+        self, arm: Arm | None, objective: Objective, students: Sequence[str], control: Arm | None
+    ) -> dict[int, list[tuple[Measured, Measured]]]:
+        """Seed -> (ours, the control's) of every student, of the seeds of which both have all `students`."""
+        if arm is control:
+            return {}
         pairs: dict[int, list[tuple[Measured, Measured]]] = {}
         for seed in SEEDS:
             both = [
@@ -135,23 +163,7 @@ class Results:
             ]
             if len(both) == len(students):
                 pairs[seed] = both
-        if not pairs:
-            return None
-        flat = [pair for both in pairs.values() for pair in both]
-        samples = over_samples("multiclass", [a.logits for a, _ in flat], [b.logits for _, b in flat], self.labels)
-        by_seed = [(mean(a.test for a, _ in both), mean(b.test for _, b in both)) for both in pairs.values()]
-        found = compare([a for a, _ in by_seed], [b for _, b in by_seed], samples)
-        by_pair = paired_difference([a.test for a, _ in flat], [b.test for _, b in flat])
-        return {
-            "difference": found.bootstrap.value,
-            "by_seed": list(found.differences),
-            "seeds_interval": found.seeds,
-            "samples_interval": (samples.low, samples.high),
-            "pairs_bootstrap": (by_pair.low, by_pair.high),
-            "wins": by_pair.wins,
-            "n": by_pair.n,
-            "outcome": found.outcome,
-        }
+        return pairs
 
     def tuning(self) -> dict[str, Any]:
         """Arm -> temperature, and mean validation accuracy of each candidate that is finished."""
@@ -234,11 +246,7 @@ def tables(results: Results) -> dict[str, Any]:
                     rows[name] = results.row(arm, objective, students, vanilla)
             groups[group] = {name: row for name, row in rows.items() if row is not None}
         by_student = {
-            arch: {
-                name: row
-                for name in (SUPERVISED, *ARMS)
-                if (row := results.row(ARMS.get(name), objective, (arch,), vanilla) if _has(name, arch) else None)
-            }
+            arch: {name: row for name in (SUPERVISED, *ARMS) if (row := results.one(ARMS.get(name), objective, arch))}
             for arch in STUDENTS
         }
         contrasts = [
@@ -257,10 +265,6 @@ def tables(results: Results) -> dict[str, Any]:
             row["minus_vanilla"] = results.minus(arm, "kd", ABLATED_ON, vanilla)
             found["ablations"][name] = row
     return found
-
-
-def _has(name: str, arch: str) -> bool:
-    return name == SUPERVISED or arch in ARMS[name].teachers
 
 
 # -- markdown ---------------------------------------------------------------------------------------------------------
@@ -386,14 +390,12 @@ def _students(by_student: Mapping[str, Any], students: Sequence[Mapping[str, Any
     for student in students:
         arch, rows = student["arch"], by_student[student["arch"]]
         cells = [arch, f"{student['mflop']:.2f}", f"{student['parameters']:,}", "yes" if student["sampled"] else "no"]
-        cells += [_percent((rows.get(name) or {}).get("mean")) for name in (SUPERVISED, "vanilla")]
+        for name in (SUPERVISED, "vanilla"):
+            cells.append(_percent(mean(rows[name]["test"].values()) if name in rows else None))
         for name in others:
-            against = (rows.get(name) or {}).get("minus_vanilla")
-            if against is None:
-                cells.append("")
-                continue
-            seeds = ", ".join(f"{100 * value:+.1f}" for value in against["by_seed"])
-            cells.append(f"{100 * against['difference']:+.2f} ({seeds})")
+            against = rows[name]["minus_vanilla"].values() if name in rows else ()
+            seeds = ", ".join(f"{100 * value:+.1f}" for value in against)
+            cells.append(f"{_signed(mean(against))} ({seeds})" if against else "")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
