@@ -72,16 +72,16 @@ def test_a_third_of_the_students_is_never_sampled_and_every_arm_is_of_valid_sett
                 GenericSection.model_validate({"archs": teacher.pool, **dict(teacher.settings)})
 
 
-def test_seeds_follow_one_another_and_ablations_come_last() -> None:
+def test_kd_of_all_seeds_comes_first_then_lelp_and_ablations_come_last() -> None:
     order = plan(CHOSEN)
     assert len(order) == len(set(order))
     main = [cell for cell in order if cell.teacher is None or cell.teacher.name not in ABLATIONS]
     assert order[: len(main)] == main
-    assert [cell.seed for cell in main] == sorted(cell.seed for cell in main)
-    first = [cell for cell in main if isinstance(cell, StudentCell) and cell.seed == SEEDS[0]]
-    assert [cell.objective for cell in first].index("lelp") > max(
-        place for place, cell in enumerate(first) if cell.objective == "kd"
-    )
+    lelp = [isinstance(cell, StudentCell) and cell.objective == "lelp" for cell in main]
+    assert lelp == sorted(lelp)
+    for part in (False, True):
+        seeds = [cell.seed for cell, late in zip(main, lelp, strict=True) if late == part]
+        assert seeds == sorted(seeds)
 
 
 def test_every_training_starts_after_its_teacher_and_its_temperature() -> None:

@@ -26,8 +26,8 @@ OWN_TEACHER = ("conv-w4-d1-k3", "conv-w8-d1-k3", "conv-w8-d1-k5", "conv-w12-d1-k
 """Students that get an SFTN teacher each, over the range of the pool."""
 MIDDLE = "conv-w8-d1-k3"
 """Whose SFTN teacher also teaches all the others."""
-TUNED_ON = ("conv-w4-d1-k3", "conv-w12-d1-k5")
-"""Smallest and largest of the pool: temperatures are chosen by the mean of their validation accuracies, seed 0."""
+TUNED_ON = ("conv-w8-d1-k3",)
+"""Temperatures are chosen by its validation accuracy, seed 0: for every arm alike."""
 TAUS = (1.0, 2.0, 4.0, 8.0)
 SEEDS = (0, 1, 2)
 ABLATED_ON = ("conv-w4-d1-k3", "conv-w8-d1-k3", "conv-w12-d1-k5")
@@ -168,7 +168,8 @@ def student_cell(arm: Arm, objective: Objective, arch: str, seed: int, taus: Map
 def plan(taus: Mapping[str, float], seeds: Sequence[int] = SEEDS) -> list[Cell]:
     """Everything, without duplicates, in the order in which partial results say most.
 
-    One seed after the other: teachers, temperatures (first seed), plain students, KD, LELP. Ablations come last.
+    KD one seed after the other: teachers, temperatures (first seed), plain students, students. Then LELP, then the
+    ablations.
     Students whose temperature is not chosen yet are not `known`.
     """
     cells: list[Cell] = []
@@ -177,9 +178,11 @@ def plan(taus: Mapping[str, float], seeds: Sequence[int] = SEEDS) -> list[Cell]:
         if seed == SEEDS[0]:
             cells += [cell for arm in ARMS for cell in tuning_cells(arm)]
         cells += [StudentCell("supervised", arch, seed) for arch in STUDENTS]
-        for objective in ("kd", "lelp"):
-            for arm in ARMS.values():
-                cells += [student_cell(arm, objective, arch, seed, taus) for arch in arm.students]
+        for arm in ARMS.values():
+            cells += [student_cell(arm, "kd", arch, seed, taus) for arch in arm.students]
+    for seed in seeds:
+        for arm in ARMS.values():
+            cells += [student_cell(arm, "lelp", arch, seed, taus) for arch in arm.students]
     for seed in seeds:
         for arm in ABLATIONS.values():
             cells += [TeacherCell(teacher, seed) for teacher in arm.teachers.values()]

@@ -319,8 +319,8 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 def _tuning(tuning: Mapping[str, Any]) -> list[str]:
     lines = [
-        f"KD's temperature of every arm, of {', '.join(f'{tau:g}' for tau in TAUS)}: by mean validation accuracy of "
-        f"{' and '.join(TUNED_ON)}, seed {SEEDS[0]} (SFTN's paper uses 4):",
+        f"KD's temperature of every arm, of {', '.join(f'{tau:g}' for tau in TAUS)}: by the validation accuracy of "
+        f"{' and '.join(TUNED_ON)}, seed {SEEDS[0]}, which all students and seeds then use (SFTN's paper uses 4):",
         "",
         "| arm | " + " | ".join(f"tau {tau:g}" for tau in TAUS) + " | chosen |",
         "|---|" + "---:|" * (len(TAUS) + 1),
