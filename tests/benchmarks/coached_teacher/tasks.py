@@ -85,7 +85,7 @@ SETTINGS: dict[Name, Settings] = {
             length=48,
         ),
         student="text-w64-d2-h4",
-        train=TrainSection(epochs=5, batch_size=32, learning_rate=0.004),
+        train=TrainSection(epochs=3, batch_size=32, learning_rate=0.004),
         teacher="all-MiniLM-L6-v2 with a classifier on its pooler",
         teacher_train=FineTuning(),
         teacher_learning_rate=3e-5,
