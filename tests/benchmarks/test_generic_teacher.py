@@ -149,8 +149,19 @@ def test_the_tables_say_what_the_cells_say() -> None:
     assert each["minus_vanilla"]["outcome"] == "cannot tell"
     assert "sftn-each" not in found["objectives"]["kd"]["groups"]["all"]
     # 80 s are more than one teacher of 60 s and less than two
-    assert found["costs"]["break_even"]["gtn-uniform"]["cheaper_from"] == 2
-    assert found["costs"]["break_even"]["gtn-uniform"]["gtn_over_vanilla"] == [1.6] * 3
+    assert found["costs"]["trainings"]["gtn-uniform"]["cheaper_from"] == 2
+    assert found["costs"]["trainings"]["gtn-uniform"]["gtn_over_vanilla"] == [1.6] * 3
+    assert found["costs"]["interleaved"] == {}
+
+
+def test_interleaved_steps_are_compared_round_by_round() -> None:
+    # the second round ran on a machine three times as slow
+    names = {teacher.name for arm in ARMS.values() for teacher in arm.teachers.values()}
+    steps = {name: [0.2, 0.6] for name in names} | {"vanilla": [0.1, 0.3], "gtn-easy": [0.3, 0.9]}
+    costs = Results(finished({}), {}, LABELS, steps).costs()["interleaved"]
+    assert costs["gtn-uniform"]["gtn_over_one_sftn"] == pytest.approx([1.0, 1.0])
+    assert costs["gtn-easy"]["gtn_over_vanilla"] == pytest.approx([3.0, 3.0])
+    assert costs["gtn-easy"]["cheaper_from"] == 2
 
 
 def test_a_seed_counts_only_when_all_its_students_are_finished() -> None:

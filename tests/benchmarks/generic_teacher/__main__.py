@@ -1,11 +1,12 @@
 """Does one teacher for a pool of students (GTN) teach better than a plain one, and what does it cost beside SFTN?
 
-    python -m tests.benchmarks.generic_teacher [--folder runs/generic_teacher] [--jobs 2] [--minutes 60] [--quick]
+    python -m tests.benchmarks.generic_teacher [--folder runs/generic_teacher] [--jobs 2] [--minutes 60] [--steps]
 
 Trains what is missing, in processes of one thread each, and writes results/generic_teacher.json and .md beside this
 folder. Finished trainings stay in the folder, so the same command goes on; what time was too short for is listed in the
 results. Needs the Debian package dataset-fashion-mnist, or the Hugging Face hub.
 
+--steps: first times training steps of all teachers in turn, which a busy machine distorts less than whole trainings.
 --quick: 300 images and one epoch, in a folder of its own and written there only: shows that everything runs.
 """
 
@@ -32,6 +33,7 @@ from distill.students.section import StudentSection
 from profiles import artifact
 from profiles.device import detect
 from profiles.errors import EdgestillError
+from tests.benchmarks.generic_teacher import timing
 from tests.benchmarks.generic_teacher.cells import QUICK, Cells, Sizes, run
 from tests.benchmarks.generic_teacher.plan import (
     ABLATIONS,
@@ -98,7 +100,7 @@ def collect(cells: Cells, failed: dict[str, str], command: str) -> dict[str, Any
         "teacher_mflop": teacher["mflop"],
         "teacher_parameters": teacher["parameters"],
         "students": sorted((size_of(arch, dataset) for arch in STUDENTS), key=lambda entry: float(entry["mflop"])),
-        **tables(Results(found, taus, dataset.test.labels)),
+        **tables(Results(found, taus, dataset.test.labels, timing.read(cells))),
         "pools": {name: seeds for name, seeds in pools.items() if seeds},
         "finished": len(found),
         "hours": sum(one.seconds for one in found.values()) / 3600,
@@ -122,6 +124,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=None, help="default: runs/generic_teacher[-quick]")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--minutes", type=float, default=60.0, help="0: only report what is finished")
+    parser.add_argument("--steps", action="store_true", help="time the teachers' training steps in turn, first")
     parser.add_argument("--quick", action="store_true", help="300 images, one epoch; writes into the folder only")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -129,6 +132,8 @@ def main() -> int:
     cells = Cells(folder, QUICK if options.quick else Sizes())
     failed: dict[str, str] = {}
     try:
+        if options.steps:
+            timing.measure(cells)
         if options.minutes:
             failed = run(cells, options.jobs, 60 * options.minutes, lambda text: print(text, file=sys.stderr))
         found = collect(cells, failed, " ".join(["python -m tests.benchmarks.generic_teacher", *sys.argv[1:]]))

@@ -38,6 +38,7 @@ from tests.benchmarks.generic_teacher.plan import (
     TEACHER,
     Cell,
     StudentCell,
+    Teacher,
     TeacherCell,
     choose_tau,
     next_cell,
@@ -182,11 +183,7 @@ class Cells:
             self._make_student(cell)
 
     def _make_teacher(self, cell: TeacherCell) -> None:
-        strategy = None
-        if cell.teacher.pool:
-            section = GenericSection.model_validate({"archs": cell.teacher.pool, **dict(cell.teacher.settings)})
-            pool = [parse_arch(word) for word in cell.teacher.pool]
-            strategy = Generic(section, pool, parse_arch(TEACHER), self.dataset, seed=cell.seed)
+        strategy = conditioning(cell.teacher, self.dataset, cell.seed)
         network, _ = self._train(cell, TEACHER, SupervisedSection(), None, self.sizes.teacher_epochs, strategy)
         logits = self._cache(cell, network).test_logits
         assert logits is not None
@@ -227,7 +224,7 @@ class Cells:
         dataset = self.dataset
         student = self._build(arch, head_size((section,), len(dataset.classes)), cell.seed)
         objective = build_objective((section,), dataset, cache, student_dim=student.embedding_dim, seed=cell.seed)
-        settings = TrainSection(epochs=epochs, learning_rate=self.sizes.learning_rate, batch_size=128)
+        settings = train_section(epochs, self.sizes.learning_rate)
         train(
             student,
             objective,
@@ -255,6 +252,19 @@ class Cells:
         }
         with artifact.create(place / "measured", KIND, self.key(cell), info) as temporary:
             np.save(temporary / "test_logits.npy", logits)
+
+
+def conditioning(teacher: Teacher, dataset: Dataset, seed: int) -> Generic | None:
+    """The strategy that a teacher is trained with; None: the plain one."""
+    if not teacher.pool:
+        return None
+    section = GenericSection.model_validate({"archs": teacher.pool, **dict(teacher.settings)})
+    return Generic(section, [parse_arch(word) for word in teacher.pool], parse_arch(TEACHER), dataset, seed=seed)
+
+
+def train_section(epochs: int, learning_rate: float) -> TrainSection:
+    """How every teacher and student is trained."""
+    return TrainSection(epochs=epochs, learning_rate=learning_rate, batch_size=128)
 
 
 # -- many of them, in processes ---------------------------------------------------------------------------------------

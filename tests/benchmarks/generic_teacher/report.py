@@ -52,10 +52,17 @@ class Results:
         found: the finished cells.
         taus: arm -> chosen temperature.
         labels: int64 (N,) of the test split.
+        steps: teacher -> seconds of a training step in each interleaved round; None: not measured.
     """
 
-    def __init__(self, found: Mapping[Cell, Measured], taus: Mapping[str, float], labels: Array) -> None:
-        self.found, self.taus, self.labels = found, taus, labels
+    def __init__(
+        self,
+        found: Mapping[Cell, Measured],
+        taus: Mapping[str, float],
+        labels: Array,
+        steps: Mapping[str, Sequence[float]] | None = None,
+    ) -> None:
+        self.found, self.taus, self.labels, self.steps = found, taus, labels, steps
 
     def student(self, arm: Arm | None, objective: Objective, arch: str, seed: int) -> Measured | None:
         """A finished student; arm None: the plain one."""
@@ -189,23 +196,36 @@ class Results:
             name: {seed: value for seed in SEEDS if (value := seconds(TeacherCell(teacher, seed))) is not None}
             for name, teacher in teachers.items()
         }
-        found: dict[str, Any] = {"seconds": by_teacher, "break_even": {}}
+        found: dict[str, Any] = {"seconds": by_teacher, "steps": self.steps, "trainings": {}, "interleaved": {}}
         for arm in ("gtn-uniform", "gtn-easy"):
-            ratios, extra = [], []
-            for seed in SEEDS:
-                each = [by_teacher[teacher.name].get(seed) for teacher in SFTN.values()]
-                once, plain = by_teacher[arm].get(seed), by_teacher[VANILLA.name].get(seed)
-                if once is None or plain is None or any(value is None for value in each):
-                    continue
-                ratios.append(once / mean(value for value in each if value is not None))
-                extra.append(once / plain)
-            if ratios:
-                found["break_even"][arm] = {
-                    "gtn_over_one_sftn": ratios,
-                    "cheaper_from": students_from(median(ratios)),
-                    "gtn_over_vanilla": extra,
-                }
+            if ratios := break_even(arm, by_teacher):
+                found["trainings"][arm] = ratios
+            if self.steps and (ratios := break_even(arm, _by_round(self.steps))):
+                found["interleaved"][arm] = ratios
         return found
+
+
+def break_even(arm: str, seconds: Mapping[str, Mapping[int, float]]) -> dict[str, Any] | None:
+    """What a GTN costs beside SFTN and the plain teacher; None where nothing has all three.
+
+    Args:
+        arm: the GTN.
+        seconds: teacher -> seed (or round) -> seconds.
+    """
+    names = [teacher.name for teacher in SFTN.values()]
+    common = [each for each in seconds[arm] if all(each in seconds[name] for name in (*names, VANILLA.name))]
+    if not common:
+        return None
+    to_sftn = [seconds[arm][each] / mean(seconds[name][each] for name in names) for each in common]
+    return {
+        "gtn_over_one_sftn": to_sftn,
+        "cheaper_from": students_from(median(to_sftn)),
+        "gtn_over_vanilla": [seconds[arm][each] / seconds[VANILLA.name][each] for each in common],
+    }
+
+
+def _by_round(steps: Mapping[str, Sequence[float]]) -> dict[str, dict[int, float]]:
+    return {name: dict(enumerate(values)) for name, values in steps.items()}
 
 
 def _arm(name: str) -> Arm:
@@ -401,25 +421,37 @@ def _students(by_student: Mapping[str, Any], students: Sequence[Mapping[str, Any
 
 
 def _costs(costs: Mapping[str, Any]) -> list[str]:
-    lines = ["", "## What the teachers cost", "", "| teacher | s, by seed | to the plain one |", "|---|---:|---:|"]
+    steps = costs["steps"] or {}
+    lines = ["", "## What the teachers cost", ""]
+    lines += ["| teacher | s, by seed | to the plain one | ms a step, interleaved | to the plain one |"]
+    lines += ["|---|---:|---:|---:|---:|"]
     plain = costs["seconds"][VANILLA.name]
     for name, seconds in costs["seconds"].items():
-        if not seconds:
+        if not seconds and name not in steps:
             continue
         ratios = [value / plain[seed] for seed, value in seconds.items() if seed in plain]
-        ratio = f"{median(ratios):.2f}" if ratios else "-"
-        lines.append(f"| {name} | {', '.join(f'{value:.0f}' for value in seconds.values())} | {ratio} |")
-    lines.append("")
-    for arm, entry in costs["break_even"].items():
-        ratio = median(entry["gtn_over_one_sftn"])
-        lines.append(
-            f"- {ARMS[arm].title}: {ratio:.2f} times an SFTN teacher (median over seeds of the ratio to the mean of "
-            f"the {len(SFTN)}), so it is cheaper than one SFTN teacher per student from {entry['cheaper_from']} "
-            f"students on; {median(entry['gtn_over_vanilla']):.2f} times the plain teacher, whatever the number of "
-            "students."
-        )
-    if not costs["break_even"]:
-        lines.append("No seed has all the teachers that the comparison needs.")
+        cells = [name, ", ".join(f"{value:.0f}" for value in seconds.values()) or "-"]
+        cells.append(f"{median(ratios):.2f}" if ratios else "-")
+        if name in steps:
+            pairs = zip(steps[name], steps[VANILLA.name], strict=True)
+            cells += [f"{1000 * median(steps[name]):.0f}", f"{median(a / b for a, b in pairs):.2f}"]
+        else:
+            cells += ["-", "-"]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Ratios are medians: over seeds, and over rounds in which every teacher does the same steps in turn.",
+        "",
+    ]
+    for kind, how in (("interleaved", "by interleaved steps"), ("trainings", "by whole trainings")):
+        for arm, entry in costs[kind].items():
+            lines.append(
+                f"- {ARMS[arm].title}, {how}: {median(entry['gtn_over_one_sftn']):.2f} times an SFTN teacher (mean of "
+                f"the {len(SFTN)}), so cheaper than one SFTN teacher per student from {entry['cheaper_from']} students "
+                f"on; {median(entry['gtn_over_vanilla']):.2f} times the plain teacher, whatever the number of students."
+            )
+    if not costs["interleaved"]:
+        lines.append("- Interleaved steps were not measured: `--steps` does.")
     return lines
 
 
