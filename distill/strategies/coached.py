@@ -271,7 +271,8 @@ class Coached(Strategy):
 
         def loss(head: Tensor) -> Tensor:
             terms = run.loss_terms(StudentOutput(embedding, head), TeacherOutput(None, told), step.rows, step.number)
-            return torch.stack(list(terms.values())).sum()
+            # the labels' term knows no teacher: it would add to J and nothing to its gradient
+            return torch.stack([term for name, term in terms.items() if name != "ground_truth"]).sum()
 
         return told, output.head.detach(), influence(loss, output.head, change)
 

@@ -152,7 +152,15 @@ def preconditioned(
                 P = [(1 - b1) eps + ((1 - b1) b2 w - b1 (1 - b2) m g) / (c2 r)] / (c1 (r + eps)^2)
 
     In P the terms in g^2 have cancelled; as a difference of two quotients it would lose all digits in float32. At a
-    fresh state Adam's step is +-eta whatever the size of g, and P is eps / (|g| + eps)^2: next to nothing.
+    fresh state P is eps / (|g| + eps)^2: next to nothing where |g| is far above eps, as Adam's step is +-eta whatever
+    the size of g, and up to 1 / eps where it is not. A few parameters of tiny g may then decide ||P v||, and with it
+    how far a finite difference moves all others; forward mode does not mind.
+
+    Where g, m and w are all exactly 0, P v is 0 instead of v (1 - b1) / (c1 eps): our reading. Such a parameter is
+    nearly always one that no output of the batch depends on, like the embedding of a token that only held-out samples
+    have. The outputs do not change along it, so u and J are the same, but a finite difference would lose all else.
+    The exception is a parameter whose samples' gradients cancel to the bit, as in a student that says what its teacher
+    says: there Adam would jump by eta at the slightest change, of which a derivative tells nothing.
 
     Args:
         optimizer: SGD (without dampening) or AdamW (without amsgrad), before the step.
@@ -186,8 +194,9 @@ def _adamw_slope(group: dict[str, Any], state: Mapping[str, Tensor], g: Tensor) 
     r = ((b2 * w + (1 - b2) * g.square()) / c2).sqrt()
     # r is 0 where no gradient ever came; the part that it divides is 0 there as well
     moved = ((1 - b1) * b2 * w - b1 * (1 - b2) * m * g) / (c2 * torch.where(r > 0, r, 1.0))
-    slope: Tensor = ((1 - b1) * eps + moved) / (c1 * (r + eps).square())
-    return slope
+    slope = ((1 - b1) * eps + moved) / (c1 * (r + eps).square())
+    # not r alone, which is also 0 where squares are too small for float32
+    return torch.where((g == 0) & (m == 0) & (w == 0), 0.0, slope)
 
 
 def through_clipping(

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from distill.data.dataset import InputSpec
 from distill.objectives.kd import binary_kd_loss, kd_loss
 from distill.outputs import StudentOutput, TeacherOutput
+from distill.strategies import coached as coached_module
 from distill.strategies import influence as module
 from distill.strategies.influence import (
     change_along,
@@ -25,6 +27,7 @@ from distill.strategy import Step
 from distill.students import Student, build_student
 from distill.students.section import StudentSection
 from tests.distill.coached_cases import Coaching, Fixed, Looking, after_a_step, exact, gradient, plain_sgd
+from tests.distill.training_cases import Case, dataset
 
 METHODS: tuple[Literal["finite_difference", "jvp"], ...] = ("finite_difference", "jvp")
 
@@ -174,6 +177,29 @@ def test_a_small_step_on_the_influence_alone_lowers_the_held_out_loss(
         assert losses[1] < losses[0] < losses[2]
 
     at_step(exact(optimizer).with_(influence=kind), tmp_path / "student", 3, look)
+
+
+@pytest.mark.parametrize("hard_weight", [0.0, 0.3])
+def test_in_a_step_the_influence_is_the_mean_of_the_samples(
+    hard_weight: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KD at tau 1; what the labels ask of the student is no part of it."""
+    changes: list[Tensor] = []
+
+    def noted(*given: Any) -> Tensor:
+        changes.append(change_along(*given))
+        return changes[-1]
+
+    monkeypatch.setattr(coached_module, "change_along", noted)
+
+    def look(coached: Looking, step: Step) -> None:
+        told, said, value = coached.influence(step)
+        samples = sample_influence(said, told, changes[-1])
+        assert samples.abs().min() > 0
+        assert value.item() == pytest.approx((1 - hard_weight) * samples.mean().item(), rel=1e-9)
+
+    coaching = exact(objective={"kind": "kd", "tau": 1.0}, hard_weight=hard_weight)
+    at_step(coaching, tmp_path / "student", 2, look)
 
 
 # -- samples -----------------------------------------------------------------------------------------------------------
@@ -337,10 +363,44 @@ def test_the_preconditioner_is_as_good_in_float32() -> None:
     """At a fresh state the two parts of the textbook form differ by eps alone."""
     weight = nn.Parameter(torch.ones(3))
     given = optimizer("adamw", weight)
-    g = torch.tensor([0.3, -2.0, 0.0])
+    g = torch.tensor([0.3, -2.0, 1e-30])
     (found,) = preconditioned(given, {weight: g}, {weight: torch.ones(3)}).values()
     assert torch.allclose(found.double(), 1e-8 / (g.double().abs() + 1e-8) ** 2, rtol=1e-4)
     assert found.isfinite().all()
+
+
+def test_what_never_had_a_gradient_has_no_part_in_the_preconditioned_direction() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    given = optimizer("adamw", weight)
+    weight.grad = torch.tensor([0.5, 0.0, 0.0])
+    given.step()
+    g = torch.tensor([0.0, 0.0, 0.3])
+    (found,) = preconditioned(given, {weight: g}, {weight: torch.ones(3)}).values()
+    assert found[0] > 0.1  # it has moments
+    assert found[1] == 0
+    assert found[2] > 0
+
+
+@pytest.mark.parametrize("number", [0, 5])
+def test_tokens_that_only_held_out_samples_have_do_not_blur_the_finite_difference(number: int, tmp_path: Path) -> None:
+    """In float32, for a text student under AdamW, against forward mode."""
+    case = Case("kd", data=dataset(60, tokens=True), views=1, arch="text-w16-d1-h2").with_(batch_size=12)
+    coaching = Coaching(case=case, teacher_arch="text-w24-d1-h2", held_out=0.2).with_(influence="preconditioned")
+    held = coaching.build()._held_out(case.data, case.seed)
+    inputs = case.data.train.inputs.copy()
+    inputs[held, :2] += 16
+    data = replace(
+        case.data, train=replace(case.data.train, inputs=inputs), input=replace(case.data.input, vocabulary=32)
+    )
+    coaching = replace(coaching, case=replace(case, data=data))
+
+    def look(coached: Looking, step: Step) -> None:
+        assert coached.held.tolist() == held.tolist()
+        found = gradient(coached, step)
+        coached.section = coaching.with_(derivative="jvp").section
+        assert largest_error(found, gradient(coached, step)) < 0.1
+
+    at_step(coaching, tmp_path / "student", number, look)
 
 
 @pytest.mark.parametrize("largest", [0.5, 100.0])
