@@ -16,7 +16,7 @@ from distill.objectives.base import at_least_float32
 from distill.objectives.kd import binary_kd_loss, kd_loss
 from distill.outputs import StudentOutput, TeacherOutput
 from distill.strategies.held_out import held_out_rows
-from distill.strategies.influence import change_along, influence, preconditioned, through_clipping
+from distill.strategies.influence import change_along, influence, preconditioned, sample_influence, through_clipping
 from distill.strategies.virtual_step import clipped, norm, untouched, virtual_step
 from distill.strategy import Step, Strategy
 from distill.teachers.strategy_section import CoachedSection, parse_lambda
@@ -50,12 +50,17 @@ class Coached(Strategy):
     "ratio:R", R ||grad of the other terms|| / ||grad J||, which is our reading: the published weight leaves next to
     nothing of the influence. 0 is strategy "online" exactly, apart from the samples that are held out all the same.
 
+    Our reading of the weight of J besides: what J is taken of are the student's terms as it descends them, so KD brings
+    (1 - hard_weight) tau^2 and its objective's weight into J. The authors' code takes the influence on a_t CE +
+    (1 - a_t) KL(S || T), so theirs has (1 - a_t), tau 1, and the student's softmax Jacobian instead. Their "official"
+    is thus ours up to these factors.
+
     Our reading, where the paper is silent: the teacher is always in eval mode (its BatchNorm keeps its statistics, no
     dropout) and in float32; held-out inputs are not augmented, as at test time; the student judges and is judged in
     eval mode, its S and the virtual step are those of train mode; with several labels KL is the Bernoulli one, averaged
-    over the labels; an objective's own parameters, which logit objectives have none of, are left out of the direction.
-    The authors' code takes the influence on KL(S || T), so that its softmax Jacobian is the student's; ours is the
-    gradient of what the student descends.
+    over the labels; an objective's own parameters, which logit objectives have none of, are left out of the direction;
+    `train.class_weights` and `train.label_smoothing` hold for the teacher's CE and for the held-out loss as well as for
+    the student's, and "balanced" weights are those of the whole training split, held-out samples included.
 
     The student's virtual step is that of its real optimiser, gradient clipping included. With several processes all of
     it is computed on the global batch, as one process would.
@@ -154,18 +159,21 @@ class Coached(Strategy):
 
     def before_step(self, step: Step) -> None:
         """The teacher's own step."""
+        value = None
+        figures: dict[str, Tensor] = {}
         if self.is_influenced:
-            told, student, value = self.influence(step)
+            told, head, change, value = self.influence(step)
+            if self.dataset.task == "multiclass":
+                figures["coached/helpful_samples"] = (sample_influence(head, told.detach(), change) > 0).double().mean()
         else:
             told = self._logits(step)
             with torch.no_grad(), untouched(self.run.student):
-                student = self._student(step).head
-            value = None
-        student = self.run.objective.class_logits(student).detach()
+                head = self._student(step).head
+        student = self.run.objective.class_logits(head).detach()
         rate = self.learning_rate * step.learning_rate / self.run.section.peak_learning_rate
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self._descend(self._terms(step, told, student), value, step.learning_rate, rate)
+        self._note(self._descend(self._terms(step, told, student), value, step.learning_rate, rate) | figures)
 
     def _terms(self, step: Step, told: Tensor, student: Tensor) -> dict[str, Tensor]:
         """The teacher's loss besides the influence, term by term."""
@@ -177,8 +185,13 @@ class Coached(Strategy):
             "coached/student": (1 - hard) * self._soft_loss(told, student, 1.0),
         }
 
-    def _descend(self, terms: Mapping[str, Tensor], value: Tensor | None, eta_s: float, eta_t: float) -> None:
-        """One step of the teacher's optimiser on the terms minus lambda_inf J; `value` None: there is no J."""
+    def _descend(
+        self, terms: Mapping[str, Tensor], value: Tensor | None, eta_s: float, eta_t: float
+    ) -> dict[str, Tensor]:
+        """One step of the teacher's optimiser on the terms minus lambda_inf J, whose figures it returns.
+
+        `value`: J; None: there is none.
+        """
         figures = {name: term.detach() for name, term in terms.items()}
         others = self._gradients(torch.stack(list(terms.values())).sum(), value is not None) if terms else None
         gradients = others
@@ -195,13 +208,19 @@ class Coached(Strategy):
             gradients = list(torch._foreach_mul(found, -weight))
             if others is not None:
                 total = norm(others)
-                figures["coached/influence_ratio"] = weight * size / torch.where(total > 0, total, torch.inf)
+                share = size / torch.where(total > 0, total, torch.inf)
+                figures["coached/influence_ratio"] = weight * share
+                figures["coached/unweighted_influence_ratio"] = share
                 gradients = list(torch._foreach_add(gradients, others))
         assert gradients is not None
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return figures
+
+    def _note(self, figures: Mapping[str, Tensor]) -> None:
+        """Adds a step's figures to the epoch's sums, on the device."""
         values = torch.stack([figure.double() for figure in figures.values()])
         self._names = list(figures)
         self._sums = values if self._sums is None else self._sums.add_(values)
@@ -238,8 +257,9 @@ class Coached(Strategy):
 
     # -- influence ----------------------------------------------------------------------------------------------------
 
-    def influence(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """T (B, C) with its graph, the student's head output (B, H), and J, a scalar of which T's graph is a part."""
+    def influence(self, step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """T (B, C) with its graph, the student's head output and its change u along the held-out gradient (B, C), and
+        J, a scalar of which T's graph is a part. Head outputs are class logits, as logit objectives have no others."""
         run = self.run
         told = self._logits(step)
         with untouched(run.student, run.objective):
@@ -274,7 +294,7 @@ class Coached(Strategy):
             # the labels' term knows no teacher: it would add to J and nothing to its gradient
             return torch.stack([term for name, term in terms.items() if name != "ground_truth"]).sum()
 
-        return told, output.head.detach(), influence(loss, output.head, change)
+        return told, output.head.detach(), change, influence(loss, output.head, change)
 
     def _student_gradients(self, output: StudentOutput, told: Tensor, step: Step) -> dict[nn.Parameter, Tensor]:
         """The gradient of the step that follows, if the teacher stood still; `.grad` is not touched."""
@@ -322,8 +342,16 @@ class Coached(Strategy):
         return TeacherOutput(None, self._logits(step))
 
     def logs(self) -> dict[str, float]:
-        """Means over the epoch's steps: the teacher's loss terms, J, and ||lambda_inf grad J|| over the norm of the
-        other terms' gradient."""
+        """Means over the epoch's steps, beside the teacher's loss terms:
+
+        influence: J.
+        influence_ratio: ||lambda_inf grad J|| over the norm of the other terms' gradient; R where lambda_inf is
+            "ratio:R".
+        unweighted_influence_ratio: the same without lambda_inf, which tells how much there is to weigh.
+        helpful_samples: share of the batch whose influence I_i = (S_i - T_i) . u_i is positive, so that following the
+            teacher on them lowers the held-out loss. As published, of KL at tau 1, whatever the objective; only where
+            a sample has one class.
+        """
         if self._sums is None:
             return {}
         means = (self._sums / self._steps).tolist()

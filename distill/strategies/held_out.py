@@ -1,4 +1,8 @@
-"""The samples of the training split that judge a coached student and that nobody trains on."""
+"""The samples of the training split that judge a coached student.
+
+Neither the student nor the coached teacher trains on them from then on. A teacher of kind "train" has seen them before:
+it learned from the whole training split. Class weights "balanced" count them, too.
+"""
 
 from __future__ import annotations
 

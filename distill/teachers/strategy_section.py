@@ -25,6 +25,8 @@ COACHED: frozenset[str] = frozenset({"online", "meta", "lgtm"})
 """Strategies with which the teacher learns beside the student."""
 HELD_OUT = 0.05
 """Share of the training split that `meta` and `lgtm` hold out unless the recipe says otherwise."""
+_Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class GenericSection(Section):
@@ -48,11 +50,11 @@ class GenericSection(Section):
         "uniform",
         description="of the sampled architectures; easy, hard: learned, towards low or high conditioning loss",
     )
-    entropy: float = Field(0.01, ge=0, description="weight of the entropy that keeps a learned distribution wide, beta")
-    sampler_learning_rate: float = Field(0.05, gt=0, description="Adam's, of a learned distribution")
-    ce_weight: float = Field(1.0, ge=0, description="lambda_CE: the branches' cross-entropy")
-    kl_weight: float = Field(3.0, ge=0, description="lambda_KL: the branches' divergence from the teacher")
-    tau: float = Field(1.0, gt=0, description="temperature of that divergence")
+    entropy: _Weight = Field(0.01, description="weight of the entropy that keeps a learned distribution wide, beta")
+    sampler_learning_rate: _Positive = Field(0.05, description="Adam's, of a learned distribution")
+    ce_weight: _Weight = Field(1.0, description="lambda_CE: the branches' cross-entropy")
+    kl_weight: _Weight = Field(3.0, description="lambda_KL: the branches' divergence from the teacher")
+    tau: _Positive = Field(1.0, description="temperature of that divergence")
     inherit: bool = Field(
         False,
         description="students start from the pool's shared weights; also trains a branch that starts at the input",
@@ -89,18 +91,26 @@ def _checked(value: float | str) -> float | str:
 class CoachedSection(Section):
     """How a teacher learns beside the student. `held_out` None: 0.05 for meta and lgtm, nothing for online.
 
+    What is held out judges the student. Neither the student nor the coached teacher trains on it from then on, but a
+    teacher of kind "train" has seen it before, as it learns from the whole training split until it is coached, and
+    class weights "balanced" count it, too.
+
     The teacher's batch normalisation keeps its statistics, and its dropout is off (our reading).
     """
 
-    learning_rate: float | Literal["auto"] = Field(
+    learning_rate: _Positive | Literal["auto"] = Field(
         "auto", description="the teacher's, AdamW, peak of the student's schedule; auto: 3e-5 (transformers), 1e-4"
     )
-    weight_decay: float = Field(0.01, ge=0, description="the teacher's, on matrices and kernels")
+    weight_decay: _Weight = Field(0.01, description="the teacher's, on matrices and kernels")
     hard_weight: float = Field(
         0.6, ge=0, le=1, description="a_t: share of the labels in the teacher's loss; the rest is the student's say"
     )
     held_out: float | None = Field(
-        None, gt=0, le=0.5, description="share of the training split whose loss judges the student; nobody trains on it"
+        None,
+        gt=0,
+        le=0.5,
+        description="share of the training split that judges the student; neither student nor coached teacher trains "
+        "on it (a teacher of kind train has seen it before)",
     )
     held_out_batch_size: int | None = Field(
         None, ge=1, description="held-out samples per step; default: the batch size, or all of them"

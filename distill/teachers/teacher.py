@@ -116,7 +116,8 @@ class NetworkTeacher(Teacher):
 
         It is in eval mode (dropout off, BatchNorm keeps its statistics: our reading), gives class logits, and at first
         the same outputs as this teacher. A teacher of embeddings alone gets a new Linear on them for its logits, zero
-        at first (as in LGTM's official code). What requires a gradient is exactly what reaches the logits.
+        at first, as in LGTM's official code, which zeroes the student's head as well; ours starts as it was drawn. What
+        requires a gradient is exactly what reaches the logits.
 
         Args:
             layers: so many of a transformer's last layers learn; None: everything does.

@@ -17,9 +17,10 @@ from distill.strategies.coached import Coached
 from distill.strategy import Step
 from distill.students import Student, build_student
 from distill.students.section import StudentSection
+from distill.teachers.live import live_teacher
 from distill.teachers.strategy_section import CoachedSection
 from distill.teachers.teacher import ModuleTeacher, NetworkTeacher, TeacherBatch
-from distill.training import TrainResult, train
+from distill.training import Run, TrainResult, train
 from tests.distill.training_cases import SIDE, Case, dataset
 
 PIXELS = 3 * SIDE * SIDE
@@ -72,9 +73,14 @@ class DoubleTeacher(NetworkTeacher):
 
 
 class Looking(Coached):
-    """Calls `look` with every step before it acts."""
+    """Calls `look` with every step before it acts. Class weights are in the precision of the student."""
 
     look: Callable[[Looking, Step], None] = staticmethod(lambda coached, step: None)
+
+    def start(self, run: Run) -> None:
+        super().start(run)
+        if run.weights is not None:
+            run.weights = run.weights.to(next(run.student.parameters()).dtype)
 
     def before_step(self, step: Step) -> None:
         self.look(self, step)
@@ -93,6 +99,10 @@ class Coaching:
     teacher_arch: str | None = None
     double: Callable[[], nn.Module] | None = None
     """A student's body in float64, and a teacher in float64."""
+    given: Callable[[], NetworkTeacher] | None = None
+    """Loads another teacher."""
+    layers: int | None = None
+    kind: type[Looking] = Looking
     wide: bool = False
     """Weights in float64, so that rounding decides nothing."""
 
@@ -102,14 +112,14 @@ class Coaching:
 
     def build(self) -> Looking:
         """The strategy with a fresh live teacher."""
-        teacher: NetworkTeacher = DoubleTeacher()
-        if self.double is None:
+        teacher: NetworkTeacher = DoubleTeacher() if self.given is None else self.given()
+        if self.double is None and self.given is None:
             case = replace(self.case, arch=self.teacher_arch, seed=5)
             teacher = ModuleTeacher(network(case).double() if self.wide else network(case))
-        return Looking(
+        return self.kind(
             self.strategy,
             self.section,
-            teacher.live(),
+            live_teacher(teacher, self.layers, self.case.data),
             self.case.data,
             held_out=self.held_out,
             learning_rate=self.learning_rate,
@@ -182,7 +192,12 @@ def after_a_step(coached: Coached, step: Step) -> float:
         nn.utils.clip_grad_norm_(list(student.parameters()), run.section.grad_clip)
     optimizer.step()
     rows, host_rows = coached.held_out_batch(step.number)
-    return run.truth(student.eval()(run.data.clean_inputs(rows, host_rows)).head, rows).item()
+    return run.truth(student.eval()(clean(coached, host_rows)).head, rows).item()
+
+
+def clean(coached: Coached, host_rows: Tensor) -> Tensor:
+    """The rows' inputs as the data set has them."""
+    return torch.from_numpy(coached.dataset.train.inputs[host_rows.numpy()])
 
 
 def plain_sgd(coached: Coached) -> None:
@@ -193,7 +208,7 @@ def plain_sgd(coached: Coached) -> None:
 
 def gradient(coached: Coached, step: Step) -> list[Tensor]:
     """grad J by the teacher's weights."""
-    _, _, value = coached.influence(step)
+    *_, value = coached.influence(step)
     return list(torch.autograd.grad(value, coached.learner.parameters_that_learn()))
 
 

@@ -10,16 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from distill import training
+from distill.data.dataset import Split
 from distill.objectives.kd import kd_loss
+from distill.outputs import StudentOutput
 from distill.strategies.coached import Coached
+from distill.strategies.virtual_step import untouched
 from distill.strategy import Step
-from distill.teachers.strategy_section import CoachedSection
+from distill.teachers import load_teacher
+from distill.teachers.section import TeacherSection
+from distill.teachers.strategy_section import CoachedSection, GenericSection
+from distill.teachers.teacher import NetworkTeacher
 from profiles.errors import InputError, Interrupted
-from tests.distill.coached_cases import Coaching, Looking, bytes_of, exact, gradient
+from profiles.section import Section
+from tests.distill.coached_cases import Coaching, Looking, bytes_of, clean, exact, gradient
 from tests.distill.distributed_coaching import CASES, coached
 from tests.distill.test_training import Reads
 from tests.distill.test_virtual_step import equal
@@ -65,7 +73,9 @@ def test_teacher_and_student_of_every_family_learn(
     assert all(np.isfinite(value) for value in record.values())
     assert ("coached/influence" in record) == (strategy != "online")
     assert ("coached/ground_truth" in record) == (strategy != "meta")
+    assert ("coached/helpful_samples" in record) == (strategy != "online")
     assert ("coached/influence_ratio" in record) == (strategy == "lgtm")
+    assert ("coached/unweighted_influence_ratio" in record) == (strategy == "lgtm")
 
 
 def test_a_coached_training_learns_and_keeps_its_teacher(tmp_path: Path) -> None:
@@ -88,6 +98,7 @@ def test_several_labels_with_unknown_ones_are_coached_too(objective: str, tmp_pa
     coaching = Coaching(case=case)
     result, _, coached = coaching.run(tmp_path / "student")
     assert result.history[0]["validation/teacher_mAP"] > 0
+    assert "coached/helpful_samples" not in result.history[0]
     assert moved(coached, coaching)
 
 
@@ -97,8 +108,7 @@ def test_bf16_passes_of_the_student_leave_the_influence_in_float32(derivative: s
     kinds: set[torch.dtype] = set()
 
     def look(coached: Looking, step: Step) -> None:
-        told, said, value = coached.influence(step)
-        kinds.update((told.dtype, said.dtype, value.dtype))
+        kinds.update(found.dtype for found in coached.influence(step))
 
     result, _, coached = coaching.with_(derivative=derivative).run(tmp_path / "student", look)
     assert result.precision == "bf16"
@@ -125,6 +135,68 @@ def test_the_teacher_descends_labels_and_the_students_say(tmp_path: Path) -> Non
         coached.look = lambda *_: None
 
     coaching.run(tmp_path / "student", look)
+
+
+# -- what both networks see -------------------------------------------------------------------------------------------
+
+
+def test_both_learn_from_augmented_inputs_and_clean_ones_judge(tmp_path: Path) -> None:
+    """Every pass of either network in the second epoch, whose views are not those of the first."""
+    passes: list[tuple[str, bool, Tensor]] = []
+
+    def look(coached: Looking, step: Step) -> None:
+        if step.epoch != 1:
+            return
+        clean_rows = clean(coached, step.host_rows)
+        assert not torch.equal(step.inputs, clean_rows)
+        assert not torch.equal(step.inputs, coached.run.data.inputs(step.rows, step.host_rows, 0))
+        hooks = [
+            module.register_forward_pre_hook(
+                lambda module, given, who=who: passes.append((who, module.training, given[0].clone()))
+            )
+            for who, module in (("student", coached.run.student), ("teacher", coached.learner.network))
+        ]
+        passes.clear()
+        Coached.before_step(coached, step)
+        coached.teacher(step)
+        for hook in hooks:
+            hook.remove()
+        judging = clean(coached, coached.held_out_batch(step.number)[1])
+        wanted = [
+            ("teacher", False, step.inputs),
+            ("student", True, step.inputs),
+            ("student", False, judging),
+            ("student", False, step.inputs),  # there and back along the direction
+            ("student", False, step.inputs),
+            ("teacher", False, step.inputs),
+        ]
+        assert [found[:2] for found in passes] == [each[:2] for each in wanted]
+        assert all(torch.equal(found[2], each[2]) for found, each in zip(passes, wanted, strict=True))
+
+    Coaching(case=Case("kd")).run(tmp_path / "student", look)
+    assert passes
+
+
+@pytest.mark.parametrize("strategy", ["online", "meta", "lgtm"])
+def test_what_the_student_says_to_its_teacher_is_what_it_says_in_the_step_that_follows(
+    strategy: Any, tmp_path: Path
+) -> None:
+    """To the bit, from a student with dropout and BatchNorm."""
+    said: list[Tensor] = []
+
+    class Noting(Looking):
+        def _terms(self, step: Step, told: Tensor, student: Tensor) -> dict[str, Tensor]:
+            said.append(student.clone())
+            with torch.no_grad(), untouched(self.run.student):
+                assert not torch.allclose(student, self.run.student.eval()(step.inputs).head, atol=1e-3)
+            return super()._terms(step, told, student)
+
+        def terms(self, step: Step, output: StudentOutput) -> dict[str, Tensor]:
+            assert torch.equal(said[-1], output.head)
+            return {}
+
+    Coaching(strategy, case=Case("kd").with_(epochs=1), kind=Noting).run(tmp_path / "student")
+    assert len(said) > 3
 
 
 # -- what a step leaves behind ----------------------------------------------------------------------------------------
@@ -249,8 +321,37 @@ def test_every_weight_of_the_influence_is_what_it_says(strategy: Any, form: Any,
         coached.look = lambda *_: None
 
     result, _, _ = coaching.run(tmp_path / "student", look)
-    if form == "ratio:0.25":
-        assert [record["coached/influence_ratio"] for record in result.history] == pytest.approx([0.25] * 2)
+    for record in result.history if strategy == "lgtm" else ():
+        wanted = {0.7: 0.7, "bilevel": 0.05, "official": coaching.learning_rate}  # the schedule is constant
+        unweighted = record["coached/unweighted_influence_ratio"]
+        ratio = 0.25 if form == "ratio:0.25" else wanted[form] * unweighted
+        assert record["coached/influence_ratio"] == pytest.approx(ratio)
+
+
+def test_the_figures_of_the_influence_are_means_over_the_steps(tmp_path: Path) -> None:
+    """Recomputed sample by sample: the softmax outputs' difference along the change of the student's logits."""
+    helpful: list[float] = []
+    ratios: list[float] = []
+
+    def look(coached: Looking, step: Step) -> None:
+        told, said, change, value = coached.influence(step)
+        pairs = zip(said.softmax(1), told.detach().softmax(1), change, strict=True)
+        helpful.append(float(np.mean([float((s - t) @ u) > 0 for s, t, u in pairs])))
+        weights = coached.learner.parameters_that_learn()
+        parts = value, sum(coached._terms(step, told, said).values())
+        sizes = [
+            torch.cat([g.flatten() for g in torch.autograd.grad(part, weights, retain_graph=True)]).norm().item()  # type: ignore[arg-type]
+            for part in parts
+        ]
+        ratios.append(sizes[0] / sizes[1])
+
+    result, _, _ = exact(hard_weight=0.3).run(tmp_path / "student", look)
+    steps = len(helpful) // 2
+    for record, first in zip(result.history, (0, steps), strict=True):
+        assert record["coached/helpful_samples"] == pytest.approx(np.mean(helpful[first : first + steps]))
+        assert record["coached/unweighted_influence_ratio"] == pytest.approx(np.mean(ratios[first : first + steps]))
+    assert 0 < np.mean(helpful) < 1
+    assert len(set(helpful)) > 2
 
 
 def test_the_teachers_learning_rate_follows_the_students_schedule(tmp_path: Path) -> None:
@@ -338,6 +439,95 @@ def test_a_share_that_leaves_a_class_empty_is_refused_before_training(tmp_path: 
         Coaching(held_out=0.02).run(tmp_path / "student")
     assert error.value.where == "teacher.coached.held_out"
     assert not (tmp_path / "student.partial").exists()
+
+
+# -- a transformer ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_bert(tmp_path: Path) -> Path:
+    """Two layers, four classes, a word per token of the toy data set."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: i for i, word in enumerate(("[PAD]", "[UNK]", *(f"w{i}" for i in range(16))))}
+    raw = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]", model_max_length=16
+    ).save_pretrained(tmp_path / "bert")
+    config = transformers.BertConfig(
+        vocab_size=18, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=16, pad_token_id=0, num_labels=4,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+def worded(split: Split) -> Split:
+    return replace(split, texts=tuple(" ".join(f"w{token}" for token in row) for row in split.inputs))
+
+
+def test_a_transformers_last_layer_learns_beside_the_student_and_goes_on_to_the_bit(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
+    data = dataset(48, tokens=True)
+    data = replace(data, **{name: worded(data.split(name)) for name in ("train", "validation", "test")})  # type: ignore[arg-type]
+
+    def given() -> NetworkTeacher:
+        section = TeacherSection(kind="transformers", model=tiny_bert.name, classification=True)
+        found = load_teacher(section, data, base=tiny_bert.parent)
+        assert isinstance(found, NetworkTeacher)
+        return found
+
+    case = replace(Case("kd", data=data, views=1), section=Case().section.model_copy(update={"batch_size": 12}))
+    coaching = Coaching(case=case, given=given, layers=1)
+    fresh = coaching.build().learner
+    learning = {name for name, p in fresh.network.named_parameters() if p.requires_grad}
+    assert {name for name in learning if ".layer." in name} == {name for name in learning if ".layer.1." in name}
+    whole, _, _ = coaching.run(tmp_path / "whole")
+    kept = load_file(tmp_path / "whole/teacher.safetensors")
+    for name, before in fresh.network.state_dict().items():
+        # an attention's bias of the keys moves no output
+        if "key.bias" not in name:
+            assert torch.equal(before, kept[name]) == (name not in learning), name
+    assert np.isfinite(whole.history[-1]["coached/influence"])
+    with pytest.raises(Interrupted):
+        coaching.run(tmp_path / "parts", progress=StopAfter(4))  # inside the second epoch
+    coaching.run(tmp_path / "parts")
+    assert bytes_of(tmp_path / "whole") == bytes_of(tmp_path / "parts")
+
+
+# -- what a recipe may say ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.0, float("inf"), float("nan")])
+@pytest.mark.parametrize(
+    ("section", "name"),
+    [
+        (CoachedSection, "learning_rate"),
+        (CoachedSection, "weight_decay"),
+        (GenericSection, "sampler_learning_rate"),
+        (GenericSection, "tau"),
+        (GenericSection, "entropy"),
+        (GenericSection, "ce_weight"),
+        (GenericSection, "kl_weight"),
+    ],
+)
+def test_rates_and_weights_are_finite_and_not_negative(section: type[Section], name: str, value: float) -> None:
+    if value == 0 and name in ("weight_decay", "entropy", "ce_weight", "kl_weight"):
+        assert getattr(section.model_validate({name: value}), name) == 0
+        return
+    with pytest.raises(ValidationError, match=name):
+        section.model_validate({name: value})
+
+
+def test_a_coached_teachers_learning_rate_is_a_number_or_auto() -> None:
+    assert [CoachedSection(learning_rate=rate).learning_rate for rate in ("auto", 3e-5)] == ["auto", 3e-5]
+    with pytest.raises(ValidationError):
+        CoachedSection.model_validate({"learning_rate": "automatic"})
 
 
 # -- again and on -----------------------------------------------------------------------------------------------------
