@@ -161,13 +161,16 @@ class Cell:
 
 
 def cells(root: Path, seeds: int, extra_seeds: int, settings: Mapping[Name, Settings] = SETTINGS) -> list[Cell]:
-    """Every cell in the order in which they run: seed by seed, all methods of both tasks; then the extras alike."""
+    """Every cell in the order in which they run: a task's seeds one by one, each with all methods; then the extras alike.
+
+    Images come first: their trainings take a fifth of the time.
+    """
     return [
-        Cell(name, method, seed, root, each)
+        Cell(name, method, seed, root, settings[name])
         for methods, count in ((METHODS, seeds), (EXTRAS, extra_seeds))
+        for name in sorted(settings)
         for seed in range(count)
         for method in methods
-        for name, each in settings.items()
         if name in method.tasks
     ]
 
