@@ -7,10 +7,12 @@ from statistics import mean, stdev
 from typing import Any
 
 from distill.study import compare, over_samples
-from tests.benchmarks.coached_teacher.cells import EXTRAS, HARD_WEIGHT, METHODS, Cell
+from tests.benchmarks.coached_teacher.cells import EXTRAS, HARD_WEIGHT, METHODS, Cell, Method
 from tests.benchmarks.coached_teacher.tasks import Task
 
-ONLINE, CONTROL, KD = "online", "lgtm lambda_inf=0", ("kd", "kd tau=4")
+ONLINE, CONTROL, LGTM, KD = "online", "lgtm lambda_inf=0", "lgtm", ("kd", "kd tau=4")
+OWN = ("mse", "dist")
+"""Objectives whose frozen teacher is a method by itself."""
 RATIO = "coached/influence_ratio"
 
 
@@ -20,7 +22,6 @@ def results(task: Task, done: Sequence[Cell], facts: Mapping[str, Any]) -> dict[
     found = {name: cells for name, cells in found.items() if cells}
     read = {name: {seed: cell.read() for seed, cell in cells.items()} for name, cells in found.items()}
     kd = _chosen_kd(read)
-    controls = {"kd": kd, "online": ONLINE, "control": CONTROL}
     rows = []
     for name, figures in read.items():
         method = next(each for each in (*METHODS, *EXTRAS) if each.name == name)
@@ -38,9 +39,12 @@ def results(task: Task, done: Sequence[Cell], facts: Mapping[str, Any]) -> dict[
             if all(figure in cell for cell in figures.values()):
                 row[figure] = [figures[seed][figure] for seed in sorted(figures)]
         row["means"] = _average([cell["means"] for cell in figures.values()])
-        for what, control in controls.items():
-            if control is not None and control != name and control in found:
-                row[f"to_{what}"] = _difference(task, found[name], found[control], figures, read[control])
+        row["to"] = {
+            control: difference
+            for control in _controls(method)
+            if control in found
+            and (difference := _difference(task, found[name], found[control], figures, read[control])) is not None
+        }
         rows.append(row)
     return {
         "title": task.settings.title,
@@ -52,6 +56,13 @@ def results(task: Task, done: Sequence[Cell], facts: Mapping[str, Any]) -> dict[
         "kd": kd,
         "rows": rows,
     }
+
+
+def _controls(method: Method) -> list[str]:
+    """What a method is compared with: each frozen teacher, the other coached ones, and its own objective's teacher."""
+    own = [method.objective.kind] if method.strategy is not None and method.objective.kind in OWN else []
+    coached = [] if method.strategy is None else [ONLINE, CONTROL, LGTM]
+    return [name for name in (*KD, *coached, *own) if name != method.name]
 
 
 def _chosen_kd(read: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> str | None:
@@ -120,7 +131,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         "`meta` and `lgtm` hold out 5 % of the training samples; neither student nor teacher trains on them, so their "
         "epochs have fewer steps. The first teacher was trained on them as well. `lgtm lambda_inf=0` holds out the "
         "same ones and makes no use of them. `online`, `kd` and `supervised` train on all. Nothing was tuned for any "
-        "method; the `kd` of the comparisons is the temperature with the higher validation accuracy.",
+        "method.",
         "",
         "Accuracy of the student on the test split, at the epoch that validation chose: mean ± standard deviation "
         "over seeds, in percent. Differences in points, paired by seed: Student's t over seeds, bootstrap over test "
@@ -145,10 +156,16 @@ def _task(task: Mapping[str, Any]) -> list[str]:
     main = {method.name for method in METHODS}
     rows = [row for row in task["rows"] if row["method"] in main]
     extras = [row for row in task["rows"] if row["method"] not in main]
-    lines = ["", f"## {task['title']}", "", _facts(task), ""]
-    lines += _students(rows, task["kd"])
+    lines = ["", f"## {task['title']}", "", _facts(task), "", "Against frozen teachers:", "", *_table(rows, KD)]
+    coached = [row for row in rows if "teacher_test" in row]
+    if coached:
+        lines += ["", "Against other teachers that learn:", "", *_table(coached, (ONLINE, CONTROL))]
     if extras:
-        lines += ["", "One choice at a time, everything else as in `lgtm`:", "", *_students(extras, task["kd"])]
+        lines += ["", "One choice at a time, everything else as in `lgtm`:", "", *_table(extras, (LGTM, task["kd"]))]
+    for name in OWN:
+        own = [row for row in extras if name in row["to"]]
+        if own:
+            lines += ["", f"Against the frozen teacher of the same objective, `{name}`:", "", *_table(own, (name,))]
     return [*lines, "", "Teachers and cost:", "", *_teachers(task["rows"], task["facts"]["accuracy"]["test"]), ""]
 
 
@@ -162,31 +179,28 @@ def _facts(task: Mapping[str, Any]) -> str:
         f"{train['epochs']} epochs, batches of {train['batch_size']}, AdamW, peak learning rate "
         f"{train['learning_rate']:g}, one-cycle. Teacher {facts['teacher']} "
         f"({facts['parameters']:,} parameters{learn}), trained on the same samples in {facts['seconds']:.0f} s; "
-        f"coached with AdamW at a peak of {task['teacher_learning_rate']:g}."
+        f"coached with AdamW at a peak of {task['teacher_learning_rate']:g}. By mean validation accuracy the better of "
+        f"the two frozen teachers is `{task['kd']}`."
     )
 
 
-def _students(rows: Sequence[Mapping[str, Any]], kd: str | None) -> list[str]:
+def _table(rows: Sequence[Mapping[str, Any]], controls: Sequence[str]) -> list[str]:
+    """Accuracies, and the differences to each control."""
+    head = "".join(f" - {name} | t, seeds | bootstrap, test | wins | outcome |" for name in controls)
     lines = [
-        f"| method | seeds | accuracy | - {kd} | t, seeds | bootstrap, test | wins | outcome "
-        "| - online | t, seeds | outcome | - lambda_inf=0 | t, seeds | outcome |",
-        "|---|---:|---:|---:|---:|---:|---:|---|---:|---:|---|---:|---:|---|",
+        f"| method | seeds | accuracy |{head}",
+        "|---|---:|---:|" + "---:|---:|---:|---:|---|" * len(controls),
     ]
     for row in rows:
         cells = [row["method"], str(len(row["seeds"])), _spread(row["test"])]
-        to_kd = row.get("to_kd")
-        if to_kd is None:
-            cells += [""] * 5
-        else:
-            wins = f"{to_kd['wins']}/{to_kd['n']}" + (f", {to_kd['ties']} tied" if to_kd["ties"] else "")
-            cells += [f"{100 * to_kd['difference']:+.2f}", _points(to_kd["seeds_interval"])]
-            cells += [_points(to_kd["samples_interval"]), wins, to_kd["outcome"]]
-        for what in ("online", "control"):
-            against = row.get(f"to_{what}")
+        for name in controls:
+            against = row["to"].get(name)
             if against is None:
-                cells += [""] * 3
-            else:
-                cells += [f"{100 * against['difference']:+.2f}", _points(against["seeds_interval"]), against["outcome"]]
+                cells += [""] * 5
+                continue
+            wins = f"{against['wins']}/{against['n']}" + (f", {against['ties']} tied" if against["ties"] else "")
+            cells += [f"{100 * against['difference']:+.2f}", _points(against["seeds_interval"])]
+            cells += [_points(against["samples_interval"]), wins, against["outcome"]]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -197,21 +211,22 @@ def _teachers(rows: Sequence[Mapping[str, Any]], before: float) -> list[str]:
     lines = [
         f"The first teacher has a test accuracy of {100 * before:.2f} %. Gradient ratio: norm of the influence's "
         "gradient over that of the teacher's other terms, as weighted, mean over all steps. Seconds are of one "
-        "student's training with its validation, wall-clock, on cores that other programs may have shared; the first "
-        "teacher's training and, of frozen teachers, the cache are not in them.",
+        "student's training with its validation, wall-clock, the least of the seeds, since other programs shared the "
+        "cores; not in them are what is done once: the first teacher's training, the frozen teacher's cache, and what "
+        "enters the layers of a transformer that learn.",
         "",
         "| method | teacher after | gradient ratio | s | / kd | about |",
         "|---|---:|---:|---:|---:|---|",
     ]
     for row in rows:
-        seconds = mean(row["seconds"])
+        seconds = min(row["seconds"])
         ratio = row["means"].get(RATIO)
         cells = [
             row["method"],
             _spread(row["teacher_test"]) if "teacher_test" in row else "",
             "" if ratio is None else f"{ratio:.3g}",
             f"{seconds:.1f}",
-            "" if kd is None else f"{seconds / mean(kd['seconds']):.1f}",
+            "" if kd is None else f"{seconds / min(kd['seconds']):.1f}",
             row["about"],
         ]
         lines.append("| " + " | ".join(cells) + " |")
