@@ -161,7 +161,7 @@ class Cell:
 
 
 def cells(root: Path, seeds: int, extra_seeds: int, settings: Mapping[Name, Settings] = SETTINGS) -> list[Cell]:
-    """Every cell in the order in which they run: a task's seeds one by one, each with all methods; then the extras alike.
+    """Every cell in the order in which they run: a task's seeds, each with all methods; then the extras alike.
 
     Images come first: their trainings take a fifth of the time.
     """
