@@ -25,12 +25,14 @@ from cli.pipeline.teachers import (
     check_strategy,
     coach,
     inherit,
+    pooled_start,
     told_shapes,
     variant_for,
 )
 from cli.recipe import LoadedRecipe, Recipe, to_toml
 from cli.report.schema import Bought, MetricValue, ReferenceRow, Report, Stage
 from cli.report.schema import Difference as ReportedDifference
+from cli.report.words import metric_title
 from distill.data import Dataset, Split, load_dataset
 from distill.distribution import default_device, join_processes
 from distill.objectives.compose import (
@@ -149,6 +151,7 @@ class Run:
         progress: shows the work.
         allow_code: the user allowed the recipe to import code by dotted path.
         strict: a measurement on a machine that was busy, throttled or never settled is an error instead of a note.
+        pool_like: the student whose kind the pool of a generic teacher has; None: that of the first target.
 
     Raises:
         InputError: a target names an unknown device, stack or power mode, or a precision that its device lacks.
@@ -162,6 +165,7 @@ class Run:
         progress: Progress | None = None,
         allow_code: bool = False,
         strict: bool = False,
+        pool_like: str | None = None,
     ) -> None:
         self.loaded = loaded
         self.recipe: Recipe = loaded.recipe
@@ -169,6 +173,7 @@ class Run:
         self.progress: Progress = (progress if self.is_main else None) or Silent()
         self.allow_code = allow_code
         self.strict = strict
+        self.pool_like = pool_like
         self.stages: list[Stage] = []
         self.started = time.time()
         self.targets = tuple(
@@ -309,7 +314,7 @@ class Run:
             found = family_pool(
                 parse_arch(self._teacher_arch, where="teacher.arch"),
                 spec,
-                like=parse_arch(next(iter(self.archs)), where="student.arch"),
+                like=parse_arch(self.pool_like or next(iter(self.archs)), where="student.arch"),
                 widths=section.widths,
                 depths=section.depths,
                 kernels=section.kernels,
@@ -444,7 +449,7 @@ class Run:
         return Generic(self.recipe.teacher.generic, students, teacher, self.dataset, seed=self.recipe.seed)
 
     def shared_weights(self, sections: tuple[AnyObjective, ...], arch: str) -> Path | None:
-        """The artefact whose pool a student starts from; None: it starts afresh."""
+        """The artefact with what a student has of the teacher's pool, for `inherit`; None: it starts afresh."""
         if not self.recipe.teacher.generic.inherit or not needs_teacher(sections):
             return None
         variant = self.variant(sections, arch)
@@ -452,7 +457,14 @@ class Run:
             self._say_once(f"{arch} is not in the teacher's pool, so it starts from fresh weights")
             return None
         self._teacher_of(variant)
-        return self.folder / variant.folder
+        folder = self.folder / variant.start_folder(arch)
+        with self._main_first():
+            metric = pooled_start(self.folder / variant.folder, arch, self.dataset, folder, seed=self.recipe.seed)
+        self._say_once(
+            f"{arch} starts from the pool: {metric_title(metric.name)} {metric.value:.1%} on validation before its own "
+            "training"
+        )
+        return folder
 
     def _cache_of(self, variant: Variant) -> TeacherCache | None:
         name = variant.folder
@@ -536,8 +548,11 @@ class Run:
         students = [self._build(student, arch, self.recipe.objective) for arch in self.archs]
         self.check_objectives(self.recipe.objective, min((each.embedding_dim for each in students), default=None))
 
-    def check_teacher_strategy(self) -> None:
+    def check_teacher_strategy(self, arch: str | None = None) -> None:
         """Refuses what data, architectures and a given teacher tell about its strategy; trains nothing.
+
+        Args:
+            arch: the student; None: every one of the recipe.
 
         Raises:
             InputError: a held-out share that leaves a class empty, a pool without an architecture, a teacher without
@@ -547,8 +562,8 @@ class Run:
         check_held_out(section, self.dataset, self.recipe.seed)
         if section.strategy in CONDITIONED:
             check_boundaries(parse_arch(self._teacher_arch, where="teacher.arch"), self.dataset.input, section.strategy)
-            for arch in self.archs:
-                self.students_of(self.variant(self.recipe.objective, arch))
+            for word in (arch,) if arch is not None else self.archs:
+                self.students_of(self.variant(self.recipe.objective, word))
         if section.moves and section.kind != "train":
             coach(section, self.start_for(self.recipe.objective, next(iter(self.archs))), self.dataset)
 
@@ -631,13 +646,12 @@ class Run:
                 hard_weight=section.hard_weight,
                 seed=self.recipe.seed,
             )
-        if role == "student":
-            folder_of_pool = self.shared_weights(objectives, arch)
-            if folder_of_pool is not None:
-                inherit(student, folder_of_pool, dataset)
         title = f"{title} {arch}" + (f" ({strategy_name})" if role == "student" and strategy is not None else "")
         told = cache if strategy is None else None
         with self._stage(title) as stage:
+            shared = self.shared_weights(objectives, arch) if role == "student" else None
+            if shared is not None:
+                inherit(student, shared)
             before = _manifest_time(folder)
             result = train(
                 student,

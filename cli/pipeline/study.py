@@ -39,11 +39,14 @@ import torch
 
 from cli.pipeline.run import SUPERVISED, Run
 from cli.pipeline.teachers import (
+    START_KIND,
     check_held_out,
     check_strategy,
     coach,
     inherit,
     plain_values,
+    pool_kind,
+    pool_like,
     start_of,
     told_shapes,
 )
@@ -156,7 +159,7 @@ class Job:
     dry run knows a finished cell without loading anything. tuning: the cell is not trained but tuned. row_seed: of the
     choice of `rows`; view_seed: of the augmented views. base_run: folder and `base_key` of the run that owns data,
     teacher and cache. coached: from what the teacher starts that learns along with the student; None: it stands still.
-    shared: folder of the teacher whose pool the student starts from; None: it starts afresh.
+    shared: folder of what the student starts from that the teacher's pool has of it; None: it starts afresh.
     """
 
     cell: Cell
@@ -206,7 +209,7 @@ class Study:
         tune: trials of the tuning of every combination, which come before the cells; None: as the recipe says.
 
     Raises:
-        InputError: see `build_grid`; tuning without Optuna.
+        InputError: see `build_grid` and `check_strategy`; tuning without Optuna.
     """
 
     def __init__(
@@ -231,6 +234,10 @@ class Study:
             check_trials(self.trials)
         self.loaded, self.folder = loaded, folder
         self.grid = build_grid(loaded, vary=vary, seeds=seeds, control=control)
+        for combination in self.grid.combinations:
+            if not combination.is_plain:
+                with _named(combination.label):
+                    check_strategy(combination.recipe)
         self.jobs = jobs
         self.progress: Progress = progress or Silent()
         self.allow_code, self.keep_students, self.replace_others = allow_code, keep_students, replace_others
@@ -402,7 +409,8 @@ class Study:
         """The run that owns data, teacher and cache of a combination.
 
         They are made for the recipe's own training split, or a larger one that a combination asks for: the student
-        of few samples learns from the teacher that there is.
+        of few samples learns from the teacher that there is. A generic teacher is made once for every kind of students,
+        since a pool holds one kind.
         """
         recipe, own = combination.recipe, self.loaded.recipe
         name = _base_key(recipe)
@@ -422,6 +430,7 @@ class Study:
                 self.folder / place,
                 progress=self.progress,
                 allow_code=self.allow_code,
+                pool_like=pool_like(recipe, own),
             )
             self._bases[name] = run
         return self._bases[name]
@@ -445,8 +454,10 @@ class Study:
             )
         moves = combination.is_coached
         if not combination.is_plain:
-            check_strategy(recipe)
-            run.check_teacher_strategy()
+            word = self.student_word(combination)
+            run.check_teacher_strategy(word)
+            if recipe.teacher.strategy == "generic" and word not in map(str, run.pool):
+                self._say_once(f"{word} is not in the pool of its generic teacher, which was not conditioned on it")
         run.check_objectives(recipe.objective, moves=moves)
         check_data(recipe.objective, dataset.task, len(dataset.classes), rows or len(dataset.train))
         run.check_objectives(recipe.objective, self._untrained(combination, 0).embedding_dim, moves=moves)
@@ -456,6 +467,11 @@ class Study:
                 check_held_out(recipe.teacher, part, seed)
             if recipe.teacher.kind != "train":
                 coach(recipe.teacher, run.start_for(recipe.objective, self.student_word(combination)), dataset)
+
+    def _say_once(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+            self.progress.note(note)
 
     def _part(self, combination: Combination) -> Dataset:
         """The smaller training split of a combination, with the other splits."""
@@ -508,7 +524,7 @@ class Study:
         if start is not None:
             learning += [recipe.teacher.strategy, recipe.teacher.coached, recipe.teacher.held_out, start.key]
         if shared is not None:
-            learning += ["inherit", artifact.read_manifest(shared, "student").key]
+            learning += ["inherit", artifact.read_manifest(shared, START_KIND).key]
         section = _train_section(combination).resolved(rows or len(run.dataset.train))
         key = artifact.content_key(
             KIND,
@@ -845,7 +861,7 @@ def _modules(job: Job) -> tuple[Dataset, TeacherCache | None, Student, Compositi
         cache = told_shapes(cache, dataset)
     student = _build(recipe, dataset, job.arch, seed, job.base, job.allow_code)
     if job.shared is not None:
-        inherit(student, job.shared, dataset)
+        inherit(student, job.shared)
     objective = build_objective(
         recipe.objective,
         dataset,
@@ -1031,7 +1047,10 @@ def _interrupt(number: int, frame: Any) -> None:
 def _base_key(recipe: Recipe) -> str:
     """Hash of what decides data, teacher and cache, the number of training samples aside."""
     data = recipe.data.model_dump(mode="json", exclude={"train_size"})
-    return artifact.content_key(data, plain_values(start_of(recipe.teacher)), recipe.seed)
+    kind = pool_kind(recipe)
+    # only where there is one, so that all other bases keep their folder
+    pool = [] if kind is None else [kind]
+    return artifact.content_key(data, plain_values(start_of(recipe.teacher)), recipe.seed, *pool)
 
 
 def _row_seed(recipe: Recipe) -> int:

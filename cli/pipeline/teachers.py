@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from cli.recipe import Recipe
 from distill.data import Dataset, InputSpec
 from distill.data.labels import Labels
-from distill.objectives.section import AnyObjective, SubclassSection, check_teacher
+from distill.distribution import default_device
+from distill.networks import load_state, read_state
+from distill.objectives.compose import build_objective
+from distill.objectives.section import AnyObjective, SubclassSection, SupervisedSection, check_teacher
 from distill.objectives.subclass import retrained_for, teacher_section
-from distill.students import Student
+from distill.students import Student, save_student
 from distill.students.arch import Arch, parse_arch
-from distill.students.pool import stage_boundaries
+from distill.students.pool import kind_of, stage_boundaries
 from distill.teachers import Teacher, TeacherCache
 from distill.teachers.live import live_teacher
 from distill.teachers.section import TeacherSection
 from distill.teachers.strategy_section import COACHED, CONDITIONED, CoachedSection, Strategy
+from distill.training import evaluate_logits
+from profiles import artifact
 from profiles.errors import InputError
+from profiles.metrics import Metric, evaluate
 
 if TYPE_CHECKING:
     from distill.strategies.coached import Coached
@@ -31,6 +39,20 @@ _LEARNING = ("train", "transformers", "torch")
 _RATES = {"transformers": 3e-5}
 _RATE = 1e-4
 """Learning rates of a coached teacher where the recipe says "auto", by kind and otherwise."""
+START_KIND = "start"
+_START_FORM = 1
+"""Raise when the way a start is made changes, so that older ones are made anew."""
+_START_FILE = "student.safetensors"
+_BATCHES = 20
+_BATCH_SIZE = 128
+"""Training samples from which the BatchNorm statistics of a student are taken that starts from a pool."""
+_MODEST = {
+    "conv": "conv-w8-d1-k3",
+    "convi": "convi-w8-d1-k3",
+    "text": "text-w32-d1-h2",
+    "textc": "textc-w32-d1-k3",
+}
+"""A student of every kind that its family's own choices hold."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +87,10 @@ class Variant:
     def cache_folder(self) -> str:
         """Folder of its cache in the run folder."""
         return "cache" + self.folder.removeprefix("teacher")
+
+    def start_folder(self, arch: str) -> str:
+        """Folder of what a student of its pool starts from, in the run folder: "start--generic--conv-w8-d1-k3"."""
+        return f"start{self.folder.removeprefix('teacher')}--{arch}"
 
     def title(self, students: int = 1) -> str:
         """What its stage and progress bar call it, before its arch. students: in the pool of a generic one."""
@@ -104,6 +130,39 @@ def plain_values(section: TeacherSection) -> dict[str, Any]:
     """The section's values; what a frozen teacher has no use for is left out, so that keys of older versions hold."""
     unused = {"strategy", "generic", "coached"} if section.strategy == "frozen" else set[str]()
     return section.model_dump(mode="json", exclude=unused)
+
+
+def pool_kind(recipe: Recipe) -> str | None:
+    """The kind of students that a study's pool is made of for this recipe: conv, convi, text or textc.
+
+    None: there is no pool, `teacher.generic.archs` names it, or the student is the default one for the data.
+    """
+    section = recipe.teacher
+    if section.strategy != "generic" or section.generic.archs is not None:
+        return None
+    return _kind_of_student(recipe)
+
+
+def pool_like(recipe: Recipe, own: Recipe) -> str | None:
+    """Like which student the pool is that `pool_kind` tells the kind of; None: like the recipe's own.
+
+    The student of `own`, the recipe without the study's changes, where it is of this kind: the pool must not depend on
+    which other students a study has.
+    """
+    kind = pool_kind(recipe)
+    if kind is None:
+        return None
+    return _given_arch(own) if kind == _kind_of_student(own) else _MODEST[kind]
+
+
+def _kind_of_student(recipe: Recipe) -> str | None:
+    word = _given_arch(recipe)
+    return None if word is None else kind_of(parse_arch(word, where="student.arch"))
+
+
+def _given_arch(recipe: Recipe) -> str | None:
+    """The arch of a study's student, where the recipe names one."""
+    return None if recipe.student.kind == "torch" else recipe.student.arch or recipe.target[0].arch
 
 
 # -- what is refused before anything is trained -----------------------------------------------------------------------
@@ -253,17 +312,61 @@ def told_shapes(cache: TeacherCache, dataset: Dataset) -> TeacherCache:
     return replace(cache, train_logits=none, num_logits=classes)
 
 
-def inherit(student: Student, folder: Path, dataset: Dataset) -> None:
-    """Starts a student from the weights that it has in the pool of the teacher in `folder`; the head, too, if of one
-    size. Batch statistics are those of the whole pool, and follow the student within its first steps.
+# -- students that start from a pool ----------------------------------------------------------------------------------
+
+
+def pooled_start(pool: Path, arch: str, dataset: Dataset, folder: Path, *, seed: int) -> Metric:
+    """Writes the weights that a student has in a pool as an artefact, BatchNorm statistics of its own; once.
+
+    While a pool trains, every member moves the statistics that it shares with others, so they are recomputed on clean
+    training inputs: up to 20 batches of 128, chosen by the seed. Stored, because the last bits of such sums depend on
+    the number of threads, and a student that starts elsewhere would be trained anew.
+
+    Args:
+        pool: the finished artefact of a teacher that was conditioned on it.
+        arch: a member.
+        dataset: what the teacher was trained on.
+        folder: of the artefact.
+        seed: of the choice of inputs.
+
+    Returns:
+        The task's primary metric of these weights on the validation split.
+
+    Raises:
+        InputError: files of the pool missing or damaged.
+    """
+    from distill.strategies.generic import SUPERNET_FILE, load_supernet
+
+    weights = artifact.read_manifest(pool, "student").files[SUPERNET_FILE]
+    key = artifact.content_key(START_KIND, _START_FORM, weights, dataset.key, arch, seed)
+    found = artifact.current(folder, START_KIND, key)
+    if found is not None:
+        return Metric.model_validate(found.info["validation"])
+    supernet = load_supernet(pool, dataset.input, len(dataset.classes)).to(default_device())
+    supernet.recalibrate(parse_arch(arch), _recalibration(dataset, seed))
+    student = supernet.standalone(parse_arch(arch))
+    objective = build_objective((SupervisedSection(),), dataset, None, student_dim=student.embedding_dim)
+    validation = dataset.validation
+    logits = evaluate_logits(student, objective, validation)
+    metric = evaluate(dataset.task, logits, validation.labels, validation.mask, seed=seed)
+    with artifact.create(folder, START_KIND, key, {"validation": metric.model_dump(mode="json")}) as temporary:
+        save_student(student, temporary / _START_FILE)
+    return metric
+
+
+def _recalibration(dataset: Dataset, seed: int) -> Iterator[Tensor]:
+    """Clean training inputs, in random order; batches of nearly one size, since each has the same say."""
+    inputs = dataset.train.inputs
+    rows = np.random.default_rng(seed).permutation(len(inputs))[: _BATCHES * _BATCH_SIZE]
+    for chosen in np.array_split(rows, -(-len(rows) // _BATCH_SIZE)):
+        yield torch.from_numpy(np.asarray(inputs[chosen])).to(default_device())
+
+
+def inherit(student: Student, folder: Path) -> None:
+    """Starts a student from what `pooled_start` wrote; its head, too, if of one size.
 
     Raises:
         InputError: files missing or damaged.
     """
-    from distill.strategies.generic import load_supernet
-
-    arch = parse_arch(student.arch)
-    source = load_supernet(folder, dataset.input, len(dataset.classes)).standalone(arch)
-    student.body.load_state_dict(source.body.state_dict())
-    if student.head_size == source.head_size:
-        student.head.load_state_dict(source.head.state_dict())
+    file = folder / _START_FILE
+    load_state(student, read_state(file, where=str(file)), file=file, where=str(file), skip=("head",))

@@ -280,13 +280,19 @@ class DISTSection(ObjectiveBase):
 
 
 class MSESection(ObjectiveBase):
-    """Logit matching: the mean squared difference of student and teacher logits."""
+    """Logit matching: the mean squared difference of student and teacher logits.
+
+    Beside the labels, times (1 - hard_weight) with hard_weight 0.1 by default: our reading; Ba & Caruana use no labels.
+    """
 
     title = "Logit matching (MSE)"
     summary = "the student's logits equal the teacher's, as numbers rather than as probabilities"
     needs = frozenset({"logits"})
     training_cost = "one difference of logits"
-    source = "Ba & Caruana 2014, arXiv 1312.6184; mean over the classes: Kim et al. 2021, arXiv 2105.08919"
+    source = (
+        "Ba & Caruana 2014, arXiv 1312.6184; mean over the classes: Kim et al. 2021, arXiv 2105.08919; weight beside "
+        "the labels is our reading"
+    )
     search: ClassVar[dict[str, Search]] = {"weight": _around(1.0), "train.hard_weight": _HARD_WEIGHT}
 
     kind: Literal["mse"] = "mse"

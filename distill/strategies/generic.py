@@ -47,10 +47,10 @@ FORM = 1
 """Raise when what the strategy does changes, so that older teachers are trained anew."""
 SUPERNET_FILE = "supernet.safetensors"
 POOL_FILE = "pool.json"
-_DECISIVE = frozenset(
-    {"paths", "distribution", "entropy", "sampler_learning_rate", "ce_weight", "kl_weight", "tau", "inherit"}
-)
-"""Keys of the section that decide the weights once the pool is enumerated."""
+_LEARNED = frozenset({"entropy", "sampler_learning_rate"})
+"""Keys of the section that only a distribution that learns reads."""
+_BRANCHES = frozenset({"ce_weight", "kl_weight", "tau", "inherit"})
+"""Keys of the section that decide what a branch learns."""
 
 
 class Generic(Strategy):
@@ -70,7 +70,10 @@ class Generic(Strategy):
 
     Several processes draw the same architectures and step phi alike; branches work on each process's share. A branch's
     BatchNorm has the statistics of its process's share, and the main process's running statistics are kept; whoever
-    scores a sub-student recalibrates it first.
+    scores a sub-student recalibrates it first. L_cond is the mean over processes of each one's own mean: with class
+    weights or unknown labels a process divides by the weight or the labels of its share, as `Step.truth` does, so that
+    L_cond is not quite that of one process with the whole batch. Without them, shares of one size make it the same, but
+    for BatchNorm.
 
     A learned distribution reads K losses back in every step, after the optimiser has been told to step: the next draw
     depends on them. "uniform" reads nothing.
@@ -107,8 +110,11 @@ class Generic(Strategy):
 
     @property
     def key(self) -> object:
-        """Pool, teacher, seed, and what of the section decides the weights."""
-        settings = self.section.model_dump(mode="json", include=set(_DECISIVE))
+        """Pool, teacher, seed, and what of the section decides the weights: nothing that this pool has no use for."""
+        learned = _LEARNED if self.sampler.learns else frozenset[str]()
+        unused = {"tau"} if self.section.kl_weight == 0 else set[str]()
+        settings = self.section.model_dump(mode="json", include={*_BRANCHES, *learned} - unused)
+        settings |= {"paths": self.paths, "distribution": self._distribution}
         return ["generic", FORM, [str(arch) for arch in self.archs], str(self.teacher_arch), self.seed, settings]
 
     def start(self, run: Run) -> None:
@@ -229,7 +235,7 @@ class Generic(Strategy):
         probabilities = self.sampler.probabilities().tolist()
         pool = {
             "teacher": str(self.teacher_arch),
-            "distribution": self.section.distribution,
+            "distribution": self._distribution,
             "paths": self.paths,
             "archs": [
                 {"arch": str(arch), "sampled": sampled, "probability": probability}
@@ -237,6 +243,11 @@ class Generic(Strategy):
             ],
         }
         (folder / POOL_FILE).write_text(json.dumps(pool, indent=2) + "\n", encoding="utf-8")
+
+    @property
+    def _distribution(self) -> str:
+        """The distribution of the draws: that of a pool of one is uniform, whatever is asked for."""
+        return self.section.distribution if self.sampler.learns else "uniform"
 
     def _sampler(self) -> PathSampler:
         section = self.section

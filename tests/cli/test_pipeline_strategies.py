@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from distill.objectives.section import KDSection, SupervisedSection
 from distill.strategies.generic import load_supernet
 from distill.students import build_student, parse_arch
 from distill.students.arch import Arch
+from distill.students.conv import ConvNet
 from distill.students.section import StudentSection
 from export.onnx import export_graph
 from profiles.artifact import MANIFEST, verify
@@ -150,17 +152,22 @@ def test_students_start_from_the_pools_weights(folder: Path, tmp_path: Path) -> 
     outside = "conv-w16-d1-k3"
     run = open_run(write(folder, teacher, targets=BOTH + target("outside", outside)), tmp_path / "run")
     place = run.shared_weights(run.recipe.objective, SMALL)
-    assert place == tmp_path / "run" / "teacher--generic"
+    assert place == tmp_path / "run" / f"start--generic--{SMALL}"
+    verify(place, "start")
     dataset = run.dataset
     student = build_student(StudentSection(), dataset.input, 3, arch=SMALL, seed=7, base=folder)
-    inherit(student, place, dataset)
-    source = load_supernet(place, dataset.input, 3).standalone(parse_arch(SMALL))
+    inherit(student, place)
+    source = load_supernet(tmp_path / "run" / "teacher--generic", dataset.input, 3).standalone(parse_arch(SMALL))
     for name, value in source.state_dict().items():
-        torch.testing.assert_close(student.state_dict()[name], value, rtol=0, atol=0)
+        # statistics are not those of all members together
+        same = torch.equal(student.state_dict()[name], value)
+        assert same == ("running" not in name), name
     split = build_student(StudentSection(), dataset.input, 6, arch=SMALL, seed=7, base=folder)
     head = split.head.weight.clone()
-    inherit(split, place, dataset)
+    inherit(split, place)
     assert torch.equal(split.head.weight, head)
+    for ours, theirs in zip(split.body.parameters(), source.body.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
     warm = run.student(SMALL)
     assert run.shared_weights(run.recipe.objective, outside) is None
     assert any(f"{outside} is not in the teacher's pool" in note for note in run.notes)
@@ -168,6 +175,50 @@ def test_students_start_from_the_pools_weights(folder: Path, tmp_path: Path) -> 
     cold = open_run(write(folder, teacher, targets=BOTH, name="cold"), tmp_path / "run")
     cold.shared_weights = lambda sections, arch: None  # type: ignore[method-assign]
     assert cold.student(SMALL).key != warm.key
+
+
+def test_a_student_from_the_pool_has_statistics_of_its_own_and_its_start_is_told(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write(folder, GENERIC.replace("paths = 1", "paths = 1, inherit = true"))
+    run = open_run(recipe, tmp_path / "run")
+    place = run.shared_weights(run.recipe.objective, SMALL)
+    assert place is not None
+    student = build_student(StudentSection(), run.dataset.input, 3, arch=SMALL, seed=7, base=folder)
+    inherit(student, place)
+    body = student.body.eval()
+    assert isinstance(body, ConvNet)
+    stem = body.stem[0]
+    assert isinstance(stem, torch.nn.Sequential)
+    # 168 samples are two batches of 84, so the mean of their means is that of all
+    inputs = torch.from_numpy(np.array(run.dataset.train.inputs))
+    with torch.no_grad():
+        found = stem[0](body.normalize(inputs)).double()
+    torch.testing.assert_close(stem[1].running_mean.double(), found.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stem[1].running_var.double(), found.var((0, 2, 3)), rtol=0.05, atol=0)
+    with torch.no_grad():
+        logits = student.eval()(torch.from_numpy(np.array(run.dataset.validation.inputs))).head
+    right = (logits.argmax(1).numpy() == run.dataset.validation.labels).mean()
+    told = f"{SMALL} starts from the pool: top-1 {right:.1%} on validation before its own training"
+    assert run.notes == [told]
+    trained = run.student(SMALL)
+    # sums in another order must not make another start, which would be another training
+    monkeypatch.setattr("distill.students.supernet.Supernet.recalibrate", lambda *_: pytest.fail("made again"))
+    again = open_run(recipe, tmp_path / "run")
+    assert again.student(SMALL).key == trained.key
+    assert [stage.cached for stage in again.stages] == [True] * 4
+    assert again.notes == [told]
+
+
+def test_another_pool_is_another_start(folder: Path, tmp_path: Path) -> None:
+    stamps = []
+    for weight in ("1.0", "2.0"):
+        teacher = GENERIC.replace("paths = 1", f"paths = 1, inherit = true, kl_weight = {weight}")
+        run = open_run(write(folder, teacher), tmp_path / "run")
+        place = run.shared_weights(run.recipe.objective, SMALL)
+        assert place is not None
+        stamps.append(verify(place, "start").files)
+    assert stamps[0] != stamps[1]
 
 
 def test_the_pool_holds_what_some_target_can_carry(folder: Path, tmp_path: Path) -> None:
@@ -415,6 +466,70 @@ def test_a_study_refuses_a_strategy_before_training(folder: Path, tmp_path: Path
     assert "teacher.coached.held_out" in result.err
 
 
+@pytest.mark.parametrize(
+    ("kind", "strategy", "objective", "words"),
+    [
+        (
+            'kind = "array"\nlogits = "nowhere.npy"\n',
+            "lgtm",
+            "kd",
+            "kd (lgtm): strategy .* stored outputs do not learn",
+        ),
+        ('kind = "torch"\nfactory = "nowhere:make"\n', "generic", "kd", "no stage boundaries"),
+        (TRAINED, "online", "lelp", "stands still"),
+        (TRAINED, "generic", "subclass", "two heads"),
+    ],
+)
+def test_a_studys_dry_run_refuses_a_strategy_without_data(
+    folder: Path, tmp_path: Path, kind: str, strategy: str, objective: str, words: str
+) -> None:
+    recipe = Path(write(folder, "", kind=kind, views=1, name="dry"))
+    recipe.write_text(recipe.read_text().replace("three.npz", "nowhere.npz"))
+    asked = ["--vary", f"objective=supervised,{objective}", "--vary", f"teacher.strategy=frozen,{strategy}"]
+    result = edgestill("-q", "study", str(recipe), *asked, "--out", str(tmp_path / "study"), "--dry-run")
+    assert result.status == 2, result.err
+    assert re.search(words.replace("(", r"\(").replace(")", r"\)"), " ".join(result.err.split()))
+    # the labels alone ask no teacher
+    allowed = ["--vary", "objective=supervised", "--set", f"teacher.strategy={strategy}", "--dry-run"]
+    assert edgestill("-q", "study", str(recipe), *allowed, "--out", str(tmp_path / "study")).status == 0
+
+
+def test_a_study_has_a_generic_teacher_for_every_kind_of_students(folder: Path, tmp_path: Path) -> None:
+    """The recipe's own student is of kind conv, one of the varied ones is not; the teacher is too costly to train."""
+    archs = ["conv-w8-d2-k3", "convi-w8-d1-k3", "convi-w20-d1-k3"]
+
+    def opened(*archs: str, teacher: str = 'strategy = "generic"') -> Study:
+        recipe = load_recipe(write(folder, teacher))
+        return Study(recipe, tmp_path / "study", vary={"objective": ["kd"], "student.arch": archs}, seeds=1)
+
+    study = opened(*archs)
+    own, *others = [study.base(combination) for combination in study.grid.combinations]
+    assert own.folder.name == "base"
+    assert others[0] is others[1] is not own
+    assert {str(arch).split("-")[0] for arch in own.pool} == {"conv"}
+    assert {str(arch).split("-")[0] for arch in others[0].pool} == {"convi"}
+    # the recipe's own student is a member, and what else a study compares changes neither pool
+    assert SMALL in map(str, own.pool)
+    assert "convi-w8-d1-k3" in map(str, others[0].pool)
+    alone = opened("convi-w20-d1-k3")
+    (base,) = [alone.base(combination) for combination in alone.grid.combinations]
+    assert (base.folder, base.pool) == (others[0].folder, others[0].pool)
+    # a pool that is named, and a teacher of another strategy, serve all of them
+    for teacher in ('strategy = "generic"\ngeneric = {archs = ["conv-w8-d1-k3"]}', ""):
+        study = opened(*archs, teacher=teacher)
+        assert len({id(study.base(combination)) for combination in study.grid.combinations}) == 1
+
+
+def test_a_study_tells_which_students_are_in_no_pool(folder: Path, tmp_path: Path) -> None:
+    vary = {"teacher.strategy": ["frozen", "generic"], "student.arch": [WIDE, "conv-w20-d1-k3"]}
+    recipe = load_recipe(write(folder, "", train="hard_weight = 0.5"))
+    study = Study(recipe, tmp_path / "study", vary=vary, seeds=1)
+    report = study.run()
+    assert report.exit_status == 0
+    told = [note for note in report.notes if "pool" in note]
+    assert told == ["conv-w20-d1-k3 is not in the pool of its generic teacher, which was not conditioned on it"]
+
+
 def test_a_study_with_a_students_start_from_the_pool_keys_it(folder: Path, tmp_path: Path) -> None:
     table = GENERIC.replace("paths = 1", "paths = 1, inherit = true")
     keys = []
@@ -425,6 +540,10 @@ def test_a_study_with_a_students_start_from_the_pool_keys_it(folder: Path, tmp_p
         (job,) = study.prepare()
         keys.append((job.shared is not None, job.key))
         study.run()
+        before = when(job.cell.folder)
+        again = Study(study.loaded, study.folder, vary={"objective": ["kd"]}, seeds=1)
+        again.run()
+        assert when(job.cell.folder) == before
     assert keys[0][0]
     assert not keys[1][0]
     assert keys[0][1] != keys[1][1]

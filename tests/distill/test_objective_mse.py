@@ -136,3 +136,7 @@ def test_a_gradient_reaches_a_live_teacher() -> None:
     assert all(bool(p.grad.abs().sum() > 0) for p in live.parameters_that_learn() if p.grad is not None and p.ndim > 1)
     assert all(p.grad is not None for p in live.parameters_that_learn())
     assert head.grad is not None
+
+
+def test_methods_say_what_is_not_the_papers() -> None:
+    assert "weight beside the labels is our reading" in MSESection.source

@@ -387,6 +387,44 @@ def test_a_pool_of_one_is_sftn_whatever_the_sampler_is_told(tmp_path: Path) -> N
     assert not any("probability" in name or "entropy" in name for name in result.history[0])
 
 
+LEARNED = {"distribution": "easy", "entropy": 0.5, "sampler_learning_rate": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("words", "keys", "other"),
+    [
+        (POOL, {}, {"entropy": 0.5, "sampler_learning_rate": 0.2}),
+        (POOL[:1], {}, {"paths": 7, **LEARNED}),
+        (POOL, {"kl_weight": 0.0}, {"kl_weight": 0.0, "tau": 4.0}),
+        (POOL, {}, {"archs": POOL, "within_limits": False}),
+    ],
+)
+def test_a_setting_that_decides_nothing_trains_no_teacher_anew(
+    words: tuple[str, ...], keys: dict[str, Any], other: dict[str, Any]
+) -> None:
+    data = dataset()
+    assert generic(words, TEACHER, data, **keys).key == generic(words, TEACHER, data, **other).key
+
+
+@pytest.mark.parametrize(
+    ("words", "keys", "other"),
+    [
+        (POOL, {}, {"paths": 3}),
+        (POOL, {}, {"distribution": "easy"}),
+        (POOL, LEARNED, {**LEARNED, "distribution": "hard"}),
+        (POOL, LEARNED, {**LEARNED, "entropy": 0.1}),
+        (POOL, LEARNED, {**LEARNED, "sampler_learning_rate": 0.1}),
+        *((words, {}, {key: 0.7}) for words in (POOL, POOL[:1]) for key in ("ce_weight", "kl_weight", "tau")),
+        (POOL[:1], {}, {"inherit": True}),
+    ],
+)
+def test_a_setting_that_decides_the_weights_trains_a_teacher_anew(
+    words: tuple[str, ...], keys: dict[str, Any], other: dict[str, Any]
+) -> None:
+    data = dataset()
+    assert generic(words, TEACHER, data, **keys).key != generic(words, TEACHER, data, **other).key
+
+
 def test_the_artefact_keeps_the_pool_and_the_metrics_show_what_was_learned(tmp_path: Path) -> None:
     of = case()
     strategy = generic(POOL, TEACHER, of.data, distribution="hard", paths=2, sampler_learning_rate=0.2)
