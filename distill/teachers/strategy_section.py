@@ -50,7 +50,9 @@ class GenericSection(Section):
         "uniform",
         description="of the sampled architectures; easy, hard: learned, towards low or high conditioning loss",
     )
-    entropy: _Weight = Field(0.01, description="weight of the entropy that keeps a learned distribution wide, beta")
+    entropy: _Weight = Field(
+        0.5, description="beta, of the entropy that keeps a learned distribution wide: it tends to exp(-loss / beta)"
+    )
     sampler_learning_rate: _Positive = Field(0.05, description="Adam's, of a learned distribution")
     ce_weight: _Weight = Field(1.0, description="lambda_CE: the branches' cross-entropy")
     kl_weight: _Weight = Field(3.0, description="lambda_KL: the branches' divergence from the teacher")

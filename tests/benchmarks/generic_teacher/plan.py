@@ -62,7 +62,7 @@ class Arm:
 VANILLA = Teacher("vanilla")
 SFTN = {arch: Teacher(f"sftn-{arch}", (arch,)) for arch in OWN_TEACHER}
 UNIFORM = Teacher("gtn-uniform", POOL)
-EASY = Teacher("gtn-easy", POOL, (("distribution", "easy"),))
+EASY = Teacher("gtn-easy", POOL, (("distribution", "easy"), ("entropy", 0.5)))
 ARMS = {
     arm.name: arm
     for arm in (
@@ -84,19 +84,19 @@ def _ablation(name: str, title: str, base: str, **settings: Any) -> Arm:
 ABLATIONS = {
     arm.name: arm
     for arm in (
-        _ablation("gtn-hard", "learned (hard)", "gtn-easy", distribution="hard"),
+        _ablation("gtn-hard", "learned (hard)", "gtn-easy", distribution="hard", entropy=0.5),
         _ablation("gtn-kl1", "uniform, lambda_KL 1 instead of 3", "gtn-uniform", kl_weight=1.0),
         _ablation("gtn-k1", "uniform, K 1 instead of 2", "gtn-uniform", paths=1),
         _ablation("gtn-k4", "uniform, K 4 instead of 2", "gtn-uniform", paths=4),
         _ablation(
-            "gtn-easy-entropy0", "learned (easy), beta 0 instead of 0.01", "gtn-easy", distribution="easy", entropy=0.0
+            "gtn-easy-entropy0", "learned (easy), beta 0 instead of 0.5", "gtn-easy", distribution="easy", entropy=0.0
         ),
         _ablation(
-            "gtn-easy-entropy1",
-            "learned (easy), beta 0.1 instead of 0.01",
+            "gtn-easy-entropy001",
+            "learned (easy), beta 0.01 instead of 0.5",
             "gtn-easy",
             distribution="easy",
-            entropy=0.1,
+            entropy=0.01,
         ),
     )
 }
