@@ -51,6 +51,8 @@ class Strategy:
 
     mixup = False
     """Whether `train.mixup` is sound with it."""
+    remedy = ""
+    """What may help beside `train`'s own settings when a loss became infinite or NaN."""
 
     @property
     def key(self) -> object:

@@ -404,7 +404,8 @@ class Run:
                 f"the loss is not a number any more: {', '.join(broken)}",
                 where=f"epoch {self.epoch + 1}, steps {self.window_start + 1} to {self.step_in_epoch}",
                 evidence=", ".join(f"{name} {value:g}" for name, value in zip(self.names, values, strict=True)),
-                fix=f"train.learning_rate below {self.section.peak_learning_rate:g}, or train.grad_clip = 1.0",
+                fix=f"train.learning_rate below {self.section.peak_learning_rate:g}, or train.grad_clip = 1.0"
+                + self.strategy.remedy,
             )
         self.totals = [a + b for a, b in zip(self.totals or [0.0] * len(values), values, strict=True)]
         self.window_start = self.step_in_epoch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -59,7 +59,7 @@ from distill.objectives.subclass import retrained_for
 from distill.strategy import Strategy
 from distill.students import Student, build_student, default_arch, parse_arch, teacher_arch
 from distill.students.arch import Arch, check_family
-from distill.students.pool import family_pool, parse_pool, restrict
+from distill.students.pool import family_pool, kind_of, parse_pool, restrict
 from distill.students.section import StudentSection, torch_word
 from distill.teachers import ModuleTeacher, SubclassCache, Teacher, TeacherCache, build_cache, load_teacher
 from distill.teachers.strategy_section import CONDITIONED
@@ -311,17 +311,21 @@ class Run:
         if section.archs is not None:
             found = parse_pool(section.archs, spec)
         else:
-            found = family_pool(
-                parse_arch(self._teacher_arch, where="teacher.arch"),
-                spec,
-                like=parse_arch(self.pool_like or next(iter(self.archs)), where="student.arch"),
-                widths=section.widths,
-                depths=section.depths,
-                kernels=section.kernels,
-                heads=section.heads,
-            )
+            like = parse_arch(self.pool_like or next(iter(self.archs)), where="student.arch")
+            choices = {
+                "widths": section.widths,
+                "depths": section.depths,
+                "kernels": section.kernels,
+                "heads": section.heads,
+            }
+            found = family_pool(parse_arch(self._teacher_arch, where="teacher.arch"), spec, like=like, **choices)
+            if self.pool_like is None and not any(choices.values()):
+                # a pool of our own choice is for the students that the recipe has
+                own = (parse_arch(arch, where="student.arch") for arch in self.archs)
+                found += tuple(arch for arch in own if kind_of(arch) == kind_of(like) and arch not in found)
         limits = limits_of(self.targets) if section.within_limits else {}
         if not limits:
+            self._say_pool(found)
             return found
 
         def build(arch: Arch) -> Student:
@@ -331,7 +335,18 @@ class Run:
         if len(kept) < len(found):
             reasons = "; ".join(map(str, exclusions))
             self._say_once(f"the teacher's pool has {len(kept)} of {len(found)} students: {reasons}")
+        self._say_pool(kept)
         return kept
+
+    def _say_pool(self, pool: Sequence[Arch]) -> None:
+        """Notes who is in the teacher's pool, and which of the recipe's students are not."""
+        self._say_once(f"the teacher's pool: {', '.join(map(str, pool))}")
+        outside = [arch for arch in self.archs if arch not in map(str, pool)]
+        if outside and self.pool_like is None:
+            self._say_once(
+                f"not in the teacher's pool: {', '.join(outside)}; it teaches them all the same, and "
+                "teacher.generic.archs can name them"
+            )
 
     def check_objectives(
         self, sections: tuple[AnyObjective, ...], student_dim: int | None = None, moves: bool | None = None
@@ -915,7 +930,7 @@ class Run:
         if variant.strategy == "sftn":
             notes.append(f"trained for student {variant.arch}")
         if self.recipe.teacher.moves:
-            notes.append(f"as it started; a copy of it learned beside every student ({self._coached_figures()})")
+            notes.append(f"as it started; a copy of it learned beside every student ({self._coached_figures(cache)})")
         metric = None
         if logits is None or columns != len(self.dataset.classes):
             notes.append("gives no class logits")
@@ -931,9 +946,13 @@ class Run:
             note="; ".join(notes),
         )
 
-    def _coached_figures(self) -> str:
-        """What is known of the teachers that learned beside the students: their metric on the validation split."""
+    def _coached_figures(self, cache: TeacherCache) -> str:
+        """The metric on the validation split of the teacher in `cache`, and of its copies that learned on."""
         parts = []
+        logits, validation = cache.validation_logits, self.dataset.validation
+        if logits is not None and cache.num_logits == len(self.dataset.classes):
+            started = self._metric(np.asarray(logits, dtype=np.float32), validation)
+            parts.append(f"{started.value:.1%} at the start")
         for arch in self.archs:
             result = self.student(arch).result
             value = result.history[result.best_epoch - 1].get(f"validation/teacher_{result.metric.name}")

@@ -95,6 +95,7 @@ class Coached(Strategy):
     ) -> None:
         self.strategy, self.section, self.learner, self.dataset = strategy, section, teacher, dataset
         self.share, self.learning_rate = held_out, learning_rate
+        self.remedy = f"; or teacher.coached.learning_rate below {learning_rate:g}"
         self._start_key = start_key
         self._form, self._weight = ("bilevel", 0.0) if strategy == "meta" else parse_lambda(section.lambda_inf)
         self.is_influenced = strategy == "meta" or (

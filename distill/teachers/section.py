@@ -139,16 +139,12 @@ class TeacherSection(ImageInput):
     def _keys_fit_the_strategy(self) -> None:
         for table, strategies in (("generic", CONDITIONED), ("coached", COACHED)):
             section: Section = getattr(self, table)
-            given = _given(section)
-            if given and self.strategy not in strategies:
-                raise ValueError(
-                    f'"{table}.{given[0]}" belongs to strategy {_or(strategies)}, this one is "{self.strategy}"'
-                )
-            for name in given:
+            for name in _given(section):
                 fitting = ONLY_WITH.get((table, name), strategies)
                 if self.strategy not in fitting:
                     raise ValueError(
-                        f'"{table}.{name}" belongs to strategy {_or(fitting)}, this one is "{self.strategy}"'
+                        f'"{table}.{name}" belongs to strategy {_or(fitting)}, this one is "{self.strategy}"; leave it '
+                        "out, or change teacher.strategy"
                     )
         choices = [name for name in ("widths", "depths", "kernels", "heads") if getattr(self.generic, name) is not None]
         if self.generic.archs is not None and choices:

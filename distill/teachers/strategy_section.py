@@ -112,7 +112,7 @@ class CoachedSection(Section):
         gt=0,
         le=0.5,
         description="share of the training split that judges the student; neither student nor coached teacher trains "
-        "on it (a teacher of kind train has seen it before)",
+        "on it (a teacher of kind train has seen it before); default: 0.05 for meta and lgtm, nothing for online",
     )
     held_out_batch_size: int | None = Field(
         None, ge=1, description="held-out samples per step; default: the batch size, or all of them"
@@ -146,6 +146,17 @@ ONLY_WITH: dict[tuple[str, str], frozenset[str]] = {
     ("coached", "lambda_inf"): frozenset({"lgtm"}),
 }
 """Keys of the strategies' tables that only some of them read."""
+
+
+def foreign_keys(strategy: str) -> list[tuple[str, str]]:
+    """Table and key of every setting that a teacher of this strategy does not read."""
+    tables = (("generic", GenericSection, CONDITIONED), ("coached", CoachedSection, COACHED))
+    return [
+        (table, name)
+        for table, section, strategies in tables
+        for name in section.model_fields
+        if strategy not in ONLY_WITH.get((table, name), strategies)
+    ]
 
 
 class StrategyParameter(Section):

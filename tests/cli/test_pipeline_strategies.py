@@ -28,6 +28,7 @@ from distill.students import build_student, parse_arch
 from distill.students.arch import Arch
 from distill.students.conv import ConvNet
 from distill.students.section import StudentSection
+from distill.training import read_result
 from export.onnx import export_graph
 from profiles.artifact import MANIFEST, verify
 from profiles.device import TargetSection, resolve_target
@@ -200,7 +201,7 @@ def test_a_student_from_the_pool_has_statistics_of_its_own_and_its_start_is_told
         logits = student.eval()(torch.from_numpy(np.array(run.dataset.validation.inputs))).head
     right = (logits.argmax(1).numpy() == run.dataset.validation.labels).mean()
     told = f"{SMALL} starts from the pool: top-1 {right:.1%} on validation before its own training"
-    assert run.notes == [told]
+    assert run.notes[-1] == told
     trained = run.student(SMALL)
     # sums in another order must not make another start, which would be another training
     monkeypatch.setattr("distill.students.supernet.Supernet.recalibrate", lambda *_: pytest.fail("made again"))
@@ -233,6 +234,22 @@ def test_the_pool_holds_what_some_target_can_carry(folder: Path, tmp_path: Path)
     assert limits_of(both.targets) == {}
     unasked = teacher.replace("}", ", within_limits = false}")
     assert len(open_run(write(folder, unasked, targets=tight), tmp_path / "run").pool) == 3
+
+
+def test_a_pool_that_nobody_named_holds_every_targets_student(folder: Path, tmp_path: Path) -> None:
+    odd = "conv-w20-d3-k3"
+    targets = target("one", SMALL) + target("two", odd)
+    run = open_run(write(folder, 'strategy = "generic"', targets=targets), tmp_path / "run")
+    words = [str(arch) for arch in run.pool]
+    assert {SMALL, odd} < set(words)
+    assert len(words) == len(set(words))
+    assert run.notes == [f"the teacher's pool: {', '.join(words)}"]
+    named = write(
+        folder, 'strategy = "generic"\ngeneric = {widths = [4, 8], kernels = [3], depths = [1]}', targets=targets
+    )
+    told = open_run(named, tmp_path / "run")
+    assert [str(arch) for arch in told.pool] == [SMALL, WIDE]
+    assert told.notes[-1].startswith(f"not in the teacher's pool: {odd}; it teaches them all the same")
 
 
 @pytest.mark.parametrize("device", ["t4", "jetson-orin-nano"])
@@ -303,6 +320,8 @@ def test_switching_the_strategy_keeps_the_teacher_that_learned_the_labels(folder
     assert row.title == "teacher (lgtm)"
     assert row.metric is not None
     assert f"{SMALL}'s {record['validation/teacher_top1']:.1%}" in row.note
+    started = read_result(out / "teacher").metric.value
+    assert f"(on validation: {started:.1%} at the start, {SMALL}'s" in row.note
     again = open_run(write(folder, LGTM), out)
     again.distill()
     assert all(stage.cached for stage in again.stages)

@@ -147,7 +147,8 @@ def test_a_pool_that_no_target_can_carry_says_which_limit_excludes_what(folder: 
 @pytest.mark.parametrize(
     ("teacher", "words"),
     [
-        ("generic = {paths = 3}", '"generic.paths" belongs to strategy "generic" or "sftn", this one is "frozen"'),
+        ("generic = {paths = 3}", '"generic.paths" belongs to strategy "generic", this one is "frozen"; leave it out'),
+        ("generic = {tau = 3.0}", '"generic.tau" belongs to strategy "generic" or "sftn", this one is "frozen"'),
         ('strategy = "sftn"\ngeneric = {paths = 3}', '"generic.paths" belongs to strategy "generic"'),
         ('strategy = "online"\ncoached = {lambda_inf = 1.0}', '"coached.lambda_inf" belongs to strategy "lgtm"'),
         ('strategy = "generic"\ncoached = {held_out = 0.1}', '"coached.held_out" belongs to strategy'),

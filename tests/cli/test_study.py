@@ -31,6 +31,7 @@ from cli.report.study_schema import StudyReport
 from cli.study_grid import build_grid, method_label
 from distill.data.load import open_dataset
 from distill.data.make_fashion_mnist_small import PACKAGED
+from distill.teachers.strategy_section import CoachedSection
 from profiles.errors import EdgestillError, InputError, Interrupted
 from tests.cli.cli_runner import Result, edgestill
 from tests.distill.training_cases import StopAfter
@@ -172,6 +173,16 @@ def test_any_text_gives_values_or_an_explanation(text: str) -> None:
 def test_what_cannot_be_read_is_explained(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         parse_values(text, "--vary")
+
+
+def test_a_recipes_settings_of_one_strategy_are_for_the_methods_that_have_it(recipe: Path) -> None:
+    settings = ['teacher.strategy="lgtm"', "teacher.coached.held_out=0.1", "teacher.coached.lambda_inf=2.0"]
+    vary = ["objective=kd", "teacher.strategy=frozen,online,lgtm"]
+    grid = build_grid(load_recipe(str(recipe), ["teacher.kind='train'", *settings]), vary=vary)
+    found = {combination.recipe.teacher.strategy: combination.recipe.teacher for combination in grid.combinations}
+    assert found["frozen"].coached == CoachedSection()
+    assert found["online"].coached == CoachedSection(held_out=0.1)
+    assert found["lgtm"].coached == CoachedSection(held_out=0.1, lambda_inf=2.0)
 
 
 def test_methods_are_named_by_kind_and_by_what_is_not_default(recipe: Path) -> None:

@@ -10,7 +10,7 @@ from distill.data.dataset import Dataset
 from distill.outputs import StudentOutput, TeacherOutput
 from distill.strategy import Step, Strategy
 from distill.training import Run
-from profiles.errors import InputError, Interrupted
+from profiles.errors import EdgestillError, InputError, Interrupted
 from tests.distill.training_cases import Case, StopAfter, same_weights
 
 
@@ -167,6 +167,18 @@ def test_modules_beside_the_network_train_with_it_and_come_back_after_an_interru
     assert resumed.steps == whole.steps == 12
     assert torch.equal(resumed.scale.weight, whole.scale.weight)
     assert same_weights(net, other)
+
+
+def test_a_loss_that_is_no_number_names_the_strategys_remedy_too(tmp_path: Path) -> None:
+    class Broken(Spy):
+        remedy = "; or less of it"
+
+        def terms(self, step: Step, output: StudentOutput) -> dict[str, Tensor]:
+            return {"broken": output.head.sum() * float("nan")}
+
+    with pytest.raises(EdgestillError, match="broken") as error:
+        Case("kd").run(tmp_path / "student", strategy=Broken())
+    assert str(error.value.fix).endswith("train.grad_clip = 1.0; or less of it")
 
 
 def test_mixup_is_refused_where_a_strategy_cannot_have_it(tmp_path: Path) -> None:
