@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from cli.overrides import parse_value, parse_values, set_key, split_override
 from cli.recipe import LoadedRecipe, Recipe, check
 from distill.objectives.section import AnyObjective, ObjectiveSections, check_mixup, resolve_hard_weight
-from distill.teachers.strategy_section import foreign_keys
+from distill.teachers.strategy_section import keys as strategy_keys
 from profiles.errors import InputError, nearest
 
 OBJECTIVE = "objective"
@@ -251,8 +251,8 @@ def _checked(values: dict[str, Any], changes: Sequence[Change], origin: str, whe
     set_keys = {key for key, _ in changes}
     if STRATEGY in set_keys:
         # the recipe's settings of one strategy are for the methods that have it
-        for table, name in foreign_keys(str(changed["teacher"]["strategy"])):
-            if f"teacher.{table}.{name}" not in set_keys:
+        for table, name, strategies in strategy_keys():
+            if changed["teacher"]["strategy"] not in strategies and f"teacher.{table}.{name}" not in set_keys:
                 changed["teacher"][table].pop(name, None)
     try:
         return check(changed, origin)

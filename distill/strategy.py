@@ -56,7 +56,10 @@ class Strategy:
 
     @property
     def key(self) -> object:
-        """Plain values that decide what it does; part of the hash of the trained network."""
+        """Plain values that decide what it does; part of the hash of the trained network.
+
+        The base class, which stands for a frozen teacher in the loop, has none and is never asked.
+        """
         raise NotImplementedError
 
     def rows(self, dataset: Dataset, seed: int) -> np.ndarray[Any, Any] | None:

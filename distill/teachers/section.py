@@ -6,15 +6,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from distill.teachers.strategy_section import (
-    COACHED,
-    CONDITIONED,
-    HELD_OUT,
-    ONLY_WITH,
-    CoachedSection,
-    GenericSection,
-    Strategy,
-)
+from distill.teachers.strategy_section import COACHED, HELD_OUT, CoachedSection, GenericSection, Strategy
+from distill.teachers.strategy_section import keys as strategy_keys
 from profiles.section import Section
 
 TeacherKind = Literal["train", "array", "transformers", "onnx", "torch", "none"]
@@ -137,15 +130,12 @@ class TeacherSection(ImageInput):
         return self
 
     def _keys_fit_the_strategy(self) -> None:
-        for table, strategies in (("generic", CONDITIONED), ("coached", COACHED)):
-            section: Section = getattr(self, table)
-            for name in _given(section):
-                fitting = ONLY_WITH.get((table, name), strategies)
-                if self.strategy not in fitting:
-                    raise ValueError(
-                        f'"{table}.{name}" belongs to strategy {_or(fitting)}, this one is "{self.strategy}"; leave it '
-                        "out, or change teacher.strategy"
-                    )
+        for table, name, fitting in strategy_keys():
+            if self.strategy not in fitting and name in _given(getattr(self, table)):
+                raise ValueError(
+                    f'"{table}.{name}" belongs to strategy {_or(fitting)}, this one is "{self.strategy}"; leave it '
+                    "out, or change teacher.strategy"
+                )
         choices = [name for name in ("widths", "depths", "kernels", "heads") if getattr(self.generic, name) is not None]
         if self.generic.archs is not None and choices:
             raise ValueError(f'name the pool by "generic.archs" or by "generic.{choices[0]}", not both')

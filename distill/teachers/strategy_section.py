@@ -148,15 +148,19 @@ ONLY_WITH: dict[tuple[str, str], frozenset[str]] = {
 """Keys of the strategies' tables that only some of them read."""
 
 
-def foreign_keys(strategy: str) -> list[tuple[str, str]]:
-    """Table and key of every setting that a teacher of this strategy does not read."""
-    tables = (("generic", GenericSection, CONDITIONED), ("coached", CoachedSection, COACHED))
-    return [
-        (table, name)
-        for table, section, strategies in tables
+_TABLES: tuple[tuple[str, type[Section], frozenset[str]], ...] = (
+    ("generic", GenericSection, CONDITIONED),
+    ("coached", CoachedSection, COACHED),
+)
+
+
+def keys() -> tuple[tuple[str, str, frozenset[str]], ...]:
+    """Table, key, and the strategies that read it, of every setting of the strategies' tables."""
+    return tuple(
+        (table, name, ONLY_WITH.get((table, name), strategies))
+        for table, section, strategies in _TABLES
         for name in section.model_fields
-        if strategy not in ONLY_WITH.get((table, name), strategies)
-    ]
+    )
 
 
 class StrategyParameter(Section):
@@ -239,10 +243,7 @@ _FACTS: dict[Strategy, tuple[str, str, str, str, str, str]] = {
 
 def describe_strategies() -> tuple[StrategyDescription, ...]:
     """Every strategy with its parameters; defaults and meanings come from the recipe's own fields."""
-    tables: tuple[tuple[str, type[Section], frozenset[str]], ...] = (
-        ("generic", GenericSection, CONDITIONED),
-        ("coached", CoachedSection, COACHED),
-    )
+    fields = {table: section.model_fields for table, section, _ in _TABLES}
     return tuple(
         StrategyDescription(
             kind=kind,
@@ -253,10 +254,13 @@ def describe_strategies() -> tuple[StrategyDescription, ...]:
             cost=cost,
             source=source,
             parameters=tuple(
-                StrategyParameter(name=f"{table}.{name}", default=field.default, meaning=field.description or "")
-                for table, section, strategies in tables
-                for name, field in section.model_fields.items()
-                if kind in ONLY_WITH.get((table, name), strategies)
+                StrategyParameter(
+                    name=f"{table}.{name}",
+                    default=fields[table][name].default,
+                    meaning=fields[table][name].description or "",
+                )
+                for table, name, strategies in keys()
+                if kind in strategies
             ),
         )
         for kind, (title, summary, needs, students, cost, source) in _FACTS.items()
