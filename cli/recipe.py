@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from cli.overrides import parse_value, set_key, split_override
 from cli.study_section import StudySection
 from distill.data.section import DataSection
+from distill.exploration.section import ExploreSection
 from distill.objectives.section import KDSection, ObjectiveSections
 from distill.students.section import StudentSection
 from distill.teachers.section import TeacherSection
@@ -30,7 +31,7 @@ SUFFIX = ".toml"
 
 
 class Recipe(Section):
-    """One whole run: data, teacher, student, objectives, training, export, measurement and targets."""
+    """One whole run: data, teacher, student, objectives, exploration, training, export, measurement and targets."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
     """Names the run and its default folder, runs/<name>."""
@@ -41,6 +42,8 @@ class Recipe(Section):
     student: StudentSection = StudentSection()
     objective: ObjectiveSections = (KDSection(),)
     """What the student matches: a list of tables, or the name of one method for its published mix."""
+    explore: ExploreSection = ExploreSection()
+    """Inputs beside the data that the teacher labels."""
     train: TrainSection = TrainSection()
     export: ExportSection = ExportSection()
     measure: MeasureSection = MeasureSection()

@@ -1,4 +1,4 @@
-"""What the training loop knows of a teacher strategy: a few moments of a step at which it asks, and what it keeps."""
+"""What the training loop knows of a teacher strategy or an exploration: moments of a step at which it asks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ class Step:
 
 
 class Strategy:
-    """How a teacher learns, as an object that the one training loop asks; the base class does nothing.
+    """How a teacher learns, or on which further inputs a student does, as an object that the one training loop asks.
+
+    The base class does nothing.
 
     Order of a step: `before_step`, forward pass of the trained network, `teacher`, `terms`, backward pass, gradients
     averaged over the processes, the network's optimiser step, `after_step`. Torch's generators are seeded by (seed,
@@ -104,3 +106,63 @@ class Strategy:
 
     def save(self, folder: Path) -> None:
         """Writes what is to be kept into the finished artefact, beside the network's weights."""
+
+
+class Together(Strategy):
+    """Several at once, asked in their order: a teacher that learns, and inputs to explore.
+
+    Their terms, figures and files must have different names. At most one of them may choose rows or give the teacher's
+    outputs; the first that does so counts.
+    """
+
+    def __init__(self, *strategies: Strategy) -> None:
+        self.strategies = strategies
+        self.mixup = all(strategy.mixup for strategy in strategies)
+        self.remedy = "".join(strategy.remedy for strategy in strategies)
+
+    @property
+    def key(self) -> object:
+        return ["together", *(strategy.key for strategy in self.strategies)]
+
+    def rows(self, dataset: Dataset, seed: int) -> np.ndarray[Any, Any] | None:
+        found = (strategy.rows(dataset, seed) for strategy in self.strategies)
+        return next((rows for rows in found if rows is not None), None)
+
+    def start(self, run: Run) -> None:
+        for strategy in self.strategies:
+            strategy.start(run)
+
+    def modules(self) -> list[nn.Module]:
+        return [module for strategy in self.strategies for module in strategy.modules()]
+
+    def before_step(self, step: Step) -> None:
+        for strategy in self.strategies:
+            strategy.before_step(step)
+
+    def teacher(self, step: Step) -> TeacherOutput | None:
+        found = (strategy.teacher(step) for strategy in self.strategies)
+        return next((told for told in found if told is not None), None)
+
+    def terms(self, step: Step, output: StudentOutput) -> dict[str, Tensor]:
+        return {name: term for strategy in self.strategies for name, term in strategy.terms(step, output).items()}
+
+    def after_step(self, step: Step) -> None:
+        for strategy in self.strategies:
+            strategy.after_step(step)
+
+    def logs(self) -> dict[str, float]:
+        return {name: value for strategy in self.strategies for name, value in strategy.logs().items()}
+
+    def validation(self) -> dict[str, float]:
+        return {name: value for strategy in self.strategies for name, value in strategy.validation().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"strategies": [strategy.state_dict() for strategy in self.strategies]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for strategy, own in zip(self.strategies, state["strategies"], strict=True):
+            strategy.load_state_dict(own)
+
+    def save(self, folder: Path) -> None:
+        for strategy in self.strategies:
+            strategy.save(folder)

@@ -505,8 +505,9 @@ class Run:
         if self.processes.world > 1:
             self.processes.synchronise(self.objective)
             self.processes.synchronise(self.beside)
-        compiled: nn.Module = torch.compile(self.student) if self.section.compile else self.student  # type: ignore[assignment]
-        self.forward = self.processes.wrap(compiled)
+        # a further forward pass of a step takes this one: its gradients are averaged with those of `forward`
+        self.alone: nn.Module = torch.compile(self.student) if self.section.compile else self.student  # type: ignore[assignment]
+        self.forward = self.processes.wrap(self.alone)
 
     def _open_events(self, state: dict[str, Any] | None) -> None:
         """The TensorBoard writer, if the recipe wants one; events of a discarded training are removed."""

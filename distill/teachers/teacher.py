@@ -23,12 +23,15 @@ from profiles.errors import EdgestillError, InputError
 class TeacherBatch(NamedTuple):
     """What a teacher may look at: the inputs (as a student gets them, already augmented), and where they come from.
 
-    inputs: uint8 (N, C, H, W) or int64 (N, T). split: name of the split. rows: int64 (N,), rows of that split.
+    inputs: uint8 (N, C, H, W) or int64 (N, T); float32 pixels 0 to 255 where a gradient with respect to them is wanted.
+    split: name of the split. rows: int64 (N,), rows of that split. texts: the N raw texts of inputs that are in no
+    split, such as generated ones; None: those of split and rows.
     """
 
     inputs: Tensor
     split: SplitName
     rows: np.ndarray[tuple[int], np.dtype[np.int64]]
+    texts: tuple[str, ...] | None = None
 
 
 class Teacher(ABC):
@@ -40,6 +43,7 @@ class Teacher(ABC):
         num_logits: C, or None when it gives no logits for the classes of the data set.
         single_logit: it has one logit z for two classes and gives [0, z]: z speaks for the second class.
         sees_views: whether its outputs follow the augmented inputs; False: it only knows clean samples.
+        runs_live: whether it can be asked about inputs that are in no split (`TeacherBatch.texts` for texts).
         splits: the splits that it has outputs for.
         head_weight, head_bias: float32 (C, D_t) and (C,) of its linear head, when it is known to have one.
     """
@@ -49,6 +53,7 @@ class Teacher(ABC):
     num_logits: int | None = None
     single_logit: bool = False
     sees_views: bool = True
+    runs_live: bool = True
     splits: tuple[SplitName, ...] = ("train", "validation", "test")
     head_weight: Tensor | None = None
     head_bias: Tensor | None = None

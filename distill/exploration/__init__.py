@@ -1,0 +1,1 @@
+"""On which inputs a student learns besides its data: teacher-guided exploration, and the controls beside it."""

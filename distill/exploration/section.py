@@ -1,0 +1,266 @@
+"""The `[explore]` table of a recipe: inputs beside the data that the teacher labels. Imports only pydantic.
+
+| kind | the further inputs |
+|---|---|
+| `none` | there are none |
+| `random` | near real ones, sampled in a generator's latent space; texts: masked tokens refilled (TGT) |
+| `gradient` | near real ones, where student and teacher disagree most (TGT) |
+| `reconstructed` | control: what the generator makes of real ones without a step, Dec(Enc(x)) |
+| `augmented` | control: real ones under strong augmentation, without a generator |
+| `real` | control: real ones as they are; with `around = "unlabelled"`, plain distillation on unlabelled data |
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from profiles.section import Section
+
+ExploreKind = Literal["none", "random", "gradient", "reconstructed", "augmented", "real"]
+GeneratorKind = Literal["vae", "torch", "masked-lm"]
+Around = Literal["train", "unlabelled", "both"]
+GENERATED: frozenset[str] = frozenset({"random", "gradient", "reconstructed"})
+"""Kinds whose inputs a generator makes."""
+CONTROLS: frozenset[str] = frozenset({"reconstructed", "augmented", "real"})
+"""Kinds that are there to be compared with."""
+SMALLEST_KEEP_RATE = 0.05
+"""A filter that keeps less than this share leaves nothing to learn from."""
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class GeneratorSection(Section):
+    """What makes new inputs. It is frozen while a student learns.
+
+    kind "vae": a convolutional variational autoencoder that edgestill trains on the images, labels unused.
+    kind "torch": `factory` ("package.module:name") called with `kwargs`; a module with encode (images, float32 in 0..1,
+      (N, C, H, W), to latents (N, ...)) and decode (latents to images in 0..1); `weights` (.safetensors or .pth).
+    kind "masked-lm": texts; `model` is a local folder or a hub name of a masked language model. A folder without the
+      head for it, such as a sentence encoder's, gets one with tied embeddings that edgestill trains (`learn`).
+    """
+
+    kind: GeneratorKind | None = Field(None, description='default: "vae" for images, "masked-lm" for texts')
+    latent: int = Field(32, ge=1, le=4096, description="dimensions of the latent space of the VAE")
+    width: int = Field(32, ge=4, le=512, description="channels of the VAE's first layer")
+    beta: _Positive = Field(1.0, description="weight of the VAE's KL term; smaller: sharper images, rougher space")
+    epochs: int = Field(20, ge=1, description="passes of the generator's own training over the unlabelled inputs")
+    batch_size: int = Field(128, ge=1, description="samples per step of the generator's own training")
+    learning_rate: _Positive | Literal["auto"] = Field(
+        "auto", description="of the generator's own training, AdamW; auto: 0.002 (vae), 5e-5 (masked-lm)"
+    )
+    factory: str | None = Field(None, description='dotted path "package.module:name" of your own generator')
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="arguments of the factory")
+    weights: str | None = Field(None, description="state dict of your own generator (.safetensors, .pth)")
+    model: str | None = Field(None, description="folder or hub name of the masked language model")
+    learn: Literal["auto", "nothing", "head", "all"] = Field(
+        "auto",
+        description="what of the masked language model is trained on the texts first; auto: all where the model comes "
+        "without a head for it, else nothing",
+    )
+    mask: tuple[_Share, _Share] = Field(
+        (0.15, 0.3), description="smallest and largest share of a text's tokens that are masked and refilled"
+    )
+    temperature: _Positive = Field(1.0, description="of the distribution that a masked token is drawn from")
+
+    @model_validator(mode="after")
+    def _keys_fit_the_kind(self) -> Self:
+        if self.kind is not None:
+            for name in given(self):
+                if name not in KEYS_OF_GENERATOR[self.kind]:
+                    raise ValueError(
+                        f'"{name}" does not belong to a generator of kind "{self.kind}"; '
+                        f"its keys: {', '.join(sorted(KEYS_OF_GENERATOR[self.kind] - {'kind'}))}"
+                    )
+        if self.kind == "torch" and self.factory is None:
+            raise ValueError('a generator of kind "torch" needs "factory"')
+        if self.kind == "masked-lm" and self.model is None:
+            raise ValueError('a generator of kind "masked-lm" needs "model"')
+        if self.mask[0] > self.mask[1]:
+            raise ValueError(f"mask = [{self.mask[0]:g}, {self.mask[1]:g}]: the smallest share first")
+        return self
+
+
+_TRAINED = frozenset({"epochs", "batch_size", "learning_rate"})
+KEYS_OF_GENERATOR: dict[GeneratorKind, frozenset[str]] = {
+    "vae": frozenset({"kind", "latent", "width", "beta"}) | _TRAINED,
+    "torch": frozenset({"kind", "factory", "kwargs", "weights"}),
+    "masked-lm": frozenset({"kind", "model", "learn", "mask", "temperature"}) | _TRAINED,
+}
+
+
+class ExploreSection(Section):
+    """Inputs beside the data on which the student learns from the teacher: their labels are the teacher's, always.
+
+    In every step `batch_size` of them pass through the teacher as it is then (or were passed once, `versions`), and the
+    student is pulled towards what the teacher says of them. The ground truth has no say there.
+    """
+
+    kind: ExploreKind = Field("none", description="where the further inputs come from")
+    weight: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="lambda_2, of the distillation loss on them; 0: looked at only"
+    )
+    match: Literal["kd", "objective"] | None = Field(
+        None,
+        description="kd: tau^2 KL of the class probabilities; objective: the recipe's own objectives; default: kd "
+        "where the teacher gives class logits",
+    )
+    tau: _Positive | None = Field(None, description="temperature of match = kd; default: the recipe's kd's own, else 1")
+    around: Around = Field("train", description="real inputs to explore around: train, unlabelled, or both together")
+    batch_size: int | None = Field(None, ge=1, description="further inputs per step; default: train.batch_size")
+    versions: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="make so many inputs of each real one once, ask the teacher once, and store both; default: new "
+        "ones in every step",
+    )
+    sigma: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="radius, in standard deviations of the latents (random, gradient)"
+    )
+    steps: int = Field(1, ge=1, le=3, description="ascent steps of gradient exploration")
+    filter: Literal["none", "confidence", "agreement"] = Field(
+        "none",
+        description="keep what the teacher is sure of (threshold), or calls as it calls the real input",
+    )
+    threshold: float = Field(0.5, gt=0, lt=1, description="smallest probability of the teacher's class (confidence)")
+    generator: GeneratorSection = Field(GeneratorSection(), description="what makes the inputs")
+
+    @model_validator(mode="after")
+    def _keys_fit_the_kind(self) -> Self:
+        for name in given(self):
+            if self.kind not in KINDS_OF_KEY.get(name, frozenset({self.kind})):
+                wanted = " or ".join(f'"{kind}"' for kind in sorted(KINDS_OF_KEY[name]))
+                raise ValueError(f'"{name}" belongs to kind {wanted}, this one is "{self.kind}"')
+        if self.filter != "confidence" and "threshold" in given(self):
+            raise ValueError('"threshold" belongs to filter = "confidence"')
+        if self.match == "objective" and self.tau is not None:
+            raise ValueError('"tau" belongs to match = "kd"; an objective has its own')
+        if self.kind == "gradient" and self.sigma == 0:
+            raise ValueError('sigma = 0 leaves nothing to explore; kind = "reconstructed" is that control')
+        if self.kind == "gradient" and self.generator.kind == "masked-lm":
+            raise ValueError('texts have no gradient to follow; use kind = "random", which refills masked tokens')
+        return self
+
+    @property
+    def generates(self) -> bool:
+        """Whether a generator makes the inputs."""
+        return self.kind in GENERATED
+
+
+_ALL_BUT_NONE: frozenset[str] = frozenset({"random", "gradient", "reconstructed", "augmented", "real"})
+KINDS_OF_KEY: dict[str, frozenset[str]] = {
+    **dict.fromkeys(("weight", "match", "tau", "around", "batch_size", "filter", "threshold"), _ALL_BUT_NONE),
+    "versions": _ALL_BUT_NONE - {"gradient"},
+    "sigma": frozenset({"random", "gradient"}),
+    "steps": frozenset({"gradient"}),
+    "generator": GENERATED,
+}
+"""Keys that only some kinds read."""
+
+
+def given(section: Section) -> list[str]:
+    """Keys whose values differ from the default; a stored recipe spells every default out."""
+    return [
+        name
+        for name, field in type(section).model_fields.items()
+        if getattr(section, name) != field.get_default(call_default_factory=True)
+    ]
+
+
+class ExploreParameter(Section):
+    """One key of `[explore]`, by its place below it."""
+
+    name: str
+    default: str | float | bool | tuple[float, ...] | dict[str, Any] | None
+    meaning: str
+
+
+class ExploreDescription(Section):
+    """What `edgestill methods` says about one exploration."""
+
+    kind: ExploreKind
+    title: str
+    summary: str
+    needs: str
+    cost: str
+    source: str
+    control: bool
+    parameters: tuple[ExploreParameter, ...]
+
+
+_TGT = "Zaheer et al. 2022, arXiv 2208.06825"
+_TEACHER = "a teacher that can be run on any input (not array)"
+_FACTS: dict[ExploreKind, tuple[str, str, str, str, str]] = {
+    "none": ("Real data only", "the student learns on the training split alone", "nothing", "none", "-"),
+    "random": (
+        "Teacher-guided training, random (TGT)",
+        "samples a generator's latent space near real inputs and lets the teacher label what comes out; texts: masked "
+        "tokens are refilled",
+        f"{_TEACHER}, and a generator: a VAE or masked language model that is trained on unlabelled inputs, or yours",
+        "the generator's training once; in every step a pass of generator, teacher and student (versions: stored)",
+        f"{_TGT}; radius and filters are our reading",
+    ),
+    "gradient": (
+        "Teacher-guided training, gradient (TGT)",
+        "as random, and steps in latent space towards where student and teacher disagree, up to the same radius",
+        "as random, for images, with a teacher of kind train, torch or transformers",
+        "as random, and in every step so many times forward and backward through generator, teacher and student",
+        f"{_TGT}; steps and projection are our reading",
+    ),
+    "reconstructed": (
+        "Distillation on reconstructions",
+        "the generator's picture of real inputs, without a step: what the generator alone does",
+        "as random, for images",
+        "as random",
+        "control of TGT",
+    ),
+    "augmented": (
+        "Distillation on strong augmentation",
+        "real images shifted, mirrored, erased and changed in contrast, labelled by the teacher",
+        f"{_TEACHER}, and images",
+        "in every step a pass of teacher and student",
+        "control of TGT",
+    ),
+    "real": (
+        "Distillation on further real inputs",
+        "real inputs as they are, labelled by the teacher: with unlabelled data the first thing to try",
+        _TEACHER,
+        "in every step a pass of teacher and student",
+        "control of TGT",
+    ),
+}
+"""Title, summary, needs, cost, source."""
+
+
+def describe_explorations() -> tuple[ExploreDescription, ...]:
+    """Every exploration with its settings; defaults and meanings come from the recipe's own fields."""
+    return tuple(
+        ExploreDescription(
+            kind=kind,
+            title=title,
+            summary=summary,
+            needs=needs,
+            cost=cost,
+            source=source,
+            control=kind in CONTROLS,
+            parameters=_parameters(kind),
+        )
+        for kind, (title, summary, needs, cost, source) in _FACTS.items()
+    )
+
+
+def _parameters(kind: ExploreKind) -> tuple[ExploreParameter, ...]:
+    names = [name for name in ExploreSection.model_fields if kind in KINDS_OF_KEY.get(name, frozenset())]
+    found = [_parameter(name, ExploreSection, name) for name in names if name != "generator"]
+    if "generator" in names:
+        found += [_parameter(f"generator.{name}", GeneratorSection, name) for name in GeneratorSection.model_fields]
+    return tuple(found)
+
+
+def _parameter(name: str, section: type[Section], field: str) -> ExploreParameter:
+    found = section.model_fields[field]
+    return ExploreParameter(
+        name=name, default=found.get_default(call_default_factory=True), meaning=found.description or ""
+    )
