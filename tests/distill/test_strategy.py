@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from distill.data.dataset import Dataset
 from distill.outputs import StudentOutput, TeacherOutput
-from distill.strategy import Step, Strategy
+from distill.strategy import Step, Strategy, Together
 from distill.training import Run
 from profiles.errors import EdgestillError, InputError, Interrupted
 from tests.distill.training_cases import Case, StopAfter, same_weights
@@ -186,3 +186,52 @@ def test_mixup_is_refused_where_a_strategy_cannot_have_it(tmp_path: Path) -> Non
         Case("kd").with_(mixup=0.4).run(tmp_path / "student", strategy=Beside())
     assert error.value.where == "train.mixup"
     assert not (tmp_path / "student.partial").exists()
+
+
+def test_two_strategies_together_are_each_asked_as_if_alone(tmp_path: Path) -> None:
+    spy, beside = Spy(), Beside()
+    result, _, _ = Case("kd").run(tmp_path / "both", strategy=Together(spy, beside))
+    alone = Spy()
+    Case("kd").run(tmp_path / "alone", strategy=alone)
+    assert spy.moments == alone.moments
+    assert result.history[0]["spy/figure"] == 7.0
+    assert "loss/beside" in result.history[0]
+    assert beside.scale.weight.item() != 1.0
+    assert (tmp_path / "both/spy.txt").read_text() == "kept"
+
+
+def test_together_means_that_every_one_must_allow_mixup() -> None:
+    assert Together(Spy(), Spy()).mixup
+    assert not Together(Spy(), Beside()).mixup
+
+
+def test_the_state_of_two_strategies_comes_back_after_an_interruption(tmp_path: Path) -> None:
+    whole, first, second = Beside(), Beside(), Beside()
+    _, net, _ = Case("kd").run(tmp_path / "whole", strategy=Together(Spy(), whole))
+    with pytest.raises(Interrupted):
+        Case("kd").run(tmp_path / "parts", strategy=Together(Spy(), first), progress=StopAfter(8))
+    _, other, _ = Case("kd").run(tmp_path / "parts", strategy=Together(Spy(), second))
+    assert second.steps == whole.steps == 12
+    assert same_weights(net, other)
+
+
+def test_the_first_of_two_strategies_that_gives_a_teacher_or_rows_counts(tmp_path: Path) -> None:
+    class Told(Spy):
+        def __init__(self, value: float, rows: Any) -> None:
+            super().__init__()
+            self.value, self.kept = value, rows
+
+        def rows(self, dataset: Dataset, seed: int) -> Any:
+            return self.kept
+
+        def teacher(self, step: Step) -> TeacherOutput | None:
+            super().teacher(step)
+            return TeacherOutput(None, torch.full((len(step.rows), 4), self.value))
+
+    both = Together(Spy(), Told(1.0, np.arange(32)), Told(2.0, np.arange(64)))
+    assert both.rows(Case("kd").data, 0) is not None
+    assert len(both.rows(Case("kd").data, 0)) == 32
+    found = both.teacher(Step(0, 0, *[torch.arange(3)] * 5, 0.1, lambda logits: logits))
+    assert found is not None
+    assert found.logits is not None
+    assert float(found.logits[0, 0]) == 1.0
