@@ -26,7 +26,7 @@ class Metric(Section):
     """A metric with its interval, as fractions."""
 
     name: str
-    """"top1" (accuracy) or "mAP" (macro mean average precision)."""
+    """"top1" (accuracy), "mAP" (macro mean average precision) or "macro recall" (mean over classes)."""
     value: float
     low: float
     high: float
@@ -85,7 +85,7 @@ def evaluate(task: str, logits: Array, labels: Array, mask: Array | None = None,
     if primary_metric(task) == "top1":
         from profiles.statistics import wilson
 
-        correct = _correct(logits, labels)
+        correct = correct_answers(logits, labels)
         hits, n = int(correct.sum()), int(correct.size)
         low, high = wilson(hits, n)
         return Metric(name="top1", value=hits / n, low=low, high=high, n=n, method="Wilson score")
@@ -124,7 +124,7 @@ def difference(
 
     method = f"paired bootstrap over samples, {_RESAMPLES} resamples"
     if primary_metric(task) == "top1":
-        gain = _correct(logits_a, labels).astype(np.int64) - _correct(logits_b, labels).astype(np.int64)
+        gain = correct_answers(logits_a, labels).astype(np.int64) - correct_answers(logits_b, labels).astype(np.int64)
         n = int(gain.size)
         # Resampling n of n values out of -1, 0 and 1 is drawing their counts.
         counts = np.array([(gain < 0).sum(), (gain == 0).sum(), (gain > 0).sum()])
@@ -205,8 +205,12 @@ def weighted_average_precision(logits: Array, labels: Array, mask: Array | None,
     return out
 
 
-def _correct(logits: Array, labels: Array) -> Array:
-    """Whether the highest logit is the label's, bool (N,)."""
+def correct_answers(logits: Array, labels: Array) -> Array:
+    """Whether the highest logit is the label's, bool (N,); a tie goes to the first class.
+
+    Raises:
+        EdgestillError: shapes or labels that do not fit, or NaN among the logits.
+    """
     import numpy as np
 
     logits, labels = np.asarray(logits), np.asarray(labels)

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+import math
+import re
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from profiles.section import Section
 
@@ -36,6 +45,17 @@ KEYS_OF_KIND: dict[Kind, frozenset[str]] = {
     "text": frozenset({"length", "vocabulary", "tokenizer"}),
 }
 Side = Annotated[int, Field(ge=1, le=4096)]
+UnlabelledSource = Literal["imagefolder", "csv", "jsonl", "parquet", "npz", "idx", "lines"]
+KEYS_OF_UNLABELLED: dict[UnlabelledSource, frozenset[str]] = {
+    "imagefolder": frozenset(),
+    "csv": frozenset({"image_column", "text_column"}),
+    "jsonl": frozenset({"image_column", "text_column"}),
+    "parquet": frozenset({"image_column", "text_column"}),
+    "npz": frozenset({"image_column"}),
+    "idx": frozenset(),
+    "lines": frozenset(),
+}
+"""The columns that each source of unlabelled inputs reads."""
 
 
 class AugmentSection(Section):
@@ -61,6 +81,88 @@ class AugmentSection(Section):
     def teacher_views(self) -> int:
         """Views that a teacher cache holds."""
         return self.views if self.changes_images and not self.reuse_clean_teacher else 1
+
+
+class UnlabelledSection(Section):
+    """Inputs without labels, beside the labelled ones: what the data left over, or a source of their own.
+
+    They are brought to the shape of the data (its size, resize rule, channels, tokenizer). Those that are also in the
+    validation or the test split are dropped.
+    """
+
+    rest: bool = False
+    """The training samples that train_size or imbalance left out; their labels are not read."""
+    source: UnlabelledSource | None = None
+    """imagefolder: any folder of images, with or without class folders. lines: a text file, one text per line."""
+    path: str | None = None
+    """File or folder, relative to the recipe. For idx: the image file, or a folder that holds one."""
+    image_column: str | None = None
+    """Column with an image or an image's path (relative to the table); for npz the key, default "images"."""
+    text_column: str | None = None
+    """Column with a text. Default: data.text_column, "text" or "sentence"."""
+    size: int | None = Field(None, ge=1)
+    """Use so many of them only, drawn by the seed of the splits."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.rest and (self.source is not None or self.path is not None):
+            raise ValueError("rest = true takes what the data left over; source and path are another way")
+        if not self.rest and (self.source is None or self.path is None):
+            raise ValueError(
+                "unlabelled inputs come from rest = true, or from a source with its path"
+                if self.source is None and self.path is None
+                else f'"{"path" if self.path is None else "source"}" is missing: source and path go together'
+            )
+        if self.image_column and self.text_column:
+            raise ValueError("image_column and text_column exclude each other")
+        read = frozenset[str]() if self.source is None else KEYS_OF_UNLABELLED[self.source]
+        for name in ("image_column", "text_column"):
+            if getattr(self, name) is not None and name not in read:
+                reader = "rest = true" if self.source is None else f'source = "{self.source}"'
+                raise ValueError(f"{reader} does not read {name}")
+        return self
+
+    @property
+    def known_kind(self) -> Kind | None:
+        """What the inputs are, where the keys alone tell; None: as the data, or its columns will tell."""
+        if self.source == "lines" or self.text_column:
+            return "text"
+        if self.image_column or self.source in ("imagefolder", "npz", "idx"):
+            return "image"
+        return None
+
+    def other_kind_message(self, kind: Kind | None) -> str:
+        """Says that these inputs are of another kind than the data, `kind`."""
+        ours, theirs = ("images", "texts") if kind == "text" else ("texts", "images")
+        return f'source = "{self.source}" gives {ours}, the data holds {theirs}'
+
+
+def kind_of_keys(source: str, image_column: str | None, text_column: str | None) -> Kind | None:
+    """What the samples of a labelled source are, where its keys alone tell."""
+    if text_column:
+        return "text"
+    if image_column or source in ("imagefolder", "npz", "idx"):
+        return "image"
+    return CATALOGUE_KINDS.get(source)
+
+
+def imbalance_factor(word: str) -> float:
+    """The factor F >= 1 of "exp:F".
+
+    Raises:
+        ValueError: another word, or a factor that is below 1 or not finite.
+
+    >>> imbalance_factor("exp:100")
+    100.0
+    """
+    found = re.fullmatch(r"exp:(\d+(?:\.\d+)?(?:[eE]\+?\d+)?)", word)
+    factor = float(found.group(1)) if found else 0.0
+    if not found or not math.isfinite(factor) or factor < 1:
+        raise ValueError(
+            f'"{word}" is no imbalance: "exp:F" with a finite F of 1 or more, such as "exp:100": the first class keeps '
+            "F times as many training samples as the last"
+        )
+    return factor
 
 
 class DataSection(Section):
@@ -109,6 +211,12 @@ class DataSection(Section):
     """Seed of the splits that are made; default: the recipe's seed."""
     train_size: int | None = Field(None, ge=2)
     """Keep so many training samples only, class shares kept."""
+    imbalance: str | None = None
+    """"exp:F" makes the training split long-tailed, in class order: class i keeps n F^(-i/(C-1)) samples.
+
+    n is as large as the training split (after train_size) allows. The test split is made balanced, by leaving samples
+    of the larger classes out; the validation split stays as it is.
+    """
 
     image_size: Side | tuple[Side, Side] | None = None
     """Pixels, one side or (height, width). Default: the images' own size when all have the same."""
@@ -125,6 +233,36 @@ class DataSection(Section):
     """A `tokenizer.json` to use instead of training one."""
 
     augment: AugmentSection = AugmentSection()
+    unlabelled: UnlabelledSection | None = None
+    """Further inputs without labels, for generators and exploration."""
+
+    @field_validator("imbalance")
+    @classmethod
+    def _imbalance_is_a_law(cls, word: str | None, info: ValidationInfo) -> str | None:
+        if word is not None:
+            imbalance_factor(word)
+            if info.data.get("task") == "multilabel":
+                raise ValueError("a sample with several labels belongs to several classes: imbalance is for multiclass")
+        return word
+
+    @field_validator("unlabelled")
+    @classmethod
+    def _unlabelled_is_of_the_same_kind(
+        cls, unlabelled: UnlabelledSection | None, info: ValidationInfo
+    ) -> UnlabelledSection | None:
+        kind = kind_of_keys(info.data.get("source", ""), info.data.get("image_column"), info.data.get("text_column"))
+        if unlabelled is not None and None not in (kind, unlabelled.known_kind) and unlabelled.known_kind != kind:
+            raise ValueError(unlabelled.other_kind_message(kind))
+        return unlabelled
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_is_not_used(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A section without these keys reads, and hashes, as before there were any."""
+        values: dict[str, Any] = handler(self)
+        for name in ("imbalance", "unlabelled"):
+            if values.get(name, ...) is None:
+                del values[name]
+        return values
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -179,11 +317,7 @@ class DataSection(Section):
     @property
     def known_kind(self) -> Kind | None:
         """What the samples are, where the keys alone tell; None: the columns of the data will tell."""
-        if self.text_column:
-            return "text"
-        if self.image_column or self.source in ("imagefolder", "npz", "idx"):
-            return "image"
-        return CATALOGUE_KINDS.get(self.source)
+        return kind_of_keys(self.source, self.image_column, self.text_column)
 
     def keys_of_other_kind(self, kind: Kind) -> list[str]:
         """Keys that were given although samples of this kind do not read them."""
