@@ -144,7 +144,7 @@ def train(
     )
     run.resume(progress)
     remaining = (section.epochs - run.epoch) * run.steps_per_epoch * run.batch_size - run.step_in_epoch * run.batch_size
-    with _stop_requests() as stop, progress.task(title, remaining) as task:
+    with stop_requests() as stop, progress.task(title, remaining) as task:
         while run.epoch < section.epochs:
             run.train_epoch(task, stop)
             # agreed on first: a signal may reach one process only, and all of them must save or none
@@ -382,11 +382,7 @@ class Run:
         return order if self.rows is None else self.rows[order]
 
     def _seed_generators(self, step: int) -> None:
-        """Dropout of (seed, step, process), without waiting for the device."""
-        mixed = ((self.seed * 1_000_003 + step) * 65_537 + self.processes.rank) % 2**63
-        torch.default_generator.manual_seed(mixed)
-        if self.device.type == "cuda":
-            torch.cuda.default_generators[self.device.index or torch.cuda.current_device()].manual_seed(mixed)
+        seed_generators(self.seed, step, self.device, rank=self.processes.rank)
 
     def _read_window(self) -> None:
         """Adds the losses since the last look to the epoch's totals.
@@ -613,6 +609,14 @@ class _Average:
                 mean.copy_(value)
 
 
+def seed_generators(seed: int, step: int, device: torch.device, *, rank: int = 0) -> None:
+    """Sets torch's generators to a state of (seed, step, process) alone, without waiting for the device."""
+    mixed = ((seed * 1_000_003 + step) * 65_537 + rank) % 2**63
+    torch.default_generator.manual_seed(mixed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or torch.cuda.current_device()].manual_seed(mixed)
+
+
 class Stop:
     """Whether the user asked to stop, and whether all processes know it."""
 
@@ -621,7 +625,7 @@ class Stop:
 
 
 @contextmanager
-def _stop_requests() -> Iterator[Stop]:
+def stop_requests() -> Iterator[Stop]:
     """Turns the first SIGINT or SIGTERM into a request that the loop sees between two steps; a second acts as usual."""
     stop = Stop()
     previous: dict[int, Any] = {}
