@@ -32,6 +32,7 @@ class ArrayTeacher(Teacher):
     """
 
     sees_views = False
+    runs_live = False
 
     kind = "array"
 
@@ -55,6 +56,18 @@ class ArrayTeacher(Teacher):
         return "\n".join(parts)
 
     def outputs(self, batch: TeacherBatch) -> TeacherOutput:
+        """The stored rows of a split's samples.
+
+        Raises:
+            InputError: inputs that are in no split: texts of their own, or pixels of which a gradient is wanted.
+        """
+        if batch.texts is not None or batch.inputs.is_floating_point():
+            raise InputError(
+                "a teacher of stored outputs cannot say anything about new inputs",
+                where="teacher.kind",
+                fix='a teacher that runs: kind = "train", "transformers", "onnx" or "torch"; or take [explore] out',
+            )
+
         def rows(arrays: dict[SplitName, Array]) -> torch.Tensor | None:
             if batch.split not in arrays:
                 return None

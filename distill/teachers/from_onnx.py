@@ -32,7 +32,7 @@ _MASK, _TOKEN_TYPES = "attention_mask", "token_type_ids"
 class OnnxTeacher(Teacher):
     """Images enter as uint8 where the graph takes uint8, else scaled as ImageInput says (size and channels of a fixed
     input shape are taken from the graph). Texts enter as the student's tokens, with `attention_mask` and
-    `token_type_ids` where the graph has them. A single logit z of two exclusive classes speaks for the second: [0, z].
+    `token_type_ids` where the graph has them; inputs that are in no split enter the same way. A single logit z of two exclusive classes speaks for the second: [0, z].
 
     Raises:
         InputError: unreadable file, unknown output, input that the data cannot feed, logits of another class count.
@@ -129,9 +129,11 @@ class OnnxTeacher(Teacher):
 
     @torch.no_grad()
     def _run(self, inputs: Tensor) -> list[np.ndarray[Any, Any]]:
-        x = inputs.cpu()
+        x = inputs.detach().cpu()
         if self._adapter is not None:
             x = self._adapter(x)
+        elif x.is_floating_point():
+            x = x.round()  # pixels between two values, for a graph that takes whole ones
         feeds = {self._input: x.numpy()}
         if _MASK in self._dtypes:
             feeds[_MASK] = (x != self._pad_id).numpy()

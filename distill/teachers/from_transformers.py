@@ -34,7 +34,8 @@ class TransformersTeacher(NetworkTeacher):
     its mean and standard deviation, and repeated to its channels.
 
     A live copy tokenises every split once. When only its last layers learn, it computes once per split of texts what
-    enters them, and keeps it in memory; images go through the frozen layers every time, because their views change.
+    enters them, and keeps it in memory; images go through the frozen layers every time, because their views change, and
+    so do texts that are in no split (`TeacherBatch.texts`), which are tokenised anew.
 
     Raises:
         InputError: `transformers` is not installed, nothing loadable at that name, texts missing, wrong class count.
@@ -121,7 +122,7 @@ class TransformersTeacher(NetworkTeacher):
 
     def compute(self, batch: TeacherBatch) -> TeacherOutput:
         inputs = self._inputs(batch)
-        if self._cut is None:
+        if self._cut is None or batch.texts is not None:  # what was kept is of the splits' own texts
             return self._forward(inputs)
         with self._cut.replaying(self._entering_of(batch.split).batch(batch.rows, self.device)):
             return self._forward(inputs)
@@ -150,12 +151,14 @@ class TransformersTeacher(NetworkTeacher):
             modules = self.network
             assert isinstance(modules, nn.ModuleDict)
             return {"pixel_values": modules["adapter"](self.to_device(batch.inputs))}
-        if self._tokens is not None:
+        if batch.texts is None and self._tokens is not None:
             return self._tokens_of(batch.split).batch(batch.rows, self.device)
-        texts = self._texts(batch.split)
-        return {
-            name: send(value, self.device) for name, value in self._encode([texts[row] for row in batch.rows]).items()
-        }
+        if batch.texts is not None:
+            chosen = list(batch.texts)
+        else:
+            texts = self._texts(batch.split)
+            chosen = [texts[row] for row in batch.rows]
+        return {name: send(value, self.device) for name, value in self._encode(chosen).items()}
 
     def _encode(self, texts: list[str]) -> dict[str, Tensor]:
         """int64 (N, T) each, on the host, padded to the longest."""
