@@ -69,7 +69,8 @@ class Dataset:
 
     key: hash of content and preprocessing. preprocessing: resize rule, size, colour order and so on, as they go into
     manifests. tokenizer: the `tokenizers` JSON file of token data. revision: the hub's commit that was loaded, None for
-    other sources (and where the library did not tell).
+    other sources (and where the library did not tell). left_out: int64, rows of the source's training split that are in
+    no split here, because train_size or imbalance left them out; None where the source is not known.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Dataset:
     citation: str = ""
     tokenizer: Path | None = None
     revision: str | None = None
+    left_out: np.ndarray[Any, Any] | None = None
 
     def split(self, name: SplitName) -> Split:
         """The split of that name."""
@@ -98,9 +100,14 @@ def subset(dataset: Dataset, rows: np.ndarray[Any, Any]) -> Dataset:
         dataset: the whole.
         rows: int64 (n,), in the order that they get.
     """
+    import numpy as np
+
     from profiles.artifact import content_key
 
     split = dataset.train
+    left_out = dataset.left_out
+    if left_out is not None and split.rows is not None:
+        left_out = np.union1d(left_out, np.delete(split.rows, rows))
     train = replace(
         split,
         inputs=split.inputs[rows],
@@ -109,4 +116,4 @@ def subset(dataset: Dataset, rows: np.ndarray[Any, Any]) -> Dataset:
         texts=None if split.texts is None else tuple(split.texts[row] for row in rows.tolist()),
         rows=None if split.rows is None else split.rows[rows],
     )
-    return replace(dataset, train=train, key=content_key("rows", dataset.key, rows))
+    return replace(dataset, train=train, left_out=left_out, key=content_key("rows", dataset.key, rows))

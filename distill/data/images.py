@@ -24,6 +24,10 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
 
+    def name(self, row: int) -> str:
+        """Of one image, for messages."""
+        ...
+
     def describe(self, row: int) -> tuple[int, int, bool]:
         """Height, width and whether it is grey, from the header."""
         ...
@@ -51,9 +55,13 @@ class ArrayImages:
             array = array.transpose(0, 2, 3, 1)
         self.array = _as_uint8(array if array.ndim == 4 else array[..., None], where)
         """uint8 (N, H, W, C)"""
+        self._where = where
 
     def __len__(self) -> int:
         return len(self.array)
+
+    def name(self, row: int) -> str:
+        return f"{self._where}, row {row}"
 
     def describe(self, row: int) -> tuple[int, int, bool]:
         return self.array.shape[1], self.array.shape[2], self.array.shape[3] == 1
@@ -75,6 +83,9 @@ class EncodedImages:
 
     def __len__(self) -> int:
         return len(self._sources)
+
+    def name(self, row: int) -> str:
+        return self._sources[row][0]
 
     def describe(self, row: int) -> tuple[int, int, bool]:
         with self._open(row) as image:

@@ -15,9 +15,9 @@ from distill.data.arrays import Array
 from distill.data.dataset import Dataset, InputSpec, Split, SplitName
 from distill.data.images import ArrayImages, Images
 from distill.data.labels import Labels, check_classes, parse_labels
-from distill.data.section import AugmentSection, DataSection
+from distill.data.section import AugmentSection, DataSection, Resize, imbalance_factor
 from distill.data.sources import Raw, read_source, source_paths
-from distill.data.splits import take_stratified
+from distill.data.splits import take_balanced, take_long_tail, take_stratified
 from distill.data.text import encode, load_tokenizer, pad_id, train_tokenizer
 from profiles import artifact
 from profiles.errors import InputError
@@ -51,12 +51,12 @@ def load_dataset(
     key = artifact.content_key(
         KIND,
         _FORM,
-        section.model_dump(mode="json", exclude={"augment", "split_seed"}),
+        section.model_dump(mode="json", exclude={"augment", "split_seed", "unlabelled"}),
         split_seed,
-        _stamps(source_paths(section, base), base),
+        stamps(source_paths(section, base), base),
     )
     manifest = artifact.current(folder, KIND, key)
-    if manifest is None or not _files_unchanged(folder):
+    if manifest is None or not files_unchanged(folder):
         with artifact.explain_os_errors(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
         with read_source(section, base, folder.parent, progress) as raw:
@@ -101,7 +101,7 @@ def open_dataset(folder: Path) -> Dataset:
             source=info["sources"][name][0],
             source_size=info["sources"][name][1],
         )
-    content = {name: value for name, value in manifest.files.items() if name != _FILES}
+    content = {name: value for name, value in manifest.files.items() if name != FILES}
     return Dataset(
         name=info["name"],
         task=info["task"],
@@ -116,16 +116,28 @@ def open_dataset(folder: Path) -> Dataset:
         citation=info["citation"],
         revision=info["revision"],
         tokenizer=folder / "tokenizer.json" if spec.kind == "tokens" else None,
+        left_out=np.load(folder / _LEFT_OUT) if (folder / _LEFT_OUT).is_file() else _left_out(splits),
     )
+
+
+def _left_out(splits: dict[SplitName, Split]) -> Array:
+    """Rows of the source's training split that no split took, where no class was thinned out."""
+    taken = np.zeros(splits["train"].source_size or 0, bool)
+    for split in splits.values():
+        if split.source == "train":
+            taken[split.rows] = True
+    return np.flatnonzero(~taken)
 
 
 # ------------------------------------------------------------------------------ is what lies there still right?
 
-_FILES = "files.json"
+FILES = "files.json"
 """In the artefact: size and time of the image files that a table named, to notice when one of them changes."""
+_LEFT_OUT = "left_out_rows.npy"
+"""In the artefact where `imbalance` is used: there, a row that is in no split may be one left out of the test split."""
 
 
-def _stamps(paths: Sequence[Path], base: Path) -> list[tuple[str, int, int]]:
+def stamps(paths: Sequence[Path], base: Path) -> list[tuple[str, int, int]]:
     """(path, size, modification time in ns) of every file in or under `paths`."""
     found = []
     for path in paths:
@@ -136,10 +148,11 @@ def _stamps(paths: Sequence[Path], base: Path) -> list[tuple[str, int, int]]:
     return found
 
 
-def _files_unchanged(folder: Path) -> bool:
-    if not (folder / _FILES).is_file():
+def files_unchanged(folder: Path) -> bool:
+    """Whether the image files that a table named are as they were when the artefact in `folder` was made."""
+    if not (folder / FILES).is_file():
         return True
-    for name, size, time in json.loads((folder / _FILES).read_text(encoding="utf-8")):
+    for name, size, time in json.loads((folder / FILES).read_text(encoding="utf-8")):
         try:
             state = Path(name).stat()
         except OSError:
@@ -180,7 +193,9 @@ def _check_section(section: DataSection, raw: Raw) -> None:
                 evidence=f"{len(raw.splits[name].inputs)} {name} samples",
                 fix="remove the key",
             )
-    if section.split_seed is not None and section.train_size is None and all(name in raw.splits for name in SPLITS):
+    draws = section.train_size is not None or section.imbalance is not None
+    draws = draws or (section.unlabelled is not None and section.unlabelled.size is not None)
+    if section.split_seed is not None and not draws and all(name in raw.splits for name in SPLITS):
         raise InputError(
             '"split_seed" belongs to splits that are made, this data has all of them',
             where=f"data.split_seed, {raw.where}",
@@ -206,6 +221,9 @@ def _write(section: DataSection, raw: Raw, seed: int, base: Path, folder: Path, 
         {name: rows.labels for name, rows in raw.splits.items()}, section, raw.classes, raw.where
     )
     rows = _choose_rows(section, raw, labels, classes, seed)
+    imbalance: dict[str, Any] = {}
+    if section.imbalance is not None:
+        rows, imbalance = _thin_out(section.imbalance, rows, labels, classes, seed, folder, progress)
     chosen = {name: labels[source].take(index) for name, (source, index) in rows.items()}
     check_classes(chosen, classes, raw.where)
     for name, (_, index) in rows.items():
@@ -219,14 +237,20 @@ def _write(section: DataSection, raw: Raw, seed: int, base: Path, folder: Path, 
     else:
         spec, preprocessing = _write_images(section, raw, rows, folder, progress)
     if raw.files:
-        artifact.write_text(folder / _FILES, json.dumps(_stamps([file.absolute() for file in raw.files], Path("/"))))
+        artifact.write_text(folder / FILES, json.dumps(stamps([file.absolute() for file in raw.files], Path("/"))))
     return {
         "form": _FORM,
         "name": raw.name,
         "task": section.task,
         "classes": list(classes),
         "samples": {name: len(index) for name, (_, index) in rows.items()},
-        "split": {"seed": seed, "made": [name for name in SPLITS if name not in raw.splits], "stratified": True},
+        "samples_of_class": {name: _samples_of_class(chosen[name], classes) for name in rows},
+        "split": {
+            "seed": seed,
+            "made": [name for name in SPLITS if name not in raw.splits],
+            "stratified": True,
+            **imbalance,
+        },
         "sources": {name: [source, len(labels[source])] for name, (source, _) in rows.items()},
         "input": {
             "kind": spec.kind,
@@ -253,8 +277,9 @@ def _choose_rows(
 
     def take(size: int, stream: int, where: str) -> tuple[Array, Array]:
         train = rows["train"][1]
-        generator = int(np.random.SeedSequence([seed & (2**63 - 1), stream]).generate_state(1)[0])
-        rest, taken = take_stratified(labels["train"].take(train), size, seed=generator, where=where, classes=classes)
+        rest, taken = take_stratified(
+            labels["train"].take(train), size, seed=stream_seed(seed, stream), where=where, classes=classes
+        )
         return train[rest], train[taken]
 
     given = len(labels["train"])
@@ -276,6 +301,62 @@ def _choose_rows(
             )
         rows["train"] = ("train", take(section.train_size, 2, f"data.train_size = {section.train_size}")[1])
     return {name: rows[name] for name in SPLITS}
+
+
+def stream_seed(seed: int, stream: int) -> int:
+    """The seed of one of the draws that a data set needs: 0 test, 1 validation, 2 train_size, 3 and 4 imbalance, 5 the
+    unlabelled inputs."""
+    return int(np.random.SeedSequence([seed & (2**63 - 1), stream]).generate_state(1)[0])
+
+
+def _thin_out(
+    word: str,
+    rows: dict[SplitName, tuple[SplitName, Array]],
+    labels: dict[SplitName, Labels],
+    classes: tuple[str, ...],
+    seed: int,
+    folder: Path,
+    progress: Progress,
+) -> tuple[dict[SplitName, tuple[SplitName, Array]], dict[str, Any]]:
+    """A long-tailed training split and a balanced test split out of `rows`, and what the manifest says about it."""
+    train = rows["train"][1]
+    kept = take_long_tail(
+        labels["train"].take(train), imbalance_factor(word), seed=stream_seed(seed, 3), classes=classes
+    )
+    source, test = rows["test"]
+    even = take_balanced(labels[source].take(test), seed=stream_seed(seed, 4), where="data.imbalance", classes=classes)
+    thinned: dict[SplitName, tuple[SplitName, Array]] = {
+        **rows,
+        "train": ("train", train[kept]),
+        "test": (source, test[even]),
+    }
+    given, used = np.arange(len(labels["train"])), thinned["train"][1]
+    others = [index for name, (origin, index) in rows.items() if origin == "train" and name != "train"]
+    left_out = np.setdiff1d(given, np.concatenate([used, *others]))
+    np.save(folder / _LEFT_OUT, left_out)
+    counts = np.bincount(labels["train"].values[used], minlength=len(classes))
+    progress.note(
+        f"imbalance {word}: {counts.max()} to {counts.min()} training samples per class"
+        + (
+            f"; {len(test) - len(even)} test samples left out, so that classes are equally many"
+            * (len(even) < len(test))
+        )
+    )
+    return thinned, {
+        "imbalance": word,
+        "left_out": {"train": len(left_out), "test": len(test) - len(even)},
+    }
+
+
+def _samples_of_class(labels: Labels, classes: tuple[str, ...]) -> dict[str, int]:
+    """By name; multilabel: known positives."""
+    if labels.values.ndim == 1:
+        counts = np.bincount(labels.values, minlength=len(classes))
+    else:
+        counts = (labels.values.astype(bool) if labels.mask is None else labels.values.astype(bool) & labels.mask).sum(
+            0
+        )
+    return {name: int(count) for name, count in zip(classes, counts, strict=True)}
 
 
 def _write_texts(
@@ -332,7 +413,7 @@ def _write_images(
                 folder / f"{name}_inputs.npy", "w+", np.uint8, (len(index), channels, *size)
             )
             start = 0
-            for chunk in _decoded(images[source], index, size, section, channels):
+            for chunk in decoded(images[source], index, size, section.resize, channels):
                 target[start : start + len(chunk)] = chunk
                 start += len(chunk)
                 if name == "train":
@@ -360,9 +441,7 @@ def _write_images(
     }
 
 
-def _decoded(
-    images: Images, index: Array, size: tuple[int, int], section: DataSection, channels: int
-) -> Iterator[Array]:
+def decoded(images: Images, index: Array, size: tuple[int, int], resize: Resize, channels: int) -> Iterator[Array]:
     """uint8 (n, channels, H, W) in order; decoding runs in threads, because Pillow frees the interpreter meanwhile."""
     if isinstance(images, ArrayImages) and images.array.shape[1:] == (*size, channels):
         for start in range(0, len(index), _CHUNK):
@@ -370,7 +449,7 @@ def _decoded(
         return
 
     def one(row: int) -> Array:
-        return images.decode(row, size, section.resize, channels)
+        return images.decode(row, size, resize, channels)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for start in range(0, len(index), _CHUNK):

@@ -306,9 +306,12 @@ def commit_of(loaded: Any) -> str | None:
 
 
 def _read_table(section: DataSection, base: Path, path: Path, cache: Path) -> Raw:
-    arguments: dict[str, Any] = {"cache_dir": str(cache)}
-    files = {"train": path}
-    for split, value in (("validation", section.validation_path), ("test", section.test_path)):
+    files: dict[SplitName, Path] = {"train": path}
+    own: tuple[tuple[SplitName, str | None], ...] = (
+        ("validation", section.validation_path),
+        ("test", section.test_path),
+    )
+    for split, value in own:
         if value is not None:
             files[split] = base / Path(value).expanduser()
     if section.source == "imagefolder" and not path.is_dir():
@@ -322,28 +325,44 @@ def _read_table(section: DataSection, base: Path, path: Path, cache: Path) -> Ra
             where=f"data.{other}",
             fix="name the training file with data.path, or keep all files of the splits in the folder",
         )
+    loaded = load_table(section.source, path, files, cache)
+    folder = path if path.is_dir() else path.parent
+    return _from_datasets(loaded, section, path.stem, str(path), folder)
+
+
+def load_table(source: str, path: Path, files: Mapping[SplitName, Path], cache: Path) -> Any:
+    """A `DatasetDict` of a folder, or of table files.
+
+    Args:
+        source: imagefolder, csv, jsonl or parquet.
+        path: the folder, else the training file.
+        files: the file of each split, where `path` is a file.
+        cache: for the converter's temporary files; the caller removes it after use.
+
+    Raises:
+        InputError: nothing in it, or not of that kind.
+    """
+    arguments: dict[str, Any] = {"cache_dir": str(cache)}
     if path.is_dir():
         arguments["data_dir"] = str(path)
     else:
         arguments["data_files"] = {split: str(file) for split, file in files.items()}
     with _quiet_datasets() as datasets:
         try:
-            loaded = datasets.load_dataset(_BUILDERS[section.source], **arguments)
+            return datasets.load_dataset(_BUILDERS[source], **arguments)
         except Exception as error:  # the builders raise whatever pandas, pyarrow or fsspec raise
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__
             empty = (path.is_file() and path.stat().st_size == 0) or "corresponds to no data" in str(cause)
             raise InputError(
-                f"{section.path} {'holds no samples' if empty else f'cannot be read as {section.source}'}",
+                f"{path.name} {'holds no samples' if empty else f'cannot be read as {source}'}",
                 where=str(path),
                 evidence=f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}",
                 fix="one sample per row, the same columns in every row"
-                if section.source != "imagefolder"
+                if source != "imagefolder"
                 else "one folder per class, images inside; or train/, validation/ and test/ with those inside",
             ) from error
-    folder = path if path.is_dir() else path.parent
-    return _from_datasets(loaded, section, path.stem, str(path), folder)
 
 
 def _from_datasets(loaded: Any, section: DataSection, name: str, where: str, folder: Path) -> Raw:
@@ -411,10 +430,10 @@ def _from_datasets(loaded: Any, section: DataSection, name: str, where: str, fol
     for split, table in tables.items():
         inputs: Images | Sequence[str]
         if text_column is not None:
-            inputs = _texts(table, text_column, f"{where}, {split}")
+            inputs = texts_of(table, text_column, f"{where}, {split}")
         else:
             assert image_column is not None
-            inputs, found = _image_column(table, image_column, folder, f"{where}, {split}")
+            inputs, found = images_of(table, image_column, folder, f"{where}, {split}")
             if section.source in ("csv", "jsonl", "parquet"):
                 files += found
         labels: Sequence[Any] | Array
@@ -451,7 +470,12 @@ def _split_by_column(table: Any, column: str, where: str) -> dict[SplitName, Any
     return {split: table.select(chosen) for split, chosen in rows.items()}
 
 
-def _texts(table: Any, column: str, where: str) -> list[str]:
+def texts_of(table: Any, column: str, where: str) -> list[str]:
+    """The texts of a column.
+
+    Raises:
+        InputError: one of them is no text.
+    """
     texts = table[column][:]
     for row, text in enumerate(texts):
         if not isinstance(text, str):
@@ -477,7 +501,12 @@ def _matrix(table: Any, columns: Sequence[str], where: str) -> Array:
     return matrix
 
 
-def _image_column(table: Any, column: str, folder: Path, where: str) -> tuple[EncodedImages, list[Path]]:
+def images_of(table: Any, column: str, folder: Path, where: str) -> tuple[EncodedImages, list[Path]]:
+    """The undecoded images of a column, and the files among them; `folder`: where relative paths start.
+
+    Raises:
+        InputError: a row without an image.
+    """
     import datasets
 
     if type(table.features[column]).__name__ == "Image":

@@ -8,6 +8,8 @@ from distill.data.arrays import Array
 from distill.data.labels import Labels
 from profiles.errors import InputError
 
+_FACTORS = (1000, 500, 200, 100, 50, 20, 10, 5, 2)
+"""Imbalances to suggest, the strongest first."""
 _SMALLEST_HALF = 4
 """Rows below which stratifying them means nothing."""
 
@@ -41,6 +43,80 @@ def take_stratified(
     chosen = np.zeros(count, bool)
     chosen[taken] = True
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+
+
+def long_tail_counts(available: Array, factor: float) -> Array:
+    """How many samples each class keeps in a long-tailed training split: floor(n F^(-i/(C-1))), i = 0 .. C-1.
+
+    The exponential law of Cui et al. 2019 (class-balanced loss, arXiv 1901.05555), classes in their order. n is the
+    largest whole number with which every class has enough samples.
+
+    Args:
+        available: int64 (C,), C >= 2, samples of each class.
+        factor: F >= 1, how many times as many the first class gets as the last.
+
+    Returns:
+        int64 (C,), never increasing; 0 where a class would keep none.
+
+    >>> long_tail_counts(np.full(5, 1000), 100).tolist()
+    [1000, 316, 100, 31, 10]
+    """
+    law = factor ** -(np.arange(len(available)) / (len(available) - 1))
+
+    def counts(first: int) -> Array:
+        # rounded first, because 1000 * 1000 ** (-1 / 3) falls short of 100 by one part in 10^14
+        return np.floor(np.round(first * law, 9)).astype(np.int64)
+
+    low, high = 0, int(available[0])
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if (counts(middle) <= available).all() else (low, middle - 1)
+    return counts(low)
+
+
+def take_long_tail(labels: Labels, factor: float, *, seed: int, classes: tuple[str, ...]) -> Array:
+    """Rows of a long-tailed choice of multiclass samples, see `long_tail_counts`; ascending, int64.
+
+    Raises:
+        InputError: the factor leaves a class without a sample.
+    """
+    available = np.bincount(labels.values, minlength=len(classes))
+    counts = long_tail_counts(available, factor)
+    if counts.min() < 1:
+        worst = int(np.argmin(counts))
+        fitting = next((other for other in _FACTORS if long_tail_counts(available, other).min() >= 1), None)
+        raise InputError(
+            f'"exp:{factor:g}" leaves class "{classes[worst]}" without a training sample',
+            where="data.imbalance",
+            evidence=f'"{classes[0]}" would keep {counts[0]} of {available[0]}, "{classes[worst]}" none of '
+            f"{available[worst]}",
+            fix="add samples" if fitting is None else f'imbalance = "exp:{fitting}" leaves some of each',
+        )
+    return _per_class(labels.values, counts, seed)
+
+
+def take_balanced(labels: Labels, *, seed: int, where: str, classes: tuple[str, ...]) -> Array:
+    """Rows of equally many multiclass samples of each class, as many as the rarest has; ascending, int64.
+
+    Raises:
+        InputError: a class has no sample.
+    """
+    counts = np.bincount(labels.values, minlength=len(classes))
+    if counts.min() < 1:
+        raise InputError(
+            f'class "{classes[int(np.argmin(counts))]}" has no test sample, so the test split cannot be balanced',
+            where=where,
+            evidence=f"{len(labels)} test samples",
+            fix="add test samples of it, or leave data.imbalance out",
+        )
+    return _per_class(labels.values, np.full(len(classes), counts.min()), seed)
+
+
+def _per_class(values: Array, counts: Array, seed: int) -> Array:
+    """Random rows, so many of each class: the first of one order per class, so that smaller choices are nested."""
+    random = np.random.default_rng(seed)
+    chosen = [random.permutation(np.flatnonzero(values == label))[:count] for label, count in enumerate(counts)]
+    return np.sort(np.concatenate(chosen))
 
 
 def nested_order(labels: Labels, *, seed: int) -> Array:
