@@ -1,4 +1,4 @@
-"""What a task gives to the grid, and the arms that it is run with. A task lives in one folder and is opened per process.
+"""What a task gives to the grid, and the arms that it is run with. It lives in a folder; every process opens it.
 
 A task has few labelled samples, an unlabelled rest, a small validation split and a test split. Every seed draws its
 own labelled samples, so that intervals over seeds cover that draw; validation, test, generator and the teacher that
@@ -11,20 +11,25 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
+
+from distill.exploration.explore import Exploration
+from distill.exploration.generated import build_generated
 
 from distill.data import Dataset
+from distill.data.section import AugmentSection
 from distill.data.unlabelled import Unlabelled
 from distill.exploration.generator import ImageGenerator, TextGenerator
-from distill.exploration.section import Around, ExploreKind, ExploreSection, GeneratorSection
+from distill.exploration.section import GENERATED, Around, ExploreKind, ExploreSection, GeneratorSection
 from distill.students import Student, build_student
 from distill.students.section import StudentSection
-from distill.teachers import Teacher
+from distill.teachers import Teacher, TeacherCache, build_cache
 from distill.train_section import TrainSection
 from profiles import artifact
 
 Knowledge = Literal["all", "few"]
 """Where the teacher's knowledge comes from: all labels of the pool, or the student's own few."""
+ONE_VIEW = AugmentSection(views=1)
 
 
 @dataclass(frozen=True)
@@ -32,13 +37,13 @@ class Arm:
     """One row of the tables.
 
     kind: where further inputs come from; None: labels alone, without a teacher. settings: further keys of `[explore]`.
-    main: part of the first comparison; the others come last.
+    main: part of the comparison; the others are single choices, run last and with teacher "all" only.
     """
 
     name: str
     kind: ExploreKind | None
     around: Around = "train"
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     main: bool = True
     about: str = ""
 
@@ -62,54 +67,55 @@ class Choice:
     """What validation chose on seed 0, and all arms of a task share.
 
     tau: temperature, on real and further inputs. hard_weight: of the labels. weight: lambda_2, of the further inputs.
-    sigmas: name of the arm -> radius.
+    sigmas: kind of exploration -> radius; empty where the further inputs have none.
     """
 
     tau: float
     hard_weight: float
     weight: float
-    sigmas: Mapping[str, float] = field(default_factory=dict)
+    sigmas: Mapping[str, float] = field(default_factory=dict, hash=False)
 
 
 class Task(ABC):
     """One task in a folder of its own below `root`.
 
-    Subclasses set the class or instance attributes and define the abstract methods; what a method makes is an artefact
-    in `folder`, so that a second call, and another process, opens it. Nothing may change while workers run: they open
-    what `prepare` and `make_teacher` made.
+    Subclasses set the attributes and define the abstract methods; what a method makes is an artefact in `folder`, so
+    that a second call, and another process, opens it.
 
     Attributes:
         name: of folder and labels, short: "fashion-10". title: for the report.
-        student_arch, train, explore_batch: the same for all arms. `train.validations` is 1, so that the weights are
-            those of the last epoch and validation chooses hyper-parameters only.
+        group: tasks of group 0 run seed by seed before those of group 1.
+        student_arch, train, explore_batch: the same for all arms. `train.validations` is 1, so that the weights kept
+            are those of the last epoch, and validation chooses hyper-parameters only.
         arms: in the order in which they run within a seed.
-        tuned_on: name of the task on which the shared hyper-parameters were chosen (its own, by default).
-        taus, hard_weights, weights: candidates, judged with the arm KD and teacher "all" on seed 0, all combinations.
-        sigmas: candidates of the radius, judged with each exploring arm; empty: the arms have none (texts).
-        versions: of the arms that are no gradient; None: new inputs in every step.
-        generator_section: of `[explore.generator]`.
+        teacher_settings: plain values that decide how both teachers are made.
+        taus, hard_weights, weights: candidates, judged on seed 0 with the arm KD and teacher "all", all combinations.
+        sigmas: candidates of the radius, then judged with each kind that explores; empty: the task has none (texts).
+        versions: of all arms but gradient; None: new inputs in every step.
+        generator_section: `[explore.generator]`.
     """
 
     name: str
     title: str
+    group: int = 0
     student_arch: str
     train: TrainSection
     explore_batch: int
     arms: tuple[Arm, ...]
     generator_section: GeneratorSection
+    teacher_settings: object
     versions: int | None = None
-    taus: tuple[float, ...] = (1.0, 2.0, 4.0)
+    taus: tuple[float, ...] = (1.0, 4.0)
     hard_weights: tuple[float, ...] = (0.1, 0.5)
     weights: tuple[float, ...] = (0.5, 1.0, 2.0)
     sigmas: tuple[float, ...] = ()
-    knowledge: ClassVar[tuple[Knowledge, ...]] = ("all", "few")
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     @property
     def folder(self) -> Path:
-        """Of all that it makes."""
+        """Of all that it makes for itself alone."""
         return self.root / self.name
 
     @property
@@ -117,18 +123,18 @@ class Task(ABC):
         """Name of the task whose choice it uses."""
         return self.name
 
-    # -- what a task defines -----------------------------------------------------------------------------------------
+    # -- what a task defines ------------------------------------------------------------------------------------------
 
     @abstractmethod
     def prepare(self, seeds: int) -> dict[str, Any]:
-        """Makes all that does not depend on a seed, and the seeds' data: splits, generator, the teacher that knows all.
+        """Makes all that workers open: the data of so many seeds, the generator, the teacher that knows all labels.
 
-        Runs in one process before the workers start, with as many threads as they are.
+        Runs in one process before the workers start, with as many threads as there will be workers.
 
         Returns:
-            Facts for the report, plain values: at least "samples" (split -> number, and "unlabelled"), "teacher" (its
-            architecture), "teacher_test" (accuracy of the teacher that knows all), "student_parameters",
-            "teacher_parameters", and "seconds" (what was made -> seconds).
+            Facts for the report: "samples" (split -> number, and "unlabelled"), "counts" (of the classes in the
+            training split), "classes", "teacher" (its architecture), "teacher_parameters", "student_parameters",
+            "generator" (a few words), "seconds" (what was made -> seconds).
         """
 
     @abstractmethod
@@ -141,17 +147,24 @@ class Task(ABC):
 
     @abstractmethod
     def make_teacher(self, seed: int) -> None:
-        """Trains the teacher of "few" on `dataset(seed)`; found finished when it is there. One thread, a worker's."""
+        """Trains the teacher of "few" on `dataset(seed)`, in a worker, unless it is there."""
 
     @abstractmethod
     def teacher(self, knowledge: Knowledge, seed: int) -> Teacher:
-        """Frozen, made by `prepare` ("all", the same for every seed) or `make_teacher` ("few")."""
+        """Frozen; made by `prepare` ("all", the same for every seed) or `make_teacher` ("few")."""
 
     @abstractmethod
     def generator(self) -> ImageGenerator | TextGenerator:
-        """Frozen, made by `prepare` from the pool's inputs; labels unused."""
+        """Frozen; made by `prepare` from the pool's inputs, labels unused."""
 
-    # -- what all tasks share ----------------------------------------------------------------------------------------
+    # -- what all tasks share -----------------------------------------------------------------------------------------
+
+    def cache(self, knowledge: Knowledge, seed: int) -> TeacherCache:
+        """What the teacher says of `dataset(seed)`; made by the first call, in a worker."""
+        folder = self.folder / "cache" / f"{knowledge}-{seed}"
+        return build_cache(
+            self.teacher(knowledge, seed), self.dataset(seed), ONE_VIEW, folder, seed=seed, dtype="float32"
+        )
 
     def student(self, seed: int) -> Student:
         """A fresh student; the same seed gives the same weights to every arm."""
@@ -174,11 +187,28 @@ class Task(ABC):
         if arm.kind != "gradient" and self.versions is not None:
             keys["versions"] = self.versions
         if arm.explores and self.sigmas:
-            keys["sigma"] = choice.sigmas[arm.name]
-        section = ExploreSection(**{**keys, **arm.settings})
-        return section.model_copy(update={"generator": self.generator_section}) if section.generates else section
+            keys["sigma"] = choice.sigmas[arm.kind]
+        if arm.kind in GENERATED:
+            keys["generator"] = self.generator_section
+        return ExploreSection(**{**keys, **arm.settings})
+
+    def exploration(self, section: ExploreSection, knowledge: Knowledge, seed: int, folder: Path) -> Exploration:
+        """What the training loop asks. folder: of a stored set of generated inputs, where there is one."""
+        teacher, dataset = self.teacher(knowledge, seed), self.dataset(seed)
+        generator = self.generator() if section.generates else None
+        unlabelled = self.unlabelled(seed) if section.around != "train" else None
+        generated = None
+        if section.versions is not None:
+            generated = build_generated(
+                section, teacher, dataset, folder, generator=generator, unlabelled=unlabelled, seed=seed
+            )
+        return Exploration(
+            section, teacher, dataset, generator=generator, unlabelled=unlabelled, tau=section.tau, generated=generated
+        )
 
     def key(self, knowledge: Knowledge | None, seed: int) -> str:
-        """Hash of data, teacher (None: none is asked) and generator."""
-        told = None if knowledge is None else (self.teacher(knowledge, seed).key, self.generator().key)
-        return artifact.content_key(self.dataset(seed).key, self.unlabelled(seed).key, told)
+        """Hash of data, teacher (None: none is asked), generator and training; "few" need not be trained for it."""
+        told: list[object] = [] if knowledge is None else [knowledge, self.generator().key, self.teacher_settings]
+        if knowledge == "all":
+            told.append(self.teacher(knowledge, seed).key)
+        return artifact.content_key(self.dataset(seed).key, self.student_arch, self.train, told)
