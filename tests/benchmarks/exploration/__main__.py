@@ -80,7 +80,7 @@ class Benchmark:
 
     def scores(self) -> dict[StudentCell, float]:
         """Validation accuracies of the finished cells that choose."""
-        found = {}
+        found: dict[StudentCell, float] = {}
         for task in self.tuned:
             known: list[StudentCell] = []
             while True:  # the radii to try are known when the rest is chosen

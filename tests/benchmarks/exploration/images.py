@@ -161,7 +161,7 @@ class FashionTask(Task):
 
     explore_batch = 32
     sigmas = (0.25, 0.5, 1.0)
-    arms = (LABELS, KD, RANDOM, GRADIENT, AUGMENTED, RECONSTRUCTED, UNLABELLED)
+    arms: tuple[Arm, ...] = (LABELS, KD, RANDOM, GRADIENT, AUGMENTED, RECONSTRUCTED, UNLABELLED)
 
     def __init__(
         self,

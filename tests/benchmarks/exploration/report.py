@@ -138,9 +138,8 @@ def _difference(labels: np.ndarray[Any, Any], ours: _Logits, control: _Logits) -
     """Over the seeds that both have."""
     both = sorted(set(ours) & set(control))
     samples = over_samples("multiclass", [ours[seed] for seed in both], [control[seed] for seed in both], labels)
-    found = compare(
-        *([float((each[seed].argmax(1) == labels).mean()) for seed in both] for each in (ours, control)), samples
-    )
+    scores = [[float((each[seed].argmax(1) == labels).mean()) for seed in both] for each in (ours, control)]
+    found = compare(scores[0], scores[1], samples)
     return {
         "difference": found.bootstrap.value,
         "seeds_interval": found.seeds,
@@ -176,8 +175,8 @@ def markdown(found: Mapping[str, Any]) -> str:
         f"`{found['command']}`, {found['date']}; {found['machine']}; {found['versions']}.",
         "",
         "All arms of a task share the student's architecture, the number of steps, batch size and schedule; by seed "
-        "also the labelled samples, the initial weights and the order of the samples. Every seed draws its own labelled "
-        "samples (and trains its own teacher on them, where the teacher knows the few alone). All arms with a teacher "
+        "also the labelled samples, the initial weights and the order. Every seed draws its own labelled samples (and "
+        "trains its own teacher on them, where the teacher knows the few alone). All arms with a teacher "
         "have the same loss and ask it as often: in each step about the labelled batch, and about as many further "
         "inputs. What these are is all that differs. The labels that teach on them are the teacher's, always.",
         "",
@@ -320,16 +319,10 @@ def _groups(teacher: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> li
 
 def _figures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Keep rates, and how far student and teacher are apart on the further inputs."""
-    names = [
-        name for name in ("explore/kept", "explore/divergence", "explore/gain") if any(_has(row, name) for row in rows)
-    ]
+    title = {"explore/kept": "kept, %", "explore/divergence": "divergence", "explore/gain": "gain by the ascent"}
+    names = [name for name in title if any(_has(row, name) for row in rows)]
     if not names:
         return []
-    title = {
-        "explore/kept": "kept, %",
-        "explore/divergence": "divergence",
-        "explore/gain": "gain by the ascent",
-    }
     lines = [
         "",
         "The further inputs, means over all epochs and seeds: the share that the filter kept, the divergence of the "
@@ -347,10 +340,8 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             percent = name == "explore/kept"
             cells.append("" if value is None else f"{100 * value:.1f}" if percent else f"{value:.3g}")
         kept = [(key, value) for key, value in row["explored"].items() if key.startswith("explore/kept/")]
-        filtered = any(value < 1 for _, value in kept)
-        cells.append(
-            ", ".join(f"{key.rpartition('/')[2]} {100 * value:.0f}" for key, value in kept) if filtered else ""
-        )
+        told = ", ".join(f"{key.removeprefix('explore/kept/')} {100 * value:.0f}" for key, value in kept)
+        cells.append(told if any(value < 1 for _, value in kept) else "")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
