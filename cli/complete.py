@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 from pathlib import Path
 
@@ -61,10 +62,21 @@ def data_sets(incomplete: str) -> list[str]:
     return _matching([entry.name for entry in list_catalogue()], incomplete)
 
 
+def published(title: str) -> list[str]:
+    """The names that a method's paper gave it, which stand in brackets in its title: "A generic teacher (GTN)"."""
+    return re.findall(r"\(([\w-]+)\)", title)
+
+
 def methods(incomplete: str) -> list[str]:
-    """Objectives and teacher strategies by name."""
+    """Objectives, teacher strategies and explorations, by the names that a recipe or their papers give them."""
+    from distill.exploration.section import describe_explorations
     from distill.objectives.section import describe_objectives
     from distill.teachers.strategy_section import describe_strategies
 
-    names = [*(entry.kind for entry in describe_objectives()), *(entry.kind for entry in describe_strategies())]
-    return _matching(names, incomplete)
+    names = [(entry.kind, entry.title) for entry in describe_objectives()]
+    names += [(strategy.kind, strategy.title) for strategy in describe_strategies()]
+    names += [(exploration.kind, exploration.title) for exploration in describe_explorations()]
+    # any case is understood, and a shell wants back what was typed
+    write = str.upper if incomplete.isupper() else str.lower
+    words = [kind for kind, _ in names] + [name for _, title in names for name in published(title)]
+    return _matching(list(dict.fromkeys(map(write, words))), incomplete)

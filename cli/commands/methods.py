@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,11 +13,14 @@ from cli import complete, console
 from cli.commands.shared import JsonOption, examples, facts, plain_table
 
 if TYPE_CHECKING:
+    from distill.exploration.section import ExploreDescription
     from distill.objectives.section import Description, Parameter
     from distill.teachers.strategy_section import StrategyDescription
 
+    AnyDescription = Description | StrategyDescription | ExploreDescription
+
 app = typer.Typer(
-    epilog=examples("edgestill methods", "edgestill methods lelp", "edgestill methods lgtm", "edgestill methods --json")
+    epilog=examples("edgestill methods", "edgestill methods lelp", "edgestill methods GTN", "edgestill methods --json")
 )
 
 
@@ -25,27 +29,35 @@ def methods(
     name: Annotated[
         str | None,
         typer.Argument(
-            help="Only this objective or teacher strategy, with its settings.", autocompletion=complete.methods
+            help="Only this objective, teacher strategy or exploration, with its settings; published names do, too.",
+            autocompletion=complete.methods,
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """The ways to distil, and for a teacher to learn: what each one needs, costs and is good for, and its source.
+    """The ways to distil, for a teacher to learn, and to explore: what each one needs and costs, and its source.
 
     Methods marked "control" are there to be compared with, not to be shipped.
     """
+    from distill.exploration.section import ExploreDescription, describe_explorations
     from distill.objectives.section import describe_objectives
     from distill.teachers.strategy_section import StrategyDescription, describe_strategies
 
-    described, strategies = describe_objectives(), describe_strategies()
+    described, strategies, explorations = describe_objectives(), describe_strategies(), describe_explorations()
     if name is not None:
-        found = _find(name, described, strategies)
+        found = _find(name, (*described, *strategies, *explorations))
         if as_json:
-            console.emit_json(found)
-        elif isinstance(found, StrategyDescription):
-            _print_strategy(found)
-        else:
-            _print_one(found)
+            console.emit_json(found[0] if len(found) == 1 else found)
+            return
+        for position, entry in enumerate(found):
+            if position:
+                console.emit("")
+            if isinstance(entry, StrategyDescription):
+                _print_strategy(entry)
+            elif isinstance(entry, ExploreDescription):
+                _print_exploration(entry)
+            else:
+                _print_one(entry)
         return
     teachers, students, architectures = _teachers(), _students(), _architectures()
     if as_json:
@@ -53,45 +65,59 @@ def methods(
             {
                 "objectives": described,
                 "strategies": strategies,
+                "explorations": explorations,
                 "teachers": teachers,
                 "students": students,
                 "architectures": architectures,
             }
         )
         return
-    rows = [
-        (
-            "\n".join([entry.kind, *(f"  or {alias}" for alias in entry.aliases), *["  (control)"] * entry.control]),
-            _needs(entry, short=True),
-            entry.summary,
-        )
-        for entry in described
-    ]
+    rows = [(_names(entry, *entry.aliases), _needs(entry, short=True), entry.summary) for entry in described]
     console.emit(plain_table(("Objective", "Needs", "What it does"), rows))
     console.emit("needs: logits and embedding are the teacher's; several objectives in one recipe add up")
     console.emit("")
-    ways = [(entry.kind, entry.summary, entry.needs, entry.cost) for entry in strategies]
+    ways = [(_names(way), way.summary, way.needs, way.cost) for way in strategies]
     console.emit(plain_table(("Teacher strategy", "What it does", "Needs", "Costs"), ways))
+    console.emit("")
+    inputs = [(_names(entry), entry.summary, _needs_and_source(entry)) for entry in explorations]
+    console.emit(plain_table(("Exploration", "What it does", "Needs, and where it is from"), inputs))
     for title, entries in (("Teacher", teachers), ("Student", students), ("Student arch", architectures)):
         console.emit("")
         console.emit(plain_table((title, "What it is"), list(entries.items())))
-    console.emit("\nsettings, costs and source of one objective or teacher strategy: edgestill methods NAME")
+    console.emit(
+        "\nsettings, costs and source of one objective, teacher strategy or exploration: edgestill methods NAME"
+    )
 
 
-def _find(
-    name: str, described: tuple[Description, ...], strategies: tuple[StrategyDescription, ...]
-) -> Description | StrategyDescription:
+def _names(entry: AnyDescription, *aliases: str) -> str:
+    """What a recipe calls it, and below that its other names, and that it is a control."""
+    known = [_folded(name) for name in (entry.kind, *aliases)]
+    lines = [entry.kind, *(f"  or {alias}" for alias in aliases)]
+    lines += [f"  ({name})" for name in complete.published(entry.title) if _folded(name) not in known]
+    return "\n".join([*lines, *["  (control)"] * getattr(entry, "control", False)])
+
+
+def _needs_and_source(entry: ExploreDescription) -> str:
+    return entry.needs if entry.source == "-" else f"{entry.needs}\nsource: {entry.source}"
+
+
+def _folded(name: str) -> str:
+    """Names are told apart by letters and digits alone: "Distance-Correlation" is distance_correlation."""
+    return "".join(letter for letter in name.casefold() if letter.isalnum())
+
+
+def _find(name: str, described: Sequence[AnyDescription]) -> list[AnyDescription]:
+    """Every method that goes by this name: its own in a recipe, else its published one, which several may share."""
     from profiles.errors import InputError, nearest
 
-    for entry in described:
-        if name in (entry.kind, *entry.aliases):
-            return entry
-    for strategy in strategies:
-        if name == strategy.kind:
-            return strategy
-    names = [word for entry in described for word in (entry.kind, *entry.aliases)]
-    names += [strategy.kind for strategy in strategies]
-    raise InputError(f'no method "{name}"', where="NAME", fix=nearest(name, names))
+    own = [(entry.kind, *getattr(entry, "aliases", ())) for entry in described]
+    published = [(*complete.published(entry.title), entry.title) for entry in described]
+    for names in (own, published):
+        found = [entry for entry, known in zip(described, names, strict=True) if _folded(name) in map(_folded, known)]
+        if found:
+            return found
+    valid = {word.casefold() for names in (*own, *(titles[:-1] for titles in published)) for word in names}
+    raise InputError(f'no method "{name}"', where="NAME", fix=nearest(name.casefold(), sorted(valid)))
 
 
 _NEEDS = {
@@ -153,6 +179,26 @@ def _print_strategy(entry: StrategyDescription) -> None:
         console.emit(plain_table(("Setting", "Default", "Meaning"), rows))
 
 
+def _print_exploration(entry: ExploreDescription) -> None:
+    console.emit(f"{entry.title}{' (control: there to be compared with)' if entry.control else ''}")
+    console.emit(
+        facts(
+            [
+                ("in a recipe", f'explore.kind = "{entry.kind}"'),
+                ("what it does", entry.summary),
+                ("needs", entry.needs),
+                ("while training", entry.cost),
+                ("on the device", "none: nothing of it is in the exported student"),
+                ("source", entry.source),
+            ]
+        )
+    )
+    if entry.parameters:
+        console.emit("")
+        rows = [(f"explore.{each.name}", _toml(each.default), each.meaning) for each in entry.parameters]
+        console.emit(plain_table(("Setting", "Default", "Meaning"), rows))
+
+
 def _meaning(parameter: Parameter, entry: Description) -> str:
     search = entry.search.get(parameter.name)
     return parameter.meaning + (f"; tuned: {search.words}" if search else "")
@@ -172,6 +218,8 @@ def _toml(value: object) -> str:
         return "-"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
