@@ -32,7 +32,8 @@ _MASK, _TOKEN_TYPES = "attention_mask", "token_type_ids"
 class OnnxTeacher(Teacher):
     """Images enter as uint8 where the graph takes uint8, else scaled as ImageInput says (size and channels of a fixed
     input shape are taken from the graph). Texts enter as the student's tokens, with `attention_mask` and
-    `token_type_ids` where the graph has them; inputs that are in no split enter the same way. A single logit z of two exclusive classes speaks for the second: [0, z].
+    `token_type_ids` where the graph has them. Inputs that are in no split enter in the same way. A single logit z of
+    two exclusive classes speaks for the second: [0, z].
 
     Raises:
         InputError: unreadable file, unknown output, input that the data cannot feed, logits of another class count.

@@ -52,10 +52,7 @@ class TransformersTeacher(NetworkTeacher):
         self._cut: Cut | None = None
         self._entering: dict[SplitName, HiddenStates] = {}
         self.sees_views = dataset.input.kind == "image"
-        local = (base / section.model).is_dir()
-        if not local and _HUB_NAME.fullmatch(section.model) is None:
-            raise InputError(f"no such folder: {base / section.model}", where="teacher.model")
-        source = str(base / section.model) if local else section.model
+        source, local = locate(section.model, base, where="teacher.model")
         modules, preprocessing = self._load(source, section, dataset, local)
         super().__init__(modules, preprocessing, device)
         found = self.outputs(self._example(np.arange(min(2, len(dataset.train)))))
@@ -229,6 +226,19 @@ class TransformersTeacher(NetworkTeacher):
         if self._tokenizer is not None:
             _check_parts(whole, inputs, found[-1].detach(), cut, self._forward)
         return cut
+
+
+def locate(model: str, base: Path, *, where: str) -> tuple[str, bool]:
+    """What `from_pretrained` is called with for a folder below `base` or a hub name, and whether it is a folder.
+
+    Raises:
+        InputError: neither a folder nor a possible hub name.
+    """
+    if (base / model).is_dir():
+        return str(base / model), True
+    if _HUB_NAME.fullmatch(model) is None:
+        raise InputError(f"no such folder: {base / model}", where=where)
+    return model, False
 
 
 def _check_parts(
