@@ -154,7 +154,7 @@ def files_unchanged(folder: Path) -> bool:
         return True
     for name, size, time in json.loads((folder / FILES).read_text(encoding="utf-8")):
         try:
-            state = Path(name).stat()
+            state = Path("/", name).stat()  # stored relative to the root
         except OSError:
             return False
         if (state.st_size, state.st_mtime_ns) != (size, time):

@@ -83,7 +83,7 @@ def take_long_tail(labels: Labels, factor: float, *, seed: int, classes: tuple[s
     available = np.bincount(labels.values, minlength=len(classes))
     counts = long_tail_counts(available, factor)
     if counts.min() < 1:
-        worst = int(np.argmin(counts))
+        worst = int(np.flatnonzero(counts == 0)[-1])
         fitting = next((other for other in _FACTORS if long_tail_counts(available, other).min() >= 1), None)
         raise InputError(
             f'"exp:{factor:g}" leaves class "{classes[worst]}" without a training sample',

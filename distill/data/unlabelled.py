@@ -171,10 +171,12 @@ def _path(wanted: UnlabelledSection, base: Path) -> Path | None:
 
 @contextmanager
 def _under(key: str) -> Iterator[None]:
-    """Puts the recipe's key before the place that a reader names."""
+    """Puts the recipe's key before the place that a reader names, where it does not name one itself."""
     try:
         yield
     except InputError as error:
+        if error.where is not None and error.where.startswith("data.unlabelled."):
+            raise
         where = f"data.unlabelled.{key}" + (f", {error.where}" if error.where else "")
         raise InputError(error.message, where=where, evidence=error.evidence, fix=error.fix) from error
 
@@ -246,7 +248,7 @@ def _inputs(wanted: UnlabelledSection, path: Path) -> Images | list[str]:
         if key not in arrays:
             raise InputError(
                 f'no array "{key}" in {path.name}',
-                where=str(path),
+                where=f"data.unlabelled.image_column, in {path}",
                 evidence="keys found: " + ", ".join(sorted(arrays)),
                 fix="name the array with data.unlabelled.image_column",
             )

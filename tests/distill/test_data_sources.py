@@ -288,6 +288,20 @@ def test_an_unchanged_artefact_is_reused_and_a_changed_source_is_read_again(tmp_
     assert not list((tmp_path / "run").glob(".*"))
 
 
+def test_images_that_a_table_names_are_read_again_only_when_one_changes(tmp_path):
+    (tmp_path / "p").mkdir()
+    for index, image in enumerate(images_of(20)):
+        Image.fromarray(image).save(tmp_path / "p" / f"{index}.png")
+    write_csv(tmp_path / "t.csv", [{"image": f"p/{index}.png", "label": index % 2} for index in range(20)])
+    keys = {"source": "csv", "path": "t.csv"}
+    first = load(tmp_path, **keys)
+    made = (tmp_path / "run/data/manifest.json").stat().st_mtime_ns
+    assert load(tmp_path, **keys).key == first.key
+    assert (tmp_path / "run/data/manifest.json").stat().st_mtime_ns == made
+    Image.fromarray(255 - images_of(1)[0]).save(tmp_path / "p" / "0.png")
+    assert load(tmp_path, **keys).key != first.key
+
+
 def test_a_folder_of_another_form_is_made_anew(tmp_path, monkeypatch):
     np.savez(tmp_path / "d.npz", images=images_of(40), labels=np.arange(40) % 2)
     keys = {"source": "npz", "path": "d.npz"}
