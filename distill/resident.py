@@ -122,6 +122,28 @@ class Resident:
         return source.index_select(0, host_rows).pin_memory().to(self.device, non_blocking=True)
 
 
+class Stored:
+    """One array of samples, resident as `Resident` holds its own: rows of it come without waiting for the device.
+
+    Args:
+        array: (N, ...), may be mapped from disk.
+        device: where batches are wanted.
+    """
+
+    def __init__(self, array: np.ndarray[Any, Any], device: torch.device) -> None:
+        self.device = device
+        self._on_device = device.type == "cpu" or array.nbytes < _budget(device)
+        self._array = _tensor(array).to(device if self._on_device else "cpu")
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Rows (n,), int64 on the host, as (n, ...) on the device."""
+        if self.device.type == "cpu":
+            return self._array.index_select(0, rows)
+        if self._on_device:
+            return self._array.index_select(0, rows.pin_memory().to(self.device, non_blocking=True))
+        return self._array.index_select(0, rows).pin_memory().to(self.device, non_blocking=True)
+
+
 def _tensor(array: np.ndarray[Any, Any]) -> Tensor:
     with warnings.catch_warnings():
         # mapped files are read-only, and nothing here writes into them
