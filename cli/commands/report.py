@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,7 +48,8 @@ def report(
 ) -> None:
     """Print a run's or a study's report, or write it as a file; "-" as FILE is standard output.
 
-    Nothing is computed again: report.json in the run folder is the only source.
+    Nothing is computed again: report.json in the run folder is the only source; --html
+    takes the run's pictures with it.
     """
     from cli.report.html import to_html
     from cli.report.schema import load_report
@@ -55,10 +57,11 @@ def report(
     from cli.report.terminal import print_report
     from profiles.errors import InputError
 
+    folder = run.parent if run.suffix == ".json" else run
     writers: list[tuple[str, Path, Callable[[Report], str]]] = [
         (option, file, write)
         for option, file, write in (
-            ("--html", html, to_html),
+            ("--html", html, partial(to_html, folder=folder)),
             ("--csv", csv, to_csv),
             ("--markdown", markdown, to_markdown),
         )

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from cli.report.schema import MetricValue, Report, TargetRow
+from cli.report.schema import MetricValue, Picture, Report, TargetRow
 from cli.report.svg import accuracy_latency, training_curve
 from cli.report.words import (
     LIMIT_TITLES,
     NOT_THE_DEVICE,
+    SHOT_HEADING,
     VERDICT_WORDS,
     bound_words,
     date,
     duration,
     engine_words,
+    exploration_notes,
     latency_limit,
     limit_figures,
     limit_unit,
@@ -32,20 +35,32 @@ from cli.report.words import (
     provenance,
     reasons,
     scopes,
+    shot_notes,
+    shot_title,
     strategy_notes,
     subject_line,
 )
 
 STYLE_FILE = Path(__file__).with_name("page.css")
 _MARKS = {"pass": "✓", "fail": "✗", "inconclusive": "?", "not measured": "–", "error": "!"}
+_PNG = b"\x89PNG\r\n\x1a\n"
+_LONGEST_TEXT = 20_000
+"""Characters of an example file that the page shows."""
 
 
-def to_html(report: Report) -> str:
-    """The page as text. Everything that comes from the report is escaped."""
+def to_html(report: Report, folder: Path | None = None) -> str:
+    """The page as text. Everything that comes from the report is escaped.
+
+    Args:
+        report: the report.
+        folder: the run folder, whose pictures become part of the page; None: they are only named.
+    """
     sections = [
         _heading(report),
         _targets(report),
+        _shots(report),
         _plot(report),
+        _exploration(report, folder),
         _why(report),
         _details(report),
     ]
@@ -162,9 +177,74 @@ def _footnotes(report: Report) -> str:
     notes += [f"distilling {entry.arch} bought {points(entry.difference, '−')}" for entry in report.bought]
     if any(on_other_machine(row) for row in report.targets):
         notes.append(f"* {NOT_THE_DEVICE}")
-    notes += strategy_notes(report)
+    notes += strategy_notes(report) + exploration_notes(report)
     notes += report.notes
     return f'<div class="notes">{"".join(f"<p>{escape(note)}</p>" for note in notes)}</div>\n'
+
+
+def _shots(report: Report) -> str:
+    """Accuracy on the classes with many, some and few training samples, where there are such."""
+    shots = report.shots
+    if shots is None:
+        return ""
+    rows = []
+    for row in shots.rows:
+        cells = [
+            _cell(escape(row.title), look="name" if row.role == "student" else ""),
+            _cell(escape(row.arch), look="arch"),
+            _cell(escape(row.precision)),
+        ]
+        for group in shots.groups:
+            metric = row.metrics.get(group.name)
+            title = "" if metric is None else f"{percent(metric.low)} to {percent(metric.high)} %, {metric.on}"
+            cells.append(_cell(_metric(metric), shot_title(group.name), "number", title))
+        look = "" if row.role == "student" else ' class="reference"'
+        rows.append(f"<tr{look}>{''.join(cells)}</tr>")
+    heads = [("", ""), ("Student", ""), ("Precision", "")]
+    heads += [(f"{shot_title(group.name)} %", "number") for group in shots.groups]
+    members = [f"{group.name}: {', '.join(group.classes)}" for group in shots.groups]
+    notes = "".join(f"<p>{escape(note)}</p>" for note in (*shot_notes(report), *members))
+    return f'<h2>{SHOT_HEADING.replace(" %", "")}</h2>{_table(heads, rows)}<div class="notes">{notes}</div>\n'
+
+
+def _exploration(report: Report, folder: Path | None) -> str:
+    """What the students explored, with the pictures that the run made of it."""
+    found = report.exploration
+    if found is None:
+        return ""
+    kept = ""
+    classes = {name for student in found.students for name in student.kept_by_class}
+    if classes:
+        names = [name for name in report.data.labels if name in classes]
+        rows = []
+        for student in found.students:
+            shares = [student.kept, *(student.kept_by_class.get(name) for name in names)]
+            cells = [_cell(escape(student.arch), look="arch")]
+            cells += [
+                _cell(percent(share), head, "number") for head, share in zip(("all", *names), shares, strict=True)
+            ]
+            rows.append(f"<tr>{''.join(cells)}</tr>")
+        heads = [("kept %, by the teacher's class", ""), *((name, "number") for name in ("all", *names))]
+        kept = _table(heads, rows)
+    notes = "".join(f'<p class="soft">{escape(note)}</p>' for note in exploration_notes(report))
+    pictures = "".join(_picture(picture, folder) for picture in found.pictures)
+    return f"<h2>Exploration</h2>{notes}{kept}{pictures}\n"
+
+
+def _picture(picture: Picture, folder: Path | None) -> str:
+    """The picture itself, or the examples; where they cannot be read, their name alone."""
+    caption = f"<figcaption>{escape(picture.title)} <code>{escape(picture.file)}</code></figcaption>"
+    content = b""
+    if folder is not None and (path := (folder / picture.file).resolve()).is_relative_to(folder.resolve()):
+        content = path.read_bytes() if path.is_file() else b""
+    if content.startswith(_PNG):
+        source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+        return f'<figure><img src="{source}" alt="{escape(picture.title)}">{caption}</figure>'
+    if content and picture.file.endswith(".txt"):
+        text = content.decode("utf-8", errors="replace")
+        shown = text[:_LONGEST_TEXT].rpartition("\n")[0] if len(text) > _LONGEST_TEXT else text
+        return f"<figure><pre>{escape(shown)}</pre>{caption}</figure>"
+    return f"<figure>{caption}</figure>"
 
 
 def _plot(report: Report) -> str:

@@ -303,6 +303,8 @@ class TrainingRun(Part):
     objective: str
     strategy: str = "frozen"
     """How a student's teacher, or this teacher, learned."""
+    exploration: str = "none"
+    """Kind of the further inputs that a student learned on."""
     epochs: float
     best_epoch: float | None = None
     seconds: float
@@ -313,8 +315,101 @@ class TrainingRun(Part):
 
     @property
     def title(self) -> str:
-        """The training's name: "student (lgtm)"."""
+        """The training's name: "student (lgtm, random)"."""
+        words = [self.strategy] * (self.strategy != "frozen") + [self.exploration] * (self.exploration != "none")
+        return f"{self.role} ({', '.join(words)})" if words else self.role
+
+
+ShotName = Literal["many", "medium", "few"]
+"""Classes by their training samples: more than 100, 20 to 100, fewer than 20 (`profiles.shots`)."""
+
+
+class ShotGroup(Part):
+    """Classes with a similar number of training samples."""
+
+    name: ShotName
+    classes: tuple[str, ...]
+    """Their labels."""
+    fewest: int
+    most: int
+    """fewest and most: training samples of one of these classes."""
+    n_test: int
+    """Test samples of all these classes."""
+
+
+class ShotRow(Part):
+    """One model's accuracy on every group: the mean of the recalls of the group's classes."""
+
+    role: Literal["student", "no teacher", "teacher"]
+    targets: tuple[str, ...] = ()
+    """Whose chosen file it is, for a student."""
+    arch: str
+    precision: str = "fp32"
+    strategy: str = "frozen"
+    """How a teacher itself learned."""
+    metrics: dict[ShotName, MetricValue]
+    """A group without test samples has none."""
+
+    @property
+    def title(self) -> str:
+        """The row's name: its targets, or "teacher (lgtm)"."""
+        if self.targets:
+            return ", ".join(self.targets)
         return self.role if self.strategy == "frozen" else f"{self.role} ({self.strategy})"
+
+
+class Shots(Part):
+    """How the classes with many, some and few training samples fare, where the training split has a long tail."""
+
+    groups: tuple[ShotGroup, ...]
+    """Many first; a group without classes is left out."""
+    rows: tuple[ShotRow, ...]
+
+    @model_validator(mode="after")
+    def _rows_have_these_groups(self) -> Self:
+        names = {group.name for group in self.groups}
+        for row in self.rows:
+            if not set(row.metrics) <= names:
+                raise ValueError(f"{row.title} has groups that are not listed: {sorted(set(row.metrics) - names)}")
+        return self
+
+
+class ExploredStudent(Part):
+    """What came of one student's exploration, in the epoch that was kept."""
+
+    arch: str
+    kept: Charted = None
+    """Share of the further inputs that the filter kept, 0..1; None without a filter."""
+    kept_by_class: dict[str, Charted] = Field(default_factory=dict)
+    """The same for every class that the teacher named, by label."""
+    divergence: Charted = None
+    """KL of teacher and student on the further inputs."""
+
+
+class Picture(Part):
+    """A picture, or a text, that the run made for a person to look at."""
+
+    file: str
+    """Path relative to the run folder."""
+    title: str
+
+
+class Exploration(Part):
+    """Inputs beside the data that the students learned on: `[explore]` of the recipe."""
+
+    kind: str
+    control: bool = False
+    """Whether this kind is there to be compared with."""
+    weight: float
+    sigma: float | None = None
+    """Radius in standard deviations of the latents; None for kinds without one."""
+    generator: str = ""
+    """What made the inputs, in a few words; empty where nothing did."""
+    filter: str = "none"
+    summary: str
+    """All that matters of the section, in one line: "random, sigma 1, around the training samples"."""
+    students: tuple[ExploredStudent, ...] = ()
+    pictures: tuple[Picture, ...] = ()
 
 
 class DataFacts(Part):
@@ -396,6 +491,10 @@ class Report(Part):
     bought: tuple[Bought, ...] = ()
     stages: tuple[Stage, ...] = ()
     training: tuple[TrainingRun, ...] = ()
+    shots: Shots | None = None
+    """None where the classes have similarly many training samples, or several labels per sample."""
+    exploration: Exploration | None = None
+    """None where the students learned on their data alone."""
     data: DataFacts
     notes: tuple[str, ...] = ()
 

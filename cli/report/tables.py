@@ -6,7 +6,7 @@ import csv
 import io
 import re
 
-from cli.report.schema import LimitName, MetricValue, Report
+from cli.report.schema import LimitName, MetricValue, Report, ShotName, ShotRow
 from cli.report.words import (
     LIMIT_TITLES,
     NOT_THE_DEVICE,
@@ -14,6 +14,7 @@ from cli.report.words import (
     counts_line,
     date,
     duration,
+    exploration_notes,
     latency_limit,
     limit_figures,
     limit_unit,
@@ -29,9 +30,13 @@ from cli.report.words import (
     provenance,
     reasons,
     scopes,
+    shot_notes,
+    shot_title,
+    strategy_notes,
     subject_line,
 )
 
+_SHOTS: tuple[ShotName, ...] = ("many", "medium", "few")
 CSV_COLUMNS = (
     "row",
     "name",
@@ -70,6 +75,8 @@ CSV_COLUMNS = (
     "limit_metric_floor",
     "limit_max_metric_drop",
     "bundle",
+    "exploration",
+    *(f"{group}_shot_{part}" for group in _SHOTS for part in ("value", "low", "high", "n")),
 )
 _LIMITS: tuple[LimitName, ...] = ("latency_ms", "memory_mib", "file_size_mib", "metric_floor", "max_metric_drop")
 
@@ -98,8 +105,11 @@ def to_csv(report: Report) -> str:
             "peak_memory_mib": row.peak_memory_mib,
             "roofline_at_least_ms": row.roofline.bound_ms if row.roofline else None,
             "bundle": row.bundle,
+            "exploration": "none" if report.exploration is None else report.exploration.kind,
         }
         fields |= _metric_fields(report, row.metric)
+        rows = report.shots.rows if report.shots is not None else ()
+        fields |= _shot_fields(next((each for each in rows if row.name in each.targets), None))
         if row.latency is not None:
             fields |= {
                 "latency_scope": row.latency.scope,
@@ -116,7 +126,12 @@ def to_csv(report: Report) -> str:
             limit = row.limit(name)
             fields[f"limit_{name}"] = None if limit is None else limit.limit
         writer.writerow(fields)
+    others = [row for row in report.shots.rows if row.role != "student"] if report.shots is not None else []
     for reference in report.references:
+        # the same models in the same order; several teachers may have one architecture
+        same = next((row for row in others if (row.role, row.arch) == (reference.role, reference.arch)), None)
+        if same is not None:
+            others.remove(same)
         writer.writerow(
             {
                 "row": reference.role,
@@ -125,8 +140,17 @@ def to_csv(report: Report) -> str:
                 "size_mib": reference.size_mib,
             }
             | _metric_fields(report, reference.metric)
+            | _shot_fields(same)
         )
     return out.getvalue()
+
+
+def _shot_fields(row: ShotRow | None) -> dict[str, object]:
+    fields: dict[str, object] = {}
+    for group, metric in row.metrics.items() if row is not None else ():
+        parts = {"value": metric.value, "low": metric.low, "high": metric.high, "n": metric.n}
+        fields |= {f"{group}_shot_{part}": figure for part, figure in parts.items()}
+    return fields
 
 
 def _metric_fields(report: Report, metric: MetricValue | None) -> dict[str, object]:
@@ -203,9 +227,10 @@ def to_markdown(report: Report) -> str:
         lines += [f"{what}: {_escape(', '.join(names))}{bound}  " for what, names in timed.items()]
     for entry in report.bought:
         lines.append(f"distilling {_escape(entry.arch)} bought {points(entry.difference)}  ")
+    lines += [f"{_escape(note)}  " for note in (*strategy_notes(report), *exploration_notes(report))]
     if any(on_other_machine(row) for row in report.targets):
         lines.append(f"\\* {NOT_THE_DEVICE}  ")
-    lines.append("")
+    lines += ["", *_shots(report)]
     for row in report.targets:
         lines.append(f"- **{_escape(row.name)}** ({_escape(provenance(row))})")
         lines += [f"  - {_escape(reason)}" for reason in reasons(row)]
@@ -221,6 +246,21 @@ def to_markdown(report: Report) -> str:
             lines.append(f"| {_escape(row.name)} | {found} | {VERDICT_WORDS[limit.verdict]}{reason} |")
         lines += ["", "</details>"]
     return "\n".join(lines) + "\n"
+
+
+def _shots(report: Report) -> list[str]:
+    """The table of the classes with many, some and few training samples, and an empty line; nothing without them."""
+    shots = report.shots
+    if shots is None:
+        return []
+    heads = ["Mean recall %", "Student", "Precision"]
+    heads += [_escape(shot_title(group.name)) for group in shots.groups]
+    lines = [f"| {' | '.join(heads)} |", f"|---|---|---|{'--:|' * len(shots.groups)}"]
+    for row in shots.rows:
+        title = _escape(row.title) if row.role == "student" else f"_{row.title}_"
+        figures = [_metric_words(row.metrics.get(group.name)) for group in shots.groups]
+        lines.append(f"| {' | '.join([title, _escape(row.arch), _escape(row.precision), *figures])} |")
+    return [*lines, "", *(f"{_escape(note)}  " for note in shot_notes(report)), ""]
 
 
 def _metric_words(metric: MetricValue | None) -> str:

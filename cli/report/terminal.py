@@ -26,6 +26,7 @@ from cli.report.verdict import RowVerdict
 from cli.report.words import (
     LIMIT_TITLES,
     NOT_THE_DEVICE,
+    SHOT_HEADING,
     VERDICT_WORDS,
     bound_words,
     counts_line,
@@ -33,6 +34,7 @@ from cli.report.words import (
     device_words,
     duration,
     engine_words,
+    exploration_notes,
     latency_limit,
     limit_figures,
     limit_unit,
@@ -48,6 +50,8 @@ from cli.report.words import (
     points,
     reasons,
     scopes,
+    shot_notes,
+    shot_title,
     state_words,
     strategy_notes,
     subject_line,
@@ -119,6 +123,7 @@ def render_text(
     """
     style = Style(max(width, MIN_WIDTH), ascii_only)
     lines = [*_header(report, style), Text(), *_table(report, style), *_footnotes(report, style), Text()]
+    lines += _shots(report, style)
     lines += [*_provenance(report, style), Text()]
     lines += _plot(report, style)
     lines += _why(report, style)
@@ -324,7 +329,7 @@ def _footnotes(report: Report, style: Style) -> list[Text]:
     for entry in report.bought:
         which = f" ({entry.arch})" if len(report.bought) > 1 else ""
         notes.append(f"distilling{which} bought {points(entry.difference)}")
-    notes += strategy_notes(report)
+    notes += strategy_notes(report) + exploration_notes(report)
     if any(on_other_machine(row) for row in report.targets):
         notes.append(f"* {NOT_THE_DEVICE}")
     lines: list[Text] = []
@@ -339,6 +344,26 @@ def _footnotes(report: Report, style: Style) -> list[Text]:
     if pending:
         lines += wrapped(pending, style.width, "  ", "    ", "dim")
     return lines
+
+
+def _shots(report: Report, style: Style) -> list[Text]:
+    """Accuracy on the classes with many, some and few training samples, where there are such."""
+    shots = report.shots
+    if shots is None:
+        return []
+    room, plus_minus = style.width // 5, "+-" if style.ascii else "±"
+    names = [group.name for group in shots.groups]
+    rows: list[tuple[list[str], str]] = []
+    for row in shots.rows:
+        found = [row.metrics.get(name) for name in names]
+        cells = [f"{percent(each.value)} {plus_minus}{percent(each.half_width)}" if each else "-" for each in found]
+        rows.append(([row.title, style.cut(style.clean(row.arch), room), row.precision, *cells], ""))
+    heads = ["", "", "", *([shot_title(name) for name in names] if style.width >= FULL_WORDS_FROM else names)]
+    lines = [Text(SHOT_HEADING, style="bold")]
+    lines += _grid(heads, rows, {0, 1, 2}, style)
+    for note in shot_notes(report):
+        lines += wrapped(style.clean(note), min(style.width, MAX_PROSE), "  ", "    ", "dim")
+    return [*lines, Text()]
 
 
 def _label_width(report: Report, style: Style) -> int:
@@ -403,6 +428,8 @@ def _places(report: Report, style: Style) -> list[Text]:
     lines = []
     if any(row.bundle for row in report.targets):
         lines += _command("bundles", f"{report.folder}/bundles/TARGET/", style)
+    for picture in report.exploration.pictures if report.exploration is not None else ():
+        lines += _command("look at", f"{report.folder}/{picture.file}", style)
     return lines + _command("page", page_command(report), style)
 
 
@@ -504,7 +531,7 @@ def _all(report: Report, style: Style) -> list[Text]:
         runs = [
             (
                 [
-                    run.role,
+                    style.cut(run.title, name_room),
                     style.cut(style.clean(run.arch), name_room),
                     style.cut(style.clean(run.objective), name_room),
                     plain_number(run.epochs),

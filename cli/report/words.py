@@ -9,7 +9,7 @@ from datetime import datetime
 
 from rich.cells import cell_len
 
-from cli.report.schema import Difference, LatencyValue, LimitName, LimitVerdict, Report, TargetRow
+from cli.report.schema import Difference, LatencyValue, LimitName, LimitVerdict, Report, ShotGroup, ShotName, TargetRow
 from cli.report.verdict import RowVerdict
 
 VERDICT_WORDS: dict[RowVerdict, str] = {
@@ -27,6 +27,8 @@ LIMIT_TITLES: dict[LimitName, str] = {
     "max_metric_drop": "metric drop",
 }
 _METRIC_TITLES = {"top1": "top-1", "top5": "top-5", "macro_f1": "macro F1", "map": "mAP"}
+SHOT_HEADING = "Mean recall % of classes with many and few training samples"
+_SHOT_LIMITS: dict[ShotName, str] = {"many": "> 100", "medium": "20 to 100", "few": "< 20"}
 NOT_THE_DEVICE = "ONNX Runtime here, not the device"
 MAX_DECIMALS = 6
 
@@ -240,6 +242,52 @@ def engine_words(row: TargetRow) -> str:
 def strategy_notes(report: Report) -> list[str]:
     """A sentence on every teacher that learned in another way than from the labels alone."""
     return [f"{row.title}: {row.note}" for row in report.references if row.strategy != "frozen" and row.note]
+
+
+def shot_title(name: ShotName) -> str:
+    """The group with its limits: "many (> 100)"."""
+    return f"{name} ({_SHOT_LIMITS[name]})"
+
+
+def shot_words(group: ShotGroup) -> str:
+    """ "many: 4 classes, 131 to 600"."""
+    count = f"{len(group.classes):,} class{'' if len(group.classes) == 1 else 'es'}"
+    samples = f"{group.fewest:,}" if group.fewest == group.most else f"{group.fewest:,} to {group.most:,}"
+    return f"{group.name}: {count}, {samples}"
+
+
+def shot_notes(report: Report) -> list[str]:
+    """Which classes the groups have: how many, of how many training samples each; empty without groups."""
+    if report.shots is None:
+        return []
+    spreads = {metric.confidence for row in report.shots.rows for metric in row.metrics.values()}
+    spread = f"; ±: {plain_number(min(spreads) * 100)} %" if spreads else ""
+    return [f"training samples of a class: {'; '.join(map(shot_words, report.shots.groups))}{spread}"]
+
+
+def exploration_notes(report: Report) -> list[str]:
+    """What the students explored, and how much of it the filter kept."""
+    found = report.exploration
+    if found is None:
+        return []
+    parts = [f"students explored: {found.summary}{' (control)' if found.control else ''}"]
+    parts += [f"generator: {found.generator}"] if found.generator else []
+    kept = [(student.arch, student.kept) for student in found.students if student.kept is not None]
+    which = len(found.students) > 1
+    if kept:
+        words = ", ".join(f"{percent(share, 0)} %{f' ({arch})' if which else ''}" for arch, share in kept)
+        parts.append(f"kept {words}{_least_kept(report)}")
+    return ["; ".join(parts)]
+
+
+def _least_kept(report: Report) -> str:
+    """ ", of Shirt 41.0 %": the class that lost most to the filter."""
+    students = report.exploration.students if report.exploration is not None else ()
+    shares = [(share, name) for each in students for name, share in each.kept_by_class.items() if share is not None]
+    if not shares:
+        return ""
+    share, name = min(shares)
+    return f", least of {name}: {percent(share, 0)} %"
 
 
 def wrap(text: str, width: int, first: str = "", indent: str = "") -> list[str]:

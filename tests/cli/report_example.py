@@ -10,14 +10,21 @@ from cli.report.schema import (
     DataFacts,
     Difference,
     Engine,
+    Exploration,
+    ExploredStudent,
     LatencyValue,
     LimitVerdict,
     Machine,
     MetricPlace,
     MetricValue,
+    Picture,
     ReferenceRow,
     Report,
     Roofline,
+    ShotGroup,
+    ShotName,
+    ShotRow,
+    Shots,
     Stage,
     TargetRow,
     TrainingRun,
@@ -248,3 +255,63 @@ def example(targets: tuple[TargetRow, ...] | None = None, **changes: object) -> 
         ),
     }
     return Report.model_validate(fields | changes)
+
+
+def long_tail() -> Report:
+    """The example with a long tail and an exploration."""
+
+    def figures(many: float, medium: float, few: float, on: MetricPlace = "PyTorch") -> dict[ShotName, MetricValue]:
+        return {
+            "many": metric(many, 0.9, 700, on),
+            "medium": metric(medium, 1.6, 800, on),
+            "few": metric(few, 2.4, 500, on),
+        }
+
+    labels = tuple(f"shelf {index}" for index in range(12))
+    device: MetricPlace = "artifact in its runtime"
+    shots = Shots(
+        groups=(
+            ShotGroup(name="many", classes=labels[:4], fewest=231, most=4000, n_test=700),
+            ShotGroup(name="medium", classes=labels[4:9], fewest=24, most=98, n_test=800),
+            ShotGroup(name="few", classes=labels[9:], fewest=4, most=17, n_test=500),
+        ),
+        rows=(
+            ShotRow(
+                role="student",
+                targets=("line3-orin",),
+                arch="conv-w24-d2",
+                precision="int8",
+                metrics=figures(97.2, 91.5, 78.3, device),
+            ),
+            ShotRow(
+                role="student",
+                targets=("gate-pi5",),
+                arch="conv-w16-d2",
+                precision="int8",
+                metrics=figures(96.0, 88.1, 69.9, device),
+            ),
+            ShotRow(role="teacher", arch="conv-w96-d4", metrics=figures(98.4, 93.0, 84.2)),
+            ShotRow(role="no teacher", arch="conv-w24-d2", metrics=figures(97.3, 89.2, 66.0)),
+        ),
+    )
+    exploration = Exploration(
+        kind="random",
+        weight=1.0,
+        sigma=1.0,
+        generator="vae, 32 latents",
+        filter="confidence",
+        summary="random, sigma 1, around the training samples, filtered by confidence",
+        students=(
+            ExploredStudent(
+                arch="conv-w24-d2",
+                kept=0.83,
+                kept_by_class=dict(zip(labels, [0.9] * 9 + [0.5, None, 0.41], strict=True)),
+                divergence=0.21,
+            ),
+        ),
+        pictures=(
+            Picture(file="explored/explored.png", title="explored samples at three radii"),
+            Picture(file="generator/reconstructions.png", title="what the generator makes of real images"),
+        ),
+    )
+    return example(shots=shots, exploration=exploration)

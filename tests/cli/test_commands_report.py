@@ -8,10 +8,11 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from cli.report.schema import Report, to_json
 from tests.cli.cli_runner import Result, edgestill
-from tests.cli.report_example import example
+from tests.cli.report_example import example, long_tail
 
 
 @pytest.fixture
@@ -50,6 +51,15 @@ def test_files_are_written_and_a_dash_is_standard_output(run_folder: Path) -> No
     assert names[: len(example().targets)] == [row.name for row in example().targets]
     assert f"wrote {page}" in written.err
     assert report(run_folder, "--html", str(page), "-q").err == ""
+
+
+def test_the_page_has_the_pictures_of_the_run_folder(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(to_json(long_tail()), encoding="utf-8")
+    (tmp_path / "explored").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "explored" / "explored.png")
+    for run in (tmp_path, tmp_path / "report.json"):
+        page = edgestill("report", str(run), "--html", "-").out
+        assert page.count("data:image/png;base64,") == 1
 
 
 def test_two_documents_do_not_share_standard_output(run_folder: Path) -> None:

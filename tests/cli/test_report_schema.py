@@ -19,13 +19,14 @@ from cli.report.schema import (
     LatencyValue,
     MetricValue,
     Report,
+    Shots,
     TargetRow,
     load_report,
     schema_text,
     to_json,
 )
 from profiles.errors import InputError
-from tests.cli.report_example import example, gate_pi5, line3_orin
+from tests.cli.report_example import example, gate_pi5, line3_orin, long_tail
 
 
 def test_committed_schema_is_the_models_schema() -> None:
@@ -44,13 +45,32 @@ def test_module_prints_the_schema() -> None:
 def test_report_json_is_valid_against_the_committed_schema() -> None:
     schema = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
     jsonschema.Draft202012Validator.check_schema(schema)
-    jsonschema.Draft202012Validator(schema).validate(json.loads(to_json(example())))
+    for report in (example(), long_tail()):
+        jsonschema.Draft202012Validator(schema).validate(json.loads(to_json(report)))
 
 
-def test_report_survives_the_disk(tmp_path: Path) -> None:
+@pytest.mark.parametrize("report", [example(), long_tail()])
+def test_report_survives_the_disk(tmp_path: Path, report: Report) -> None:
     path = tmp_path / "report.json"
-    path.write_text(to_json(example()), encoding="utf-8")
+    path.write_text(to_json(report), encoding="utf-8")
+    assert load_report(path) == report
+
+
+def test_a_report_of_before_explorations_is_still_read(tmp_path: Path) -> None:
+    document = json.loads(to_json(example()))
+    del document["shots"], document["exploration"]
+    for run in document["training"]:
+        del run["exploration"]
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(document), encoding="utf-8")
     assert load_report(path) == example()
+
+
+def test_a_figure_for_a_group_that_is_not_listed_is_refused() -> None:
+    found = long_tail().shots
+    assert found is not None
+    with pytest.raises(ValidationError, match="not listed"):
+        Shots(groups=found.groups[:2], rows=found.rows)
 
 
 def test_verdict_that_contradicts_the_limits_is_refused() -> None:

@@ -15,8 +15,9 @@ from cli.report.plot import plot_lines
 from cli.report.schema import LatencyValue, LimitVerdict, Report, TargetRow
 from cli.report.terminal import Style, print_report, render_text, terminal_width, wants_color
 from cli.report.verdict import overall_verdict
-from cli.report.words import duration, milliseconds
-from tests.cli.report_example import depot_nx, example, gate_pi5, line3_orin, office_rtx
+from cli.report.words import duration, milliseconds, shot_title
+from profiles.shots import FEW, MANY
+from tests.cli.report_example import depot_nx, example, gate_pi5, line3_orin, long_tail, office_rtx
 
 GOLDEN = Path(__file__).with_name("report_80.txt")
 ANSI = re.compile(r"\x1b")
@@ -252,3 +253,71 @@ def test_other_encodings_get_ascii(environment: pytest.MonkeyPatch, encoding: st
 )
 def test_durations_have_two_units_at_most(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize("width", [76, 80, 100, 120])
+@pytest.mark.parametrize("ascii_only", [False, True])
+def test_a_long_tail_fits_in_every_width_and_encoding(width: int, ascii_only: bool) -> None:
+    found = long_tail()
+    assert found.shots is not None
+    names = tuple(f"a-camera-with-a-very-long-name-{index}" for index in range(5))
+    first = found.shots.rows[0].model_copy(update={"targets": names, "arch": "package.module:a_function_of_mine"})
+    shots = found.shots.model_copy(update={"rows": (first, *found.shots.rows)})
+    text = render_text(found.model_copy(update={"shots": shots}), width, ascii_only=ascii_only, show_all=True)
+    assert not [line for line in text.splitlines() if cell_len(line) > width]
+    assert text.isascii() or not ascii_only
+
+
+def test_classes_with_many_and_few_training_samples_have_a_table() -> None:
+    text = render_text(long_tail(), width=80)
+    start = text.index("Mean recall % of classes")
+    table = text[start : text.index("\n\n", start)].splitlines()
+    assert table[1].split() == ["many", "medium", "few"]
+    assert table[2].split() == ["line3-orin", "conv-w24-d2", "int8", "97.2", "±0.9", "91.5", "±1.6", "78.3", "±2.4"]
+    assert [line.split("  ")[1] for line in table[2:6]] == ["line3-orin", "gate-pi5", "teacher", "no teacher"]
+    assert "many: 4 classes, 231 to 4,000; medium: 5 classes, 24 to 98;" in " ".join(text.split())
+    assert "many (> 100)" in render_text(long_tail(), width=120)
+    assert "Mean recall" not in render_text(example())
+
+
+def test_the_groups_limits_are_those_that_they_were_made_with() -> None:
+    assert (shot_title("many"), shot_title("few")) == (f"many (> {MANY})", f"few (< {FEW})")
+    assert shot_title("medium") == f"medium ({FEW} to {MANY})"
+
+
+def test_a_group_without_test_samples_has_no_figure() -> None:
+    found = long_tail()
+    assert found.shots is not None
+    row = found.shots.rows[0]
+    bare = row.model_copy(update={"metrics": {name: row.metrics[name] for name in ("many", "medium")}})
+    text = render_text(found.model_copy(update={"shots": found.shots.model_copy(update={"rows": (bare,)})}))
+    assert any(
+        line.startswith("  line3-orin  conv-w24-d2  int8  97.2") and line.endswith(" -") for line in text.split("\n")
+    )
+
+
+def test_the_exploration_and_its_pictures_are_named() -> None:
+    words = " ".join(render_text(long_tail()).split())
+    assert "students explored: random, sigma 1, around the training samples, filtered by confidence" in words
+    assert "generator: vae, 32 latents; kept 83 %, least of shelf 11: 41 %" in words
+    assert "look at runs/shelf-camera/explored/explored.png" in words
+    assert "explored" not in render_text(example())
+
+
+def test_the_exploration_without_filter_says_nothing_of_keeping_and_a_control_is_called_so() -> None:
+    found = long_tail().exploration
+    assert found is not None
+    plain = found.model_copy(
+        update={"kind": "augmented", "control": True, "generator": "", "summary": "augmented", "students": ()}
+    )
+    words = " ".join(render_text(long_tail().model_copy(update={"exploration": plain})).split())
+    assert "students explored: augmented (control)" in words
+    assert "kept 83" not in words
+    assert "generator:" not in words
+
+
+def test_training_names_teacher_strategy_and_exploration() -> None:
+    student = example().training[1].model_copy(update={"strategy": "lgtm", "exploration": "random"})
+    assert student.title == "student (lgtm, random)"
+    text = render_text(example(training=(student,)), width=120, show_all=True)
+    assert "student (lgtm, random)" in text
