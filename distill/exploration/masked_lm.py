@@ -279,9 +279,10 @@ class Words:
         if encoded.spans is None:
             shown = [self.mask if at in places else i for at, i in enumerate(ids)]
             return str(self._tokenizer.decode(shown))
-        return self._spliced(
-            text, encoded, {at: (self._surfaces.get(ids[at], (False, ""))[0], "____") for at in places}
-        )
+        return self._spliced(text, encoded, {at: (self._goes_on(ids[at]), "____") for at in places})
+
+    def _goes_on(self, token: int) -> bool:
+        return self._surfaces.get(token, (False, ""))[0]
 
     def _spliced(self, text: str, encoded: Encoded, changes: Mapping[int, tuple[bool, str]]) -> str:
         """`changes`: (goes on with the word before it, text) for the tokens at some places."""
@@ -294,9 +295,10 @@ class Words:
             gap, old = text[end:start], text[start:stop]
             glued, new = changes.get(at, (self._goes_on(ids[at]), old))
             if result and (changed or at in changes):
+                went_on = self._goes_on(ids[at])
                 # two words that stood together without a space, as in Chinese, still do
-                joined = not gap and not self._goes_on(ids[at]) and _words_touch(last, old)
-                if glued:
+                joined = not gap and not went_on and _words_touch(last, old)
+                if glued and not went_on:
                     gap = ""
                 elif not gap and not joined and _words_touch(result, new):
                     gap = " "
