@@ -16,6 +16,7 @@ from distill.data import Dataset, catalogue, load_dataset
 from distill.data.arrays import read_idx
 from distill.data.dataset import subset
 from distill.data.section import DataSection
+from distill.data.splits import long_tail_counts
 from distill.data.unlabelled import Unlabelled
 from distill.exploration.generator import ImageGenerator
 from distill.exploration.section import GeneratorSection
@@ -279,11 +280,6 @@ def draw(labels: Array, counts: Array, seed: int) -> Array:
     return np.sort(np.concatenate(rows))
 
 
-def long_tail(largest: int, factor: float) -> Array:
-    """int64 (10,): largest * factor^(-i / 9) of class i, rounded (Cui et al. 2019)."""
-    return np.round(largest * factor ** (-np.arange(CLASSES) / (CLASSES - 1))).astype(np.int64)
-
-
 TUNED_ON = "fashion-40"
 TASKS: Mapping[str, Any] = {
     **{
@@ -301,7 +297,7 @@ TASKS: Mapping[str, Any] = {
         FashionTask,
         name="fashion-long-tail",
         title="Fashion-MNIST, long-tailed, factor 100",
-        counts=long_tail(500, 100),
+        counts=long_tail_counts(np.full(CLASSES, 500), 100),
         extras=True,
     ),
 }
