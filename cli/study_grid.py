@@ -11,12 +11,16 @@ from pydantic import TypeAdapter, ValidationError
 
 from cli.overrides import parse_value, parse_values, set_key, split_override
 from cli.recipe import LoadedRecipe, Recipe, check
+from distill.exploration.section import KINDS_OF_KEY as KINDS_OF_EXPLORE_KEY
 from distill.objectives.section import AnyObjective, ObjectiveSections, check_mixup, resolve_hard_weight
 from distill.teachers.strategy_section import keys as strategy_keys
 from profiles.errors import InputError, nearest
 
 OBJECTIVE = "objective"
 STRATEGY = "teacher.strategy"
+EXPLORE = "explore.kind"
+_METHOD_KEYS = (OBJECTIVE, STRATEGY, EXPLORE)
+"""Keys whose values are methods; every other one is a factor."""
 TRAIN_SIZE = "data.train_size"
 PLAIN = "supervised"
 _NOT_TRAINING = ("name", "export", "measure", "target", "plain_students", "study")
@@ -28,7 +32,10 @@ Change = tuple[str, Any]
 
 @dataclass(frozen=True)
 class Combination:
-    """One method with one value of every factor; its cells differ in the seed alone. `recipe` has both set."""
+    """One method with one value of every factor; its cells differ in the seed alone.
+
+    `recipe` has both set, but for the factors of explorations that its own does not read.
+    """
 
     method: str
     factors: dict[str, Any]
@@ -42,7 +49,12 @@ class Combination:
     @property
     def is_plain(self) -> bool:
         """Whether it learns from the labels alone."""
-        return [section.kind for section in self.recipe.objective] == [PLAIN]
+        return [section.kind for section in self.recipe.objective] == [PLAIN] and not self.explores
+
+    @property
+    def explores(self) -> bool:
+        """Whether it learns on further inputs, too."""
+        return self.recipe.explore.kind != "none"
 
     @property
     def is_coached(self) -> bool:
@@ -99,10 +111,16 @@ def build_grid(
     for key in varied:
         _refuse_key(key)
     for key, entries in varied.items():
-        for entry in entries:
+        if key == "explore":
+            raise InputError(
+                "an exploration is a method of a study, not a factor",
+                where=f"--vary {key}",
+                fix='--vary explore.kind=none,random, or [[study.variant]] with set = ["explore.kind=random"]',
+            )
+        for entry in entries if _explored_key(key) is None else ():  # those depend on the kind
             _checked(values, [(key, entry)], origin, f"--vary {key}={shown(entry)}")
     methods = _methods(loaded, values, varied)
-    factors = {key: tuple(entries) for key, entries in varied.items() if key not in (OBJECTIVE, STRATEGY)}
+    factors = {key: tuple(entries) for key, entries in varied.items() if key not in _METHOD_KEYS}
     for key, entries in factors.items():
         words = [shown(entry) for entry in entries]
         twice = next((word for word in words if words.count(word) > 1), None)
@@ -119,10 +137,21 @@ def build_grid(
     for chosen in itertools.product(*([(key, entry) for entry in entries] for key, entries in factors.items())):
         for name, changes in methods.items():
             label = Combination(name, dict(chosen), loaded.recipe).label
-            recipe = _checked(values, [*changes, *chosen], origin, f"--vary ({label})")
+            kind = dict(changes).get(EXPLORE, loaded.recipe.explore.kind)
+            read = [(key, entry) for key, entry in chosen if _reads(kind, key)]
+            recipe = _checked(values, [*changes, *read], origin, f"--vary ({label})")
             combination = Combination(name, dict(chosen), recipe)
             _check_training(combination)
             combinations.append(combination)
+    for key in factors:
+        if not any(_reads(one.recipe.explore.kind, key) for one in combinations):
+            wanted = KINDS_OF_EXPLORE_KEY[_explored_key(key) or ""]
+            raise InputError(
+                f'no method of this study reads "{key}"',
+                where=f"--vary {key}",
+                evidence=f"it belongs to explore.kind {' or '.join(sorted(wanted))}",
+                fix=f"--vary explore.kind=none,{min(wanted)} or --set explore.kind={min(wanted)}",
+            )
     number = section.seeds if seeds is None else seeds
     if number < 1:
         raise InputError(f"{number} seeds", where="--seeds", fix="--seeds 5")
@@ -189,14 +218,17 @@ def _refuse_key(key: str) -> None:
             f'"{key}" changes nothing of what a study trains',
             where=f"--vary {key}",
             evidence="a study trains students and judges them on the test split, before any export",
-            fix="vary objective, data, teacher, student or train",
+            fix="vary objective, data, teacher, student, explore.kind or train",
         )
 
 
 def _methods(
     loaded: LoadedRecipe, values: dict[str, Any], varied: Mapping[str, Sequence[Any]]
 ) -> dict[str, list[Change]]:
-    """Name -> what it changes in the recipe: an objective, a teacher's strategy, or both."""
+    """Name -> what it changes in the recipe: an objective, a teacher's strategy, what is explored, or several.
+
+    "supervised" among several objectives is the plain student: no teacher, so neither strategy nor exploration.
+    """
     found: dict[str, list[Change]] = {}
 
     def add(name: str, changes: list[Change], where: str) -> None:
@@ -208,19 +240,28 @@ def _methods(
             )
         found[name] = changes
 
-    strategies = varied.get(STRATEGY, ())
+    strategies, kinds = varied.get(STRATEGY, ()), varied.get(EXPLORE, ())
     objectives: list[tuple[str, list[Change]]] = [
         (_label_of(entry), [(OBJECTIVE, entry)]) for entry in varied.get(OBJECTIVE, ())
     ]
-    if strategies and not objectives:
+    if (strategies or kinds) and not objectives:
         objectives = [(method_label(loaded.recipe.objective), [])]
     for name, changes in objectives:
-        where = " ".join(f"--vary {key}={shown(value)}" for key, value in changes) or f"--vary {STRATEGY}"
-        if strategies and name != PLAIN:
-            for strategy in strategies:
-                add(f"{name} ({shown(strategy)})", [*changes, (STRATEGY, strategy)], where)
-        else:  # no teacher, no strategy
-            add(name, changes, where)
+        where = " ".join(f"--vary {key}={shown(value)}" for key, value in changes)
+        if name == PLAIN and OBJECTIVE in varied:
+            add(name, [*changes, (EXPLORE, "none")] if loaded.recipe.explore.kind != "none" else changes, where)
+            continue
+        learning: list[tuple[str, list[Change]]] = [(shown(each), [(STRATEGY, each)]) for each in strategies]
+        if name == PLAIN:  # labels on the data, and a teacher for what is explored
+            learning = []
+        for strategy, change in learning or [("", [])]:
+            exploring: list[tuple[str, list[Change]]] = [
+                ("" if each == "none" else shown(each), [(EXPLORE, each)]) for each in kinds
+            ]
+            for kind, further in exploring or [("", [])]:
+                words = ", ".join(word for word in (strategy, kind) if word)
+                label = f"{name} ({words})" if words else name
+                add(label, [*changes, *change, *further], where or f"--vary {EXPLORE if kinds else STRATEGY}")
     for index, variant in enumerate(loaded.recipe.study.variant):
         where = f"{loaded.origin}, study.variant[{index}] ({variant.name})"
         changes = []
@@ -233,6 +274,19 @@ def _methods(
     if not found:
         found[method_label(loaded.recipe.objective)] = []
     return found
+
+
+def _explored_key(key: str) -> str | None:
+    """Which key of `[explore]` that only some kinds read a dotted key is, or is below; None: it is none."""
+    top, _, rest = key.partition(".")
+    name = rest.partition(".")[0]
+    return name if top == "explore" and name in KINDS_OF_EXPLORE_KEY else None
+
+
+def _reads(kind: Any, key: str) -> bool:
+    """Whether a method that explores in this way reads a dotted key; every key outside of `[explore]` it may."""
+    name = _explored_key(key)
+    return name is None or str(kind) in KINDS_OF_EXPLORE_KEY[name]
 
 
 def _label_of(objective: Any) -> str:
@@ -254,6 +308,11 @@ def _checked(values: dict[str, Any], changes: Sequence[Change], origin: str, whe
         for table, name, strategies in strategy_keys():
             if changed["teacher"]["strategy"] not in strategies and f"teacher.{table}.{name}" not in set_keys:
                 changed["teacher"][table].pop(name, None)
+    if EXPLORE in set_keys:
+        # those of one kind of exploration, too
+        for name in KINDS_OF_EXPLORE_KEY:
+            if not _reads(changed["explore"]["kind"], f"explore.{name}") and f"explore.{name}" not in set_keys:
+                changed["explore"].pop(name, None)
     try:
         return check(changed, origin)
     except InputError as error:

@@ -32,9 +32,10 @@ class VariantSection(Section):
 class StudySection(Section):
     """What `edgestill study` compares.
 
-    `vary`: dotted recipe keys with the values that they take. "objective", "teacher.strategy" and the variants are the
-    methods, every other key is a factor; all combinations are trained with every seed. `control`: the method that the
-    others are compared with, by its name in the table; None: "supervised" if it is among them, else the first.
+    `vary`: dotted recipe keys with the values that they take. "objective", "teacher.strategy", "explore.kind" and the
+    variants are the methods, every other key is a factor; all combinations are trained with every seed. `control`: the
+    method that the others are compared with, by its name in the table; None: "supervised" if it is among them, else the
+    first.
     `tune`: trials of the tuning of every combination on the validation split, before its cells; None: none.
     """
 

@@ -19,6 +19,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from cli.pipeline.exploration import (
+    check_explored,
+    explores,
+    in_words,
+    make_generator,
+    open_exploration,
+    subclasses_of,
+    together,
+    whole_generator,
+)
 from cli.pipeline.run import (
     PLAIN,
     SUPERVISED,
@@ -26,17 +36,23 @@ from cli.pipeline.run import (
     needs_teacher,
     weights_mib,
 )
-from cli.pipeline.teachers import check_held_out, check_strategy, coach, start_of
+from cli.pipeline.teachers import Variant, check_held_out, check_strategy, coach, start_of
 from cli.recipe import Recipe, load_recipe, to_toml
 from distill.data import Dataset, load_dataset
+from distill.data.dataset import subset
 from distill.data.load import open_dataset
+from distill.data.unlabelled import Unlabelled, load_unlabelled
 from distill.distribution import default_device
+from distill.exploration.explore import Exploration
+from distill.exploration.generated import build_generated
+from distill.exploration.generator import ImageGenerator, TextGenerator
+from distill.exploration.section import ExploreSection
 from distill.objectives.base import CachedTeacher
 from distill.objectives.compose import build_objective, head_size
 from distill.objectives.section import AnyObjective
 from distill.strategy import Strategy
 from distill.students import Student, build_student, teacher_arch
-from distill.teachers import ModuleTeacher
+from distill.teachers import ModuleTeacher, Teacher
 from distill.teachers.section import TeacherSection
 from distill.training import train
 from profiles import artifact
@@ -64,10 +80,11 @@ class PlannedStage(Section):
 
 
 class Estimate(Section):
-    """What `run --dry-run` tells. `recipe`: the resolved recipe as TOML."""
+    """What `run --dry-run` tells. `recipe`: the resolved recipe as TOML. explores: what students learn on besides."""
 
     recipe: str
     folder: str
+    explores: str | None = None
     stages: tuple[PlannedStage, ...]
     seconds: float
     disk_mib: float
@@ -91,15 +108,24 @@ class _Earlier:
         return all(self._values(self._recipe, name) == self._values(self._run.recipe, name) for name in sections)
 
     def _values(self, recipe: Recipe, name: str) -> object:
-        """A section; `START` is that of the teacher as a coached one starts, which a frozen one is, too."""
+        """A section; `START` is that of the teacher as a coached one starts, which a frozen one is, too; `GENERATOR`
+        that of a generator, where there is one."""
+        if name == GENERATOR:
+            section = recipe.explore.generator
+            return whole_generator(section, self._run.dataset) if recipe.explore.generates else None
         return start_of(recipe.teacher) if name == START else getattr(recipe, name)
 
 
 START = "start"
+GENERATOR = "generator"
 _START = ("seed", "data", START, "student", "train")
 _TEACHER = ("seed", "data", "teacher", "student", "train")
 _STUDENT = (*_TEACHER, "objective")
-_TARGET = (*_STUDENT, "export", "measure", "target")
+_EXPLORED = (*_STUDENT, "explore")
+_TARGET = (*_EXPLORED, "export", "measure", "target")
+_GENERATOR_STEPS = _WARM_STEPS + 4
+_GENERATED_SAMPLES = 256
+"""Of which a part of a fixed set is made to time it."""
 
 
 def estimate(run: Run) -> Estimate:
@@ -122,16 +148,19 @@ def estimate(run: Run) -> Estimate:
             run.check()
         else:  # the rest is only known when the teacher is loaded
             check_strategy(run.recipe)
+            check_explored(run.recipe, dataset)
             check_held_out(run.recipe.teacher, dataset, run.recipe.seed)
         stages = [_stage("data", time.perf_counter() - started, _data_mib(dataset), stored is not None)]
         stages += _teacher_stages(run, dataset, earlier)
+        further = _Further(run, dataset, earlier, Path(temporary)) if explores(run.recipe) else None
+        stages += further.stages if further is not None else []
         for arch in run.archs:
-            roles = [("student", "")]
-            if run.recipe.plain_students and run.recipe.objective != (SUPERVISED,):
-                roles.append(("plain student", PLAIN))
-            for role, suffix in roles:
-                done = earlier.finished(f"students/{arch}{suffix}", *_STUDENT)
-                stages.append(_student_stage(run, dataset, arch, role, done))
+            roles: list[tuple[str, str, tuple[str, ...]]] = [("student", "", _EXPLORED)]
+            if run.has_plain_students:
+                roles.append(("plain student", PLAIN, _STUDENT))
+            for role, suffix, decisive in roles:
+                done = earlier.finished(f"students/{arch}{suffix}", *decisive)
+                stages.append(_student_stage(run, dataset, arch, role, done, further))
         for target in run.targets:
             done = earlier.finished(f"bundles/{target.name}", *_TARGET)
             stages.append(_stage(f"export {target.name}", _EXPORT_SECONDS, 0.0, done))
@@ -142,6 +171,7 @@ def estimate(run: Run) -> Estimate:
     return Estimate(
         recipe=to_toml(run.recipe),
         folder=str(run.folder),
+        explores=in_words(run.recipe.explore) if explores(run.recipe) else None,
         stages=tuple(stages),
         seconds=sum(stage.seconds or 0.0 for stage in left),
         disk_mib=sum(stage.disk_mib for stage in left),
@@ -150,7 +180,8 @@ def estimate(run: Run) -> Estimate:
 
 def render(found: Estimate, run: Run) -> str:
     """The estimate as text."""
-    lines = [found.recipe.rstrip(), "", f"run folder {found.folder}", ""]
+    lines = [found.recipe.rstrip(), "", f"run folder {found.folder}"]
+    lines += [f"explores: {found.explores}", ""] if found.explores is not None else [""]
     width = max(len(stage.name) for stage in found.stages)
     for stage in found.stages:
         seconds = "      ?" if stage.seconds is None else f"{stage.seconds:5.0f} s"
@@ -159,7 +190,7 @@ def render(found: Estimate, run: Run) -> str:
     minutes = found.seconds / 60
     lines += ["", f"about {minutes:.1f} min and {found.disk_mib:.0f} MiB; from a few timed steps on this machine, now"]
     if any(stage.seconds is None for stage in found.stages):
-        lines.append("? is not in the sum: a teacher of this kind is only known when it is loaded")
+        lines.append("? is not in the sum: a network of this kind is only known when it is loaded")
     return "\n".join(lines)
 
 
@@ -184,7 +215,7 @@ def _data_mib(dataset: Dataset) -> float:
 def _teacher_stages(run: Run, dataset: Dataset, earlier: _Earlier) -> list[PlannedStage]:
     section: TeacherSection = run.recipe.teacher
     objectives = run.recipe.objective
-    if section.kind == "none" or not needs_teacher(objectives):
+    if section.kind == "none" or not (needs_teacher(objectives) or explores(run.recipe)):
         return []
     views = run.recipe.data.augment.teacher_views if dataset.input.kind == "image" else 1
     rows = views * len(dataset.train) + len(dataset.validation) + len(dataset.test)
@@ -233,30 +264,173 @@ def _teacher(run: Run, dataset: Dataset, outputs: int) -> Student:
     )
 
 
-def _student_stage(run: Run, dataset: Dataset, arch: str, role: str, finished: bool) -> PlannedStage:
+class _Further:
+    """What students explore with, as far as it can be had before anything is trained, and its stages.
+
+    A generator that edgestill trains is one of a few steps here. One of the user's own is loaded and checked.
+    """
+
+    def __init__(self, run: Run, dataset: Dataset, earlier: _Earlier, folder: Path) -> None:
+        self.run, self.dataset, self.folder = run, dataset, folder
+        self.section = run.recipe.explore
+        self.unlabelled: Unlabelled | None = None
+        self.generator: ImageGenerator | TextGenerator | None = None
+        self.stages: list[PlannedStage] = []
+        if run.recipe.data.unlabelled is not None and (self.section.generates or self.section.around != "train"):
+            self.stages.append(self._load_unlabelled(earlier.finished("unlabelled", "seed", "data")))
+        if self.section.generates:
+            self.stages.append(self._make_generator(earlier.finished("generator", "seed", "data", GENERATOR)))
+        if self.section.versions is not None:
+            for variant in dict.fromkeys(run.variant(run.recipe.objective, arch) for arch in run.archs):
+                name = "generated" + variant.folder.removeprefix("teacher")
+                self.stages.append(self._make_fixed(variant, earlier.finished(name, *_EXPLORED)))
+
+    def _load_unlabelled(self, finished: bool) -> PlannedStage:
+        run, started = self.run, time.perf_counter()
+        self.unlabelled = load_unlabelled(
+            run.recipe.data,
+            self.dataset,
+            seed=run.recipe.seed,
+            base=run.loaded.base,
+            folder=self.folder / "unlabelled",
+            progress=run.progress,
+        )
+        size = 0 if self.unlabelled is None else self.unlabelled.inputs.nbytes
+        return _stage("unlabelled", time.perf_counter() - started, size / _MIB, finished)
+
+    def _make_generator(self, finished: bool) -> PlannedStage:
+        run, dataset = self.run, self.dataset
+        section = whole_generator(self.section.generator, dataset)
+        name = f"generator ({section.kind})"
+        if section.kind == "masked-lm" and not (run.loaded.base / str(section.model)).is_dir():
+            return _stage(name, None, 0.0, finished)  # not fetched for a dry run
+        # the unlabelled inputs only make its training longer
+        few = subset(dataset, np.arange(min(len(dataset.train), _GENERATOR_STEPS * section.batch_size)))
+        watch, started = _Stopwatch(unlimited=True), time.perf_counter()
+        self.generator = make_generator(
+            section.model_copy(update={"epochs": 1}),
+            dataset if section.kind == "torch" else few,
+            self.unlabelled if section.kind == "torch" else None,
+            self.folder / "generator",
+            seed=run.recipe.seed,
+            base=run.loaded.base,
+            allow_code=run.allow_code,
+            progress=watch,
+        )
+        seconds = time.perf_counter() - started
+        if len(watch.times) > 1:  # it was trained
+            count = len(dataset.train) + (0 if self.unlabelled is None else len(self.unlabelled))
+            seconds = watch.per_sample() * count * section.epochs
+        return _stage(name, seconds, weights_mib(self.generator.network), finished)
+
+    def _make_fixed(self, variant: Variant, finished: bool) -> PlannedStage:
+        run, dataset, versions = self.run, self.dataset, self.section.versions or 0
+        count = 0 if self.section.around == "unlabelled" else len(dataset.train)
+        count += 0 if self.around is None else len(self.around)
+        name = "generated"
+        sample = int(np.prod(dataset.input.shape)) * np.dtype(dataset.input.dtype).itemsize
+        teacher = self.teacher(variant)
+        if teacher is None or (self.section.generates and self.generator is None):
+            return _stage(name, None, count * versions * sample / _MIB, finished)
+        outputs = (teacher.num_logits or 0) + (teacher.embedding_dim or 0)
+        few = subset(dataset, np.arange(min(len(dataset.train), _GENERATED_SAMPLES)))
+        section = self.timed_section.model_copy(update={"versions": 1, "around": "train"})
+        started = time.perf_counter()
+        build_generated(
+            section,
+            teacher,
+            few,
+            self.folder / variant.folder,
+            generator=self.generator,
+            unlabelled=None,
+            seed=run.recipe.seed,
+            batch_size=run.recipe.teacher.batch_size,
+            device=default_device(),
+            subclasses=subclasses_of(variant),
+        )
+        each = (time.perf_counter() - started) / len(few.train)
+        return _stage(name, each * count * versions, count * versions * (sample + 1 + 4 * outputs) / _MIB, finished)
+
+    @property
+    def around(self) -> Unlabelled | None:
+        """The unlabelled inputs that are explored around."""
+        return None if self.section.around == "train" else self.unlabelled
+
+    @property
+    def timed_section(self) -> ExploreSection:
+        """As the recipe has it; what networks that know nothing yet cannot pass, and a fixed set, are left out."""
+        return self.section.model_copy(update={"filter": "none", "match": "kd", "versions": None})
+
+    def teacher(self, variant: Variant) -> Teacher | None:
+        """A teacher of kind "train" as it starts; None: it is not known before it is loaded."""
+        if self.run.recipe.teacher.kind != "train":
+            return None
+        outputs = len(self.dataset.classes) * (subclasses_of(variant) or 1)
+        return ModuleTeacher(_teacher(self.run, self.dataset, outputs), default_device())
+
+    def exploration(self, teacher: Teacher | None, arch: str) -> Exploration | None:
+        """What a student explores, for timing; None where not all of it is known."""
+        variant = self.run.variant(self.run.recipe.objective, arch)
+        teacher = teacher or self.teacher(variant)
+        if teacher is None or (self.section.generates and self.generator is None):
+            return None
+        return open_exploration(
+            self.timed_section,
+            teacher,
+            self.dataset,
+            self.run.recipe.objective,
+            generator=self.generator,
+            unlabelled=self.around,
+            subclasses=subclasses_of(variant),
+        )
+
+
+def _student_stage(
+    run: Run, dataset: Dataset, arch: str, role: str, finished: bool, further: _Further | None
+) -> PlannedStage:
     section, objectives = run.recipe.teacher, run.recipe.objective
-    student = build_student(
+    if role == "plain student":
+        further = None
+    classes = len(dataset.classes)
+    student = _student(run, dataset, arch, classes if role == "plain student" else head_size(objectives, classes))
+    disk, name = weights_mib(student), f"{role} {arch}"
+    step: float | None
+    moves = section.moves and role == "student"
+    words = [section.strategy] * moves + ([run.recipe.explore.kind] if further is not None else [])
+    if words:
+        name += f" ({', '.join(words)})"
+    if moves:
+        step = None
+        if section.kind == "train":
+            teacher = ModuleTeacher(_teacher(run, dataset, len(dataset.classes)), default_device())
+            disk += weights_mib(teacher.network)
+            coached = coach(section, teacher, dataset)
+            exploration = None if further is None else further.exploration(coached.learner, arch)
+            if further is None or exploration is not None:
+                step = _timed_with(run, student, dataset, objectives, together(coached, exploration))
+    elif further is not None:
+        step = None
+        exploration = further.exploration(None, arch)
+        if exploration is not None:
+            # objectives that are fitted to the teacher's outputs have none yet, and cost next to nothing here
+            plain = _student(run, dataset, arch, len(dataset.classes))
+            step = _timed_with(run, plain, dataset, (SUPERVISED,), exploration)
+    else:
+        step, _ = _timed(student, dataset, run.recipe.train.batch_size)
+    samples = len(dataset.train) * run.recipe.train.resolved(len(dataset.train)).epochs
+    return _stage(name, None if step is None else step * samples, disk, finished)
+
+
+def _student(run: Run, dataset: Dataset, arch: str, outputs: int) -> Student:
+    return build_student(
         run.recipe.student,
         dataset.input,
-        len(dataset.classes) if role == "plain student" else head_size(objectives, len(dataset.classes)),
+        outputs,
         arch=None if run.recipe.student.kind == "torch" else arch,
         seed=run.recipe.seed,
         base=run.loaded.base,
         allow_code=run.allow_code,
     )
-    disk, name = weights_mib(student), f"{role} {arch}"
-    step: float | None
-    if section.moves and role == "student":
-        name += f" ({section.strategy})"
-        step = None
-        if section.kind == "train":
-            teacher = ModuleTeacher(_teacher(run, dataset, len(dataset.classes)), default_device())
-            disk += weights_mib(teacher.network)
-            step = _timed_with(run, student, dataset, objectives, coach(section, teacher, dataset))
-    else:
-        step, _ = _timed(student, dataset, run.recipe.train.batch_size)
-    samples = len(dataset.train) * run.recipe.train.resolved(len(dataset.train)).epochs
-    return _stage(name, None if step is None else step * samples, disk, finished)
 
 
 @dataclass(frozen=True)
@@ -276,10 +450,14 @@ class _Enough(Exception):
 
 
 class _Stopwatch(Silent):
-    """The progress of a training that notes when each step ended, and ends the training when it knows enough."""
+    """The progress of a training that notes when each step ended, and ends the training when it knows enough.
 
-    def __init__(self) -> None:
+    unlimited: it lets the training end by itself.
+    """
+
+    def __init__(self, *, unlimited: bool = False) -> None:
         self.times: list[float] = []
+        self.unlimited = unlimited
 
     @contextlib.contextmanager
     def task(self, title: str, total: int | None, unit: str = "samples") -> Iterator[Task]:
@@ -292,8 +470,19 @@ class _Stopwatch(Silent):
             torch.cuda.synchronize()
         self.times.append(time.perf_counter() / amount)
         steps = len(self.times) - 1 - _WARM_STEPS
-        if steps >= _WARM_STEPS and amount * (self.times[-1] - self.times[_WARM_STEPS]) > _TIMED_SECONDS:
+        if (
+            not self.unlimited
+            and steps >= _WARM_STEPS
+            and amount * (self.times[-1] - self.times[_WARM_STEPS]) > _TIMED_SECONDS
+        ):
             raise _Enough
+
+    def per_sample(self) -> float:
+        """Seconds per sample (median), after at least two steps."""
+        # a training that ended before it was stopped has few steps: the warm ones have to do
+        times = self.times[_WARM_STEPS:] if len(self.times) > _WARM_STEPS + 1 else self.times
+        steps = sorted(after - before for before, after in itertools.pairwise(times))
+        return steps[len(steps) // 2]
 
 
 def _timed_with(
@@ -320,10 +509,7 @@ def _timed_with(
             progress=watch,
             strategy=strategy,
         )
-    # a training that ended before it was stopped has few steps: the warm ones have to do
-    times = watch.times[_WARM_STEPS:] if len(watch.times) > _WARM_STEPS + 1 else watch.times
-    steps = sorted(after - before for before, after in itertools.pairwise(times))
-    return steps[len(steps) // 2]
+    return watch.per_sample()
 
 
 def _timed(network: nn.Module, dataset: Dataset, batch_size: int) -> tuple[float, float]:

@@ -11,6 +11,7 @@ from datetime import datetime
 
 from cli.pipeline.limits import judge
 from cli.pipeline.run import Run, Shipped, Trained
+from cli.pipeline.shots import exploration_facts, shots
 from cli.report.schema import (
     CandidateRow,
     Counts,
@@ -65,6 +66,8 @@ def build_report(run: Run, shipped: Sequence[Shipped], *, require_measured: bool
         bought=run.bought(),
         stages=tuple(run.stages),
         training=tuple(_training(role, trained) for (role, _), trained in run.trained.items()),
+        shots=shots(run, shipped, NOT_THE_DEVICE),
+        exploration=exploration_facts(run),
         data=DataFacts(
             source=run.recipe.data.source,
             title=dataset.name,
@@ -231,6 +234,7 @@ def _training(role: str, trained: Trained) -> TrainingRun:
             "arch": trained.student.arch,
             "objective": trained.objective_name,
             "strategy": trained.strategy,
+            "exploration": trained.exploration,
             "epochs": result.epochs,
             "best_epoch": result.best_epoch,
             "seconds": result.seconds,

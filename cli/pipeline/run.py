@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cli.pipeline.choose import Choice, Option, choose
+from cli.pipeline.exploration import Explorer, check_explored, check_explored_by, explores, together
 from cli.pipeline.pool_cost import limits_of, pool_cost
 from cli.pipeline.teachers import (
     Variant,
@@ -35,6 +36,7 @@ from cli.report.schema import Difference as ReportedDifference
 from cli.report.words import metric_title
 from distill.data import Dataset, Split, load_dataset
 from distill.distribution import default_device, join_processes
+from distill.exploration.explore import Exploration
 from distill.objectives.compose import (
     Composition,
     build_objective,
@@ -88,7 +90,7 @@ MEASURED_SAMPLES = 64
 class Trained:
     """A trained network: `key` is the hash of its weights, `objective_name` says what it learned from, kind by kind.
 
-    strategy: of its teacher, for a student; its own, for a teacher.
+    strategy: of its teacher, for a student; its own, for a teacher. exploration: the kind of its further inputs.
     """
 
     student: Student
@@ -97,6 +99,7 @@ class Trained:
     key: str
     objective_name: str
     strategy: str = "frozen"
+    exploration: str = "none"
 
 
 class Deployable(nn.Module):
@@ -184,6 +187,7 @@ class Run:
         self._trained: dict[tuple[str, str], Trained] = {}
         self._teachers: dict[str, Teacher | None] = {}
         self._caches: dict[str, TeacherCache] = {}
+        self.explorer = Explorer(self)
 
     @property
     def is_main(self) -> bool:
@@ -209,6 +213,14 @@ class Run:
         yield facts
         self.stages.append(Stage(name=name, seconds=round(time.perf_counter() - start, 2), cached=facts["cached"]))
 
+    @contextmanager
+    def made(self, name: str, folder: Path) -> Iterator[None]:
+        """A stage that makes one artefact where it is missing, the main process first."""
+        with self._stage(name) as stage, self._main_first():
+            before = _manifest_time(folder)
+            yield
+            stage["cached"] = before is not None and before == _manifest_time(folder)
+
     def prepare_folder(self) -> None:
         """Makes the run folder and stores the resolved recipe and where its relative paths start.
 
@@ -226,14 +238,10 @@ class Run:
     @cached_property
     def dataset(self) -> Dataset:
         """The data, read once and memory-mapped from then on."""
-        folder = self.folder / "data"
-        with self._stage("data") as stage, self._main_first():
-            before = _manifest_time(folder)
-            dataset = load_dataset(
+        with self.made("data", folder := self.folder / "data"):
+            return load_dataset(
                 self.recipe.data, seed=self.recipe.seed, base=self.loaded.base, folder=folder, progress=self.progress
             )
-            stage["cached"] = before is not None and before == _manifest_time(folder)
-        return dataset
 
     @property
     def teacher(self) -> Teacher | None:
@@ -243,7 +251,7 @@ class Run:
     @property
     def cache(self) -> TeacherCache | None:
         """That teacher's outputs on every training sample and view; None without a teacher."""
-        return self._cache_of(Variant())
+        return self.cache_of(Variant())
 
     def variant(self, sections: tuple[AnyObjective, ...], arch: str | None = None) -> Variant:
         """Which teacher a student of these objectives learns from, or starts to. arch: its own; None: the first's."""
@@ -282,9 +290,9 @@ class Run:
         self.check_objectives(sections, moves=moves)
         if not needs_teacher(sections):
             return None
-        cache = self._cache_of(self.variant(sections, arch))
+        cache = self.cache_of(self.variant(sections, arch))
         if retrained_for(sections) is not None and not isinstance(cache, SubclassCache):
-            self._say_once(FROZEN_NOTE)
+            self.say_once(FROZEN_NOTE)
         return cache
 
     def teacher_fingerprint_for(
@@ -295,9 +303,12 @@ class Run:
         return None if teacher is None else teacher.fingerprint
 
     def start_for(self, sections: tuple[AnyObjective, ...], arch: str) -> Teacher:
-        """The teacher that a coached one starts from, which is not checked against the objectives."""
+        """The teacher that a coached one starts from, or that labels further inputs; the objectives are not checked.
+
+        A student of the labels alone explores with a teacher, too.
+        """
         teacher = self._teacher_of(self.variant(sections, arch))
-        assert teacher is not None  # `check_strategy` refuses kind "none"
+        assert teacher is not None  # `check_strategy` and `check_explored` refuse kind "none"
         return teacher
 
     @cached_property
@@ -334,16 +345,16 @@ class Run:
         kept, exclusions = restrict(found, pool_cost(self.targets, spec, build), limits)
         if len(kept) < len(found):
             reasons = "; ".join(map(str, exclusions))
-            self._say_once(f"the teacher's pool has {len(kept)} of {len(found)} students: {reasons}")
+            self.say_once(f"the teacher's pool has {len(kept)} of {len(found)} students: {reasons}")
         self._say_pool(kept)
         return kept
 
     def _say_pool(self, pool: Sequence[Arch]) -> None:
         """Notes who is in the teacher's pool, and which of the recipe's students are not."""
-        self._say_once(f"the teacher's pool: {', '.join(map(str, pool))}")
+        self.say_once(f"the teacher's pool: {', '.join(map(str, pool))}")
         outside = [arch for arch in self.archs if arch not in map(str, pool)]
         if outside and self.pool_like is None:
-            self._say_once(
+            self.say_once(
                 f"not in the teacher's pool: {', '.join(outside)}; it teaches them all the same, and "
                 "teacher.generic.archs can name them"
             )
@@ -401,7 +412,7 @@ class Run:
         """What `build_student` makes a teacher from."""
         return self.recipe.student.model_copy(update={"kind": "family", "arch": arch})
 
-    def _say_once(self, note: str) -> None:
+    def say_once(self, note: str) -> None:
         if note not in self.notes:
             self.notes.append(note)
             self.progress.note(note)
@@ -469,28 +480,27 @@ class Run:
             return None
         variant = self.variant(sections, arch)
         if arch not in map(str, self.students_of(variant)):
-            self._say_once(f"{arch} is not in the teacher's pool, so it starts from fresh weights")
+            self.say_once(f"{arch} is not in the teacher's pool, so it starts from fresh weights")
             return None
         self._teacher_of(variant)
         folder = self.folder / variant.start_folder(arch)
         with self._main_first():
             metric = pooled_start(self.folder / variant.folder, arch, self.dataset, folder, seed=self.recipe.seed)
-        self._say_once(
+        self.say_once(
             f"{arch} starts from the pool: {metric_title(metric.name)} {metric.value:.1%} on validation before its own "
             "training"
         )
         return folder
 
-    def _cache_of(self, variant: Variant) -> TeacherCache | None:
+    def cache_of(self, variant: Variant) -> TeacherCache | None:
+        """The outputs of a teacher on every sample and view, made once; None where there is no teacher."""
         name = variant.folder
         if name in self._caches:
             return self._caches[name]
         teacher = self._teacher_of(variant)
         if teacher is None:
             return None
-        folder = self.folder / variant.cache_folder
-        with self._stage("teacher cache") as stage, self._main_first():
-            before = _manifest_time(folder)
+        with self.made("teacher cache", folder := self.folder / variant.cache_folder):
             cache = build_cache(
                 teacher,
                 self.dataset,
@@ -501,7 +511,6 @@ class Run:
                 batch_size=self.recipe.teacher.batch_size,
                 progress=self.progress,
             )
-            stage["cached"] = before is not None and before == _manifest_time(folder)
         if variant.subclasses is not None:
             cache = SubclassCache.of(cache, variant.subclasses.subclasses_per_class)
         self._caches[name] = cache
@@ -536,8 +545,11 @@ class Run:
         resolve_hard_weight(self.recipe.objective, self.recipe.train.hard_weight)
         check_mixup(self.recipe.objective, self.recipe.train.mixup)
         check_strategy(self.recipe)
+        check_explored(self.recipe)
+        check_explored(self.recipe, self.dataset)
         self.check_teacher_strategy()
         self.check_objectives(self.recipe.objective)
+        self.check_explored_teacher(self.recipe)
         for index, target in enumerate(self.targets):
             refused = refusal_of(target.section.precision, target.device, target.stack)
             if refused is not None:
@@ -563,6 +575,16 @@ class Run:
         students = [self._build(student, arch, self.recipe.objective) for arch in self.archs]
         self.check_objectives(self.recipe.objective, min((each.embedding_dim for each in students), default=None))
 
+    def check_explored_teacher(self, recipe: Recipe) -> None:
+        """Refuses what only a given teacher itself tells about an exploration; trains nothing.
+
+        Raises:
+            InputError: it cannot be asked about new inputs, or gives no logits where they are matched.
+        """
+        if explores(recipe) and self.recipe.teacher.kind != "train":
+            assert self.teacher is not None  # `check_explored` refuses kind "none"
+            check_explored_by(self.teacher, recipe, self.dataset)
+
     def check_teacher_strategy(self, arch: str | None = None) -> None:
         """Refuses what data, architectures and a given teacher tell about its strategy; trains nothing.
 
@@ -586,12 +608,14 @@ class Run:
         """The distilled student of that architecture."""
         objectives, section = self.recipe.objective, self.recipe.teacher
         cache = self.cache_for(objectives, arch)
-        strategy = None
+        coached, learner = None, None
         if section.moves:
             assert cache is not None
             cache = told_shapes(cache, self.dataset)
-            strategy = coach(section, self.start_for(objectives, arch), self.dataset)
-        return self._train(
+            coached = coach(section, self.start_for(objectives, arch), self.dataset)
+            learner = coached.learner
+        exploration = self.exploration_for(arch, learner)
+        trained = self._train(
             "student",
             arch,
             arch,
@@ -599,13 +623,36 @@ class Run:
             cache,
             {},
             title="student",
-            strategy=strategy,
+            strategy=together(coached, exploration),
             strategy_name=section.strategy,
+            exploration_name=self.recipe.explore.kind,
         )
+        if exploration is not None and arch == next(iter(self.archs)):
+            self.explorer.picture(exploration, trained)
+        return trained
+
+    def exploration_for(self, arch: str, learner: Teacher | None = None) -> Exploration | None:
+        """What a student explores; None where it learns on its data alone.
+
+        Args:
+            arch: the student's.
+            learner: its teacher where that learns along with it; None: the frozen one of its objectives.
+        """
+        if not explores(self.recipe):
+            return None
+        objectives = self.recipe.objective
+        teacher = learner or self.start_for(objectives, arch)
+        return self.explorer.exploration(self.recipe.explore, teacher, self.variant(objectives, arch), objectives)
+
+    @property
+    def has_plain_students(self) -> bool:
+        """Whether every student has a twin that neither has a teacher nor explores."""
+        is_plain = self.recipe.objective == (SUPERVISED,) and not explores(self.recipe)
+        return self.recipe.plain_students and not is_plain
 
     def plain_student(self, arch: str) -> Trained | None:
         """The same network without a teacher; None when the recipe turns it off or trains without a teacher anyway."""
-        if not self.recipe.plain_students or self.recipe.objective == (SUPERVISED,):
+        if not self.has_plain_students:
             return None
         return self._train(
             "no teacher", arch + PLAIN, arch, (SUPERVISED,), None, {"hard_weight": None}, title="plain student"
@@ -615,6 +662,7 @@ class Run:
         """Trains every distinct student, and its plain twin."""
         self.prepare_folder()
         self.check()
+        self.explorer.prepare(self.recipe.explore)
         trained = {arch: self.student(arch) for arch in self.archs}
         for arch in self.archs:
             self.plain_student(arch)
@@ -632,14 +680,16 @@ class Run:
         title: str,
         strategy: Strategy | None = None,
         strategy_name: str = "frozen",
+        exploration_name: str = "none",
     ) -> Trained:
         """Trains one network, or loads it when its artefact is current.
 
         Args:
-            cache: what the objective is built for, and without a strategy what it learns from.
+            cache: what the objective is built for, and what it learns from unless the teacher learns along.
             changes: to the recipe's `[train]`.
             title: of the stage and the progress bar, before the arch.
-            strategy, strategy_name: how the teacher learns.
+            strategy: how the teacher learns, and on which further inputs the network does.
+            strategy_name, exploration_name: the recipe's words for both.
         """
         if (role, name) in self._trained:
             return self._trained[role, name]
@@ -661,8 +711,13 @@ class Run:
                 hard_weight=section.hard_weight,
                 seed=self.recipe.seed,
             )
-        title = f"{title} {arch}" + (f" ({strategy_name})" if role == "student" and strategy is not None else "")
-        told = cache if strategy is None else None
+        moves = role == "student" and self.recipe.teacher.moves
+        words = [strategy_name] * moves + [exploration_name] * (exploration_name != "none")
+        title = f"{title} {arch}" + (f" ({', '.join(words)})" if words else "")
+        told = None if moves else cache
+        fingerprint = self.teacher_fingerprint_for(objectives, arch) if told is not None else None
+        if told is None and exploration_name != "none" and not moves:
+            fingerprint = self.start_for(objectives, arch).fingerprint
         with self._stage(title) as stage:
             shared = self.shared_weights(objectives, arch) if role == "student" else None
             if shared is not None:
@@ -679,14 +734,15 @@ class Run:
                 seed=self.recipe.seed,
                 title=title,
                 progress=self.progress,
-                teacher_fingerprint=self.teacher_fingerprint_for(objectives, arch) if told is not None else None,
+                teacher_fingerprint=fingerprint,
                 strategy=strategy,
             )
             stage["cached"] = before is not None and before == _manifest_time(folder)
         files = artifact.read_manifest(folder, "student").files
         # the weights themselves: the same settings give others on another device or version
         key = artifact.content_key(files["student.safetensors"], files["objective.safetensors"])
-        trained = Trained(student, objective, result, key, objective_name(objectives), strategy_name)
+        name_of = objective_name(objectives)
+        trained = Trained(student, objective, result, key, name_of, strategy_name, exploration_name)
         self._trained[role, name] = trained
         return trained
 
@@ -900,8 +956,10 @@ class Run:
         test = self.dataset.test
         told: dict[str, ReferenceRow] = {}
         for arch in self.archs:
-            cache = self.cache_for(self.recipe.objective, arch)
             variant = self.variant(self.recipe.objective, arch)
+            cache = self.cache_for(self.recipe.objective, arch)
+            if explores(self.recipe):
+                cache = self.cache_of(variant)  # whoever labels further inputs is in the report, too
             if cache is not None and variant.folder not in told:
                 told[variant.folder] = self._teacher_row(cache, variant)
         rows += told.values()

@@ -37,6 +37,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from cli.pipeline.exploration import (
+    Explored,
+    check_explored,
+    open_explored,
+    subclasses_of,
+    together,
+)
 from cli.pipeline.run import SUPERVISED, Run
 from cli.pipeline.teachers import (
     START_KIND,
@@ -82,6 +89,7 @@ from profiles.progress import Progress, Silent, Task
 
 if TYPE_CHECKING:
     from cli.pipeline.tune import Tuning
+    from distill.strategies.coached import Coached
 
 KIND = "study cell"
 _FORM = 1
@@ -142,12 +150,15 @@ class Failure:
 
 @dataclass(frozen=True)
 class Start:
-    """From what a coached teacher starts. key: the start teacher's. seed: the recipe's. trained: folder and arch of
-    one that was trained here; None: it is loaded as the recipe says."""
+    """A teacher that a process loads: from which a coached one starts, or which labels further inputs.
+
+    key: its own. seed: the recipe's. trained: folder, arch and outputs per class of one that was trained here; None: it
+    is loaded as the recipe says.
+    """
 
     key: str
     seed: int
-    trained: tuple[Path, str] | None = None
+    trained: tuple[Path, str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -159,7 +170,8 @@ class Job:
     dry run knows a finished cell without loading anything. tuning: the cell is not trained but tuned. row_seed: of the
     choice of `rows`; view_seed: of the augmented views. base_run: folder and `base_key` of the run that owns data,
     teacher and cache. coached: from what the teacher starts that learns along with the student; None: it stands still.
-    shared: folder of what the student starts from that the teacher's pool has of it; None: it starts afresh.
+    shared: folder of what the student starts from that the teacher's pool has of it; None: it starts afresh. labeller:
+    the frozen teacher that labels further inputs. explored: what there is to explore with; None: nothing.
     """
 
     cell: Cell
@@ -178,6 +190,8 @@ class Job:
     base_run: tuple[str, str] = ("", "")
     coached: Start | None = None
     shared: Path | None = None
+    labeller: Start | None = None
+    explored: Explored | None = None
 
     @property
     def label(self) -> str:
@@ -238,6 +252,7 @@ class Study:
             if not combination.is_plain:
                 with _named(combination.label):
                     check_strategy(combination.recipe)
+                    check_explored(combination.recipe)
         self.jobs = jobs
         self.progress: Progress = progress or Silent()
         self.allow_code, self.keep_students, self.replace_others = allow_code, keep_students, replace_others
@@ -432,6 +447,7 @@ class Study:
                 allow_code=self.allow_code,
                 pool_like=pool_like(recipe, own),
             )
+            run.explorer.shares = True
             self._bases[name] = run
         return self._bases[name]
 
@@ -458,7 +474,10 @@ class Study:
             run.check_teacher_strategy(word)
             if recipe.teacher.strategy == "generic" and word not in map(str, run.pool):
                 self._say_once(f"{word} is not in the pool of its generic teacher, which was not conditioned on it")
+        check_explored(recipe, dataset)
         run.check_objectives(recipe.objective, moves=moves)
+        run.check_explored_teacher(recipe)
+        run.explorer.prepare(recipe.explore, rows)
         check_data(recipe.objective, dataset.task, len(dataset.classes), rows or len(dataset.train))
         run.check_objectives(recipe.objective, self._untrained(combination, 0).embedding_dim, moves=moves)
         if moves:
@@ -517,14 +536,19 @@ class Study:
         if cache is not None:
             place = (cache.folder, cache.parts, cache.subclasses if isinstance(cache, SubclassCache) else None)
         data = run.folder / "data"
-        start = self._start(combination, name) if moves else None
+        start = self._start(combination, name) if moves or combination.explores else None
+        explored = None
+        if combination.explores and start is not None:
+            explored = self._explored(combination, name, None if rows is None else _rows(data, rows, row_seed))
         shared = run.shared_weights(recipe.objective, name)
         # only where there is one, so that all other cells keep their key
         learning: list[Any] = []
-        if start is not None:
+        if start is not None and moves:
             learning += [recipe.teacher.strategy, recipe.teacher.coached, recipe.teacher.held_out, start.key]
         if shared is not None:
             learning += ["inherit", artifact.read_manifest(shared, START_KIND).key]
+        if start is not None and explored is not None:
+            learning += ["explore", recipe.explore, start.key, explored.key]
         section = _train_section(combination).resolved(rows or len(run.dataset.train))
         key = artifact.content_key(
             KIND,
@@ -556,17 +580,27 @@ class Study:
             keep_student=self.keep_students,
             row_seed=row_seed,
             base_run=(run.folder.name, self.base_key(run)),
-            coached=start,
+            coached=start if moves else None,
             shared=shared,
+            labeller=None if moves else start,
+            explored=explored,
         )
 
     def _start(self, combination: Combination, arch: str) -> Start:
-        """From what the teacher of a coached combination starts; trained where it is missing."""
+        """From what a coached teacher starts, or who labels further inputs; trained where it is missing."""
         run, recipe = self.base(combination), combination.recipe
-        teacher = run.start_for(recipe.objective, arch)
-        trained = run.trained.get(("teacher", run.variant(recipe.objective, arch).folder))
-        place = None if trained is None else (run.folder / "teacher", trained.student.arch)
+        teacher, variant = run.start_for(recipe.objective, arch), run.variant(recipe.objective, arch)
+        trained = run.trained.get(("teacher", variant.folder))
+        place = None
+        if trained is not None:
+            place = (run.folder / variant.folder, trained.student.arch, subclasses_of(variant) or 1)
         return Start(teacher.key, recipe.seed, place)
+
+    def _explored(self, combination: Combination, arch: str, rows: np.ndarray[Any, Any] | None) -> Explored:
+        """What a combination explores with; made where it is missing. rows: of the training split; None: all."""
+        run, recipe = self.base(combination), combination.recipe
+        teacher, variant = run.start_for(recipe.objective, arch), run.variant(recipe.objective, arch)
+        return run.explorer.explored(recipe.explore, teacher, variant, rows)
 
     def settings_key(self, combination: Combination, seed: int) -> str:
         """Hash of everything in the recipe that decides a cell."""
@@ -578,6 +612,8 @@ class Study:
             *(_FORM, TRAINING_FORM, recipe.data, base.data, plain_values(recipe.teacher), *student),
             list(recipe.objective),
             *(_train_section(combination), base.train, base.student, recipe.seed, seed),
+            # only where there is one, so that all other cells keep theirs
+            *([recipe.explore] if combination.explores else []),
         )
 
     def _try_to_build(self, jobs: Sequence[Job]) -> None:
@@ -800,7 +836,7 @@ def fit(job: Job, progress: Progress) -> Trained:
         student,
         objective,
         dataset,
-        cache if strategy is None else None,
+        cache if job.coached is None else None,
         _train_section(cell.combination),
         recipe.data.augment,
         training,
@@ -874,10 +910,36 @@ def _modules(job: Job) -> tuple[Dataset, TeacherCache | None, Student, Compositi
 
 
 def _strategy(job: Job, dataset: Dataset) -> Strategy | None:
-    """How the teacher of a cell learns; None: it stands still."""
-    if job.coached is None:
-        return None
-    recipe, start = job.cell.combination.recipe, job.coached
+    """How the teacher of a cell learns, and what the student explores; None: it stands still, and nothing."""
+    recipe = job.cell.combination.recipe
+    coached: Coached | None = None
+    teacher: Teacher | None = None
+    if job.coached is not None:
+        coached = coach(recipe.teacher, _load_start(job, job.coached, dataset), dataset)
+        teacher = coached.learner
+    elif job.labeller is not None:
+        teacher = _load_start(job, job.labeller, dataset)
+    if job.explored is None or teacher is None:
+        return coached
+    exploration = open_explored(
+        job.explored,
+        recipe,
+        teacher,
+        _whole(job.data, _written(job.data)),
+        dataset,
+        base=job.base,
+        allow_code=job.allow_code,
+    )
+    return together(coached, exploration)
+
+
+def _load_start(job: Job, start: Start, dataset: Dataset) -> Teacher:
+    """The frozen teacher that a cell's own starts from, or asks.
+
+    Raises:
+        EdgestillError: it is not the one that the study's data and caches were made with.
+    """
+    recipe = job.cell.combination.recipe
     teacher: Teacher
     if start.trained is None:
         teacher = load_teacher(
@@ -889,14 +951,14 @@ def _strategy(job: Job, dataset: Dataset) -> Strategy | None:
             allow_code=job.allow_code,
         )
     else:
-        folder, arch = start.trained
-        section = StudentSection(family=recipe.student.family)
-        network = build_student(section, dataset.input, len(dataset.classes), arch=arch, seed=start.seed, base=job.base)
+        folder, arch, each = start.trained
+        section, outputs = StudentSection(family=recipe.student.family), each * len(dataset.classes)
+        network = build_student(section, dataset.input, outputs, arch=arch, seed=start.seed, base=job.base)
         load_student(network, folder / "student.safetensors")
         teacher = ModuleTeacher(network, default_device())
     if teacher.key != start.key:
         raise EdgestillError("the teacher changed while the study ran", where="teacher", fix="the same command again")
-    return coach(recipe.teacher, teacher, dataset)
+    return teacher
 
 
 def _build(recipe: Recipe, dataset: Dataset, arch: str | None, seed: int, base: Path, allow_code: bool) -> Student:

@@ -10,6 +10,7 @@ from statistics import mean, stdev
 import numpy as np
 import torch
 
+from cli.pipeline.exploration import in_words
 from cli.pipeline.reporting import machine_facts
 from cli.pipeline.run import Run, needs_teacher
 from cli.pipeline.study import Cell, Study
@@ -159,7 +160,7 @@ def _teachers(study: Study, finished: Iterable[Cell]) -> tuple[TeacherFacts, ...
     found: dict[tuple[int, str], TeacherFacts] = {}
     for combination in study.grid.combinations:
         run, sections = study.base(combination), combination.recipe.objective
-        if combination.label not in labels or not needs_teacher(sections):
+        if combination.label not in labels or not (needs_teacher(sections) or combination.explores):
             continue
         kind = run.recipe.teacher.kind
         student = study.student_word(combination)
@@ -170,7 +171,10 @@ def _teachers(study: Study, finished: Iterable[Cell]) -> tuple[TeacherFacts, ...
             methods = tuple(dict.fromkeys((*before.methods, combination.method)))
             found[id(run), name] = before.model_copy(update={"methods": methods})
             continue
-        cache = run.cache_for(sections, student, moves=combination.is_coached)
+        if needs_teacher(sections):
+            cache = run.cache_for(sections, student, moves=combination.is_coached)
+        else:  # it labels further inputs alone
+            cache = run.cache_of(variant)
         if cache is None:
             continue
         trained = run.trained.get(("teacher", name))
@@ -221,6 +225,7 @@ def _notes(study: Study, blocks: Sequence[Block], teachers: Sequence[TeacherFact
     if any(block.train_samples < whole for block in blocks):
         notes.append(
             f"smaller training sets are nested parts of the {whole:,} training samples, class shares kept; teacher, "
+            f"{'generator, ' if any(c.recipe.explore.generates for c in study.grid.combinations) else ''}"
             "normalisation and tokenizer are those of all of them"
         )
     for block in blocks:
@@ -236,6 +241,11 @@ def _notes(study: Study, blocks: Sequence[Block], teachers: Sequence[TeacherFact
             f"{', '.join(coached)}: a copy of the teacher learns along with every student; the teacher's figure is "
             "that of where it starts, and a training's time has both"
         )
+    explored: dict[str, list[str]] = {}
+    for one in study.grid.combinations:
+        if one.explores:
+            explored.setdefault(in_words(one.recipe.explore), []).append(one.label)
+    notes += [f"{', '.join(labels)}: explores, {words}" for words, labels in explored.items()]
     seeds = study.grid.seeds
     if comparisons and 1 < seeds < _FEW_SEEDS:
         notes.append(
