@@ -177,7 +177,7 @@ def _footnotes(report: Report) -> str:
     notes += [f"distilling {entry.arch} bought {points(entry.difference, '−')}" for entry in report.bought]
     if any(on_other_machine(row) for row in report.targets):
         notes.append(f"* {NOT_THE_DEVICE}")
-    notes += strategy_notes(report) + exploration_notes(report)
+    notes += strategy_notes(report)
     notes += report.notes
     return f'<div class="notes">{"".join(f"<p>{escape(note)}</p>" for note in notes)}</div>\n'
 
@@ -215,16 +215,19 @@ def _exploration(report: Report, folder: Path | None) -> str:
     kept = ""
     classes = {name for student in found.students for name in student.kept_by_class}
     if classes:
-        names = [name for name in report.data.labels if name in classes]
+        students = found.students
+        lines = [("all", [student.kept for student in students])]
+        lines += [
+            (name, [student.kept_by_class.get(name) for student in students])
+            for name in dict.fromkeys((*report.data.labels, *sorted(classes)))
+            if name in classes
+        ]
         rows = []
-        for student in found.students:
-            shares = [student.kept, *(student.kept_by_class.get(name) for name in names)]
-            cells = [_cell(escape(student.arch), look="arch")]
-            cells += [
-                _cell(percent(share), head, "number") for head, share in zip(("all", *names), shares, strict=True)
-            ]
+        for name, shares in lines:
+            cells = [_cell(escape(name))]
+            cells += [_cell(percent(share), each.arch, "number") for each, share in zip(students, shares, strict=True)]
             rows.append(f"<tr>{''.join(cells)}</tr>")
-        heads = [("kept %, by the teacher's class", ""), *((name, "number") for name in ("all", *names))]
+        heads = [("kept %, by the class that the teacher names", ""), *((each.arch, "number") for each in students)]
         kept = _table(heads, rows)
     notes = "".join(f'<p class="soft">{escape(note)}</p>' for note in exploration_notes(report))
     pictures = "".join(_picture(picture, folder) for picture in found.pictures)
