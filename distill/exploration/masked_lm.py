@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from distill.exploration.fit import METRICS, clear, fit, lines
 from distill.exploration.generator import TextGenerator
 from distill.exploration.section import GeneratorSection
-from distill.networks import fingerprint, load_state, read_state, seeded
+from distill.networks import fingerprint, read_state, seeded
 from distill.teachers.from_transformers import locate
 from distill.teachers.upper_layers import send
 from profiles import artifact
@@ -67,9 +67,9 @@ def make_text_generator(
     (a tenth, 512 at most), before and after. An artefact made of the same parts is taken up as it is.
 
     A checkpoint without a head for masked tokens gets its family's own, for BERT a Linear, GELU and LayerNorm, then the
-    tied embeddings and a bias, drawn from `seed`. It learns as BERT did (Devlin et al. 2019): of the chosen tokens 80 %
-    are masked, 10 % replaced by another and 10 % left, and all are to be told. The share that is chosen is drawn as for
-    refilling (our reading).
+    tied embeddings and a bias, drawn from `seed`; the bias begins at the words' frequencies (our reading). It learns as
+    BERT did (Devlin et al. 2019): of the chosen tokens 80 % are masked, 10 % replaced by another and 10 % left, and all
+    are to be told. The share that is chosen is drawn as for refilling (our reading).
 
     Args:
         section: of kind "masked-lm".
@@ -101,6 +101,7 @@ def make_text_generator(
     manifest = artifact.current(folder, KIND, key)
     if manifest is not None:
         if learn != "nothing":
+            generator.network.learn(head_only=learn == "head")
             generator.load(folder / WEIGHTS)
         return generator
     started = time.perf_counter()
@@ -117,6 +118,8 @@ def make_text_generator(
     learnt = mixed[len(judged) :] or judged  # a single text is both
     info: dict[str, Any] = {"model": section.model, "learn": learn, "texts": len(texts), "judged_by": len(judged)}
     judge = [encoded[row] for row in judged]
+    if not generator.has_head:
+        generator.start_from([encoded[row] for row in learnt])
     accuracy = generator.accuracy(judge)
     history: list[dict[str, float]] = []
     if learn != "nothing":
@@ -429,15 +432,38 @@ class MaskedLM(TextGenerator):
             "masked-lm", fingerprint(self.network), self.words.key, list(self._mask), self._temperature
         )
 
+    @torch.no_grad()
+    def start_from(self, encoded: Sequence[Encoded]) -> None:
+        """Sets a new head's bias to the log frequency of each token, one more of each than there are (our reading).
+
+        So it starts from how often a word is, and all of its steps can go to what the context tells.
+        """
+        bias = getattr(self.network.model.get_output_embeddings(), "bias", None)
+        if not isinstance(bias, nn.Parameter):
+            return
+        tokens = [found.columns["input_ids"][place] for found in encoded for place in found.maskable.tolist()]
+        counts = np.bincount(tokens, minlength=len(bias)) + 1.0
+        bias.copy_(torch.from_numpy(np.log(counts / counts.sum())))
+
     def load(self, file: Path) -> None:
-        """Takes the weights that learned from the artefact's `file`."""
-        own = dict(self.network.named_parameters())
+        """Takes the weights of what learned (see `MaskedNetwork.learn`) from the artefact's `file`.
+
+        Raises:
+            InputError: an unreadable file, or other weights than those.
+        """
         state = read_state(file, where=str(file.parent))
-        trained = nn.Module()
-        for name in state:
-            if name in own:
-                trained.register_parameter(name.replace(".", "/"), own[name])
-        load_state(trained, {name.replace(".", "/"): value for name, value in state.items()}, file=file, where=_WHERE)
+        own = {name: parameter for name, parameter in self.network.named_parameters() if parameter.requires_grad}
+        if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in own.items()}:
+            raise InputError(
+                f"{file.name} does not hold the weights that learned",
+                where=str(file),
+                evidence=f"{len(state)} tensors, {len(own)} learned",
+                fix=f"delete {file.parent} and run the same command again",
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+        self.network.freeze()
         self.rekey()
 
     def to(self, device: object) -> MaskedLM:

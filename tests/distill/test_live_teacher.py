@@ -592,6 +592,134 @@ def test_a_live_teacher_on_the_gpu_says_what_the_one_on_the_cpu_says(
     torch.testing.assert_close(found[1], found[0], atol=1e-3, rtol=1e-3)
 
 
+# --- inputs that are in no split ------------------------------------------------------------------------------------
+
+
+def new_texts(data: Dataset, *words: str) -> TeacherBatch:
+    """Texts of no split, beside rows and tokens that say something else."""
+    return batch(data, np.arange(len(words)))._replace(texts=words)
+
+
+def test_a_transformer_reads_the_texts_that_it_is_given(folder: Callable[..., Path]) -> None:
+    data = texts()
+    teacher = transformer(folder("bert", 2), data, classification=True)
+    rows = data.train.texts
+    assert rows is not None
+    given_back = teacher.outputs(new_texts(data, rows[7], rows[0], rows[3]))
+    torch.testing.assert_close(given_back, teacher.outputs(batch(data, [7, 0, 3])))
+    told = teacher.outputs(new_texts(data, "good film", "bad"))
+    assert not torch.allclose(_logits(told), _logits(teacher.outputs(batch(data, [0, 1]))))
+    torch.testing.assert_close(_logits(told)[1:], _logits(teacher.outputs(new_texts(data, "bad"))))
+
+
+@pytest.mark.parametrize("layers", [None, 1, 2])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_live_transformer_reads_new_texts_afresh(
+    family: str, layers: int | None, folder: Callable[..., Path]
+) -> None:
+    data = texts()
+    teacher = transformer(folder(family, 2), data, classification=True, pooling="last" if family == "llama" else "mean")
+    live = live_teacher(teacher, layers, data)
+    kept = live.outputs(batch(data))  # what is kept of a split is of its own texts
+    asked = new_texts(data, "good plot", "very bad acting", "a")
+    torch.testing.assert_close(live.outputs(asked), teacher.outputs(asked), atol=1e-5, rtol=1e-5)
+    computed = live.compute(asked)
+    learning = live.parameters_that_learn()
+    gradients = torch.autograd.grad(_logits(computed).square().sum(), learning, allow_unused=True)
+    assert all(gradient is not None for gradient in gradients)
+    # the same texts under other rows say the same, and the split still says what it said
+    torch.testing.assert_close(live.outputs(asked._replace(rows=np.array([9, 9, 9]), split="test")), computed)
+    assert torch.equal(_logits(live.outputs(batch(data))), _logits(kept))
+    # after it learned, as well
+    with torch.no_grad():
+        for parameter in learning:
+            parameter.mul_(1.1)
+    whole = live_teacher(teacher, None, data)
+    whole.network.load_state_dict(live.network.state_dict())
+    torch.testing.assert_close(live.outputs(asked), whole.outputs(asked), atol=1e-5, rtol=1e-5)
+
+
+def test_stored_outputs_refuse_what_they_never_saw(tmp_path: Path) -> None:
+    np.save(tmp_path / "logits.npy", np.zeros((10, 2), np.float32))
+    data = texts()
+    stored = load_teacher(TeacherSection(kind="array", logits="logits.npy"), data, base=tmp_path)
+    assert not stored.runs_live
+    assert stored.outputs(batch(data)).logits is not None
+    pixels = batch(images(2))
+    for asked in (new_texts(data, "a film"), pixels._replace(inputs=pixels.inputs.float())):
+        with pytest.raises(InputError, match="cannot say anything about new inputs") as error:
+            stored.outputs(asked)
+        assert error.value.where == "teacher.kind"
+        assert "transformers" in (error.value.fix or "")
+
+
+class Pixels(nn.Module):
+    """Takes pixels of 0 to 255, whole or floating."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(256, 3)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        output: Tensor = self.head(pixels.float().flatten(1) / 255)
+        return output
+
+
+@pytest.mark.parametrize("whole_pixels", [True, False])
+def test_a_graph_runs_on_what_it_is_given(whole_pixels: bool, tmp_path: Path) -> None:
+    data = images()
+    example = torch.zeros(1, 1, 16, 16, dtype=torch.uint8 if whole_pixels else torch.float32)
+    torch.manual_seed(0)
+    torch.onnx.export(
+        Pixels().eval(), (example,), tmp_path / "net.onnx", output_names=["logits"], dynamo=False,
+        dynamic_axes={"input": {0: "n"}, "logits": {0: "n"}}, input_names=["input"],
+    )  # fmt: skip
+    graph = load_teacher(TeacherSection(kind="onnx", file="net.onnx", output="logits"), data, base=tmp_path)
+    assert graph.runs_live
+    real = batch(data)
+    expected = _logits(graph.outputs(real))
+    # whatever the rows say; floating pixels a hair below the whole ones are these
+    pixels = (real.inputs.float() - 1e-4).requires_grad_()
+    found = graph.outputs(TeacherBatch(pixels, "test", np.zeros(3, np.int64)))
+    torch.testing.assert_close(_logits(found), expected, atol=1e-4, rtol=1e-4)
+    other = graph.outputs(real._replace(inputs=255 - real.inputs))
+    assert not torch.allclose(_logits(other), expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["train", "torch", "transformers"])
+def test_gradients_reach_the_pixels(kind: str, tmp_path: Path, nets: str, folder: Callable[..., Path]) -> None:
+    data = images()
+    if kind == "train":
+        teacher = trained(data, "conv-w8-d1-k3")
+    elif kind == "torch":
+        teacher = load(tmp_path, data, kind="torch", factory=f"{nets}:Net")
+    else:
+        teacher = transformer(folder("vit", 3), data, classification=True)
+    real = batch(data)
+    whole = teacher.outputs(real)
+    torch.testing.assert_close(teacher.outputs(real._replace(inputs=real.inputs.float())), whole)
+    # autograd against a central difference along random directions; kinks of ReLU are avoided by a small step
+    teacher.network.double()
+    weights = torch.linspace(-1, 1, 9, dtype=torch.float64).view(3, 3)
+
+    def value(pixels: Tensor) -> Tensor:
+        return (_logits(teacher.compute(real._replace(inputs=pixels))).double().softmax(1) * weights).sum()
+
+    pixels = real.inputs.double().requires_grad_()
+    (gradient,) = torch.autograd.grad(value(pixels), pixels)
+    assert gradient.shape == real.inputs.shape
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        # along the gradient itself, tilted at random: far above the float32 rounding of the outputs
+        direction = gradient / gradient.norm() + 0.05 * torch.randn(gradient.shape, generator=generator).double()
+        step = 0.5
+        with torch.no_grad():
+            difference = (value(pixels + step * direction) - value(pixels - step * direction)) / (2 * step)
+        assert float((gradient * direction).sum()) == pytest.approx(float(difference), rel=2e-2)
+    teacher.assert_frozen()
+    assert all(parameter.grad is None for parameter in teacher.network.parameters())
+
+
 # --- kept texts -----------------------------------------------------------------------------------------------------
 
 

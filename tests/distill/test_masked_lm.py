@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from distill.exploration import masked_lm as module
 from distill.exploration.masked_lm import MaskedLM, Words, corrupt, draw, make_text_generator, quantiles
@@ -352,6 +352,23 @@ def test_a_finished_artefact_is_taken_up_and_another_run_makes_the_same(
     assert again.key == made.key == make("other").key != lm(path).key
     assert again.refill(TEXTS, range(len(TEXTS))) == made.refill(TEXTS, range(len(TEXTS)))
     assert make("lm", TEXTS[1:]).key != made.key
+    save_file({"model.cls.predictions.bias": torch.zeros(3)}, tmp_path / "other" / "masked_lm.safetensors")
+    with pytest.raises(InputError, match="does not hold the weights that learned") as error:
+        make("other")
+    assert str(tmp_path / "other") in (error.value.fix or "")
+
+
+def test_a_new_heads_bias_begins_at_the_words_frequencies(folder: Callable[..., Path]) -> None:
+    generator = lm(folder(head=False))
+    encoded = generator.words.encode(TEXTS)
+    generator.start_from(encoded)
+    bias = generator.network.model.cls.predictions.bias
+    shares = bias.double().exp()
+    assert float(shares.sum()) == pytest.approx(1, abs=1e-5)
+    tokens = [found.columns["input_ids"][at] for found in encoded for at in found.maskable.tolist()]
+    for token in (0, *set(tokens)):
+        expected = (tokens.count(token) + 1) / (len(tokens) + len(bias))
+        assert float(shares[token]) == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_head_alone_learns_where_that_is_asked(folder: Callable[..., Path], tmp_path: Path) -> None:
