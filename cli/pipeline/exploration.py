@@ -19,6 +19,7 @@ from distill.distribution import default_device
 from distill.exploration.explore import Exploration, check_exploration, check_match, labels_classes
 from distill.exploration.generated import GeneratedSet, build_generated
 from distill.exploration.generator import ImageGenerator, TextGenerator
+from distill.exploration.make import make_image_generator
 from distill.exploration.masked_lm import make_text_generator
 from distill.exploration.section import ExploreSection, GeneratorSection
 from distill.objectives.section import AnyObjective, KDSection
@@ -127,8 +128,6 @@ def make_generator(
     """
     section, device = whole_generator(section, dataset), default_device()
     if dataset.input.kind == "image":
-        from distill.exploration.make import make_image_generator
-
         return make_image_generator(
             section,
             all_inputs(dataset.train, unlabelled),
