@@ -98,7 +98,7 @@ def test_every_arm_ends_in_a_cell_that_is_not_made_twice(tiny: texts.SnippetsTas
     assert facts["counts"] == [4, 4]
     planned = grid.grid([tiny], {tiny.name: CHOICE}, seeds=1)
     students = [cell for cell in planned if isinstance(cell, grid.StudentCell)]
-    chosen = [cell for cell in planned if isinstance(cell, grid.TeacherCell)]
+    chosen: list[grid.Cell] = [cell for cell in planned if isinstance(cell, grid.TeacherCell)]
     chosen += [cell for cell in students if cell.knowledge != "few" or cell.arm.name in (KD.name, RANDOM.name)]
     for cell in sorted(chosen, key=lambda cell: isinstance(cell, grid.StudentCell)):
         assert not store.is_done(cell)

@@ -101,7 +101,7 @@ class Sizes:
     few_tuning: FineTuning = _FEW
     generator_epochs: int = 3
     generator_batch: int = 32
-    generator_rate: float = 2e-4
+    generator_rate: float = 5e-4
 
 
 class SnippetsTask(Task):
