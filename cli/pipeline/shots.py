@@ -117,14 +117,14 @@ def _teachers(run: Run) -> list[tuple[str, Array]]:
         if variant.folder in found or not (needs_teacher(objectives) or explores(run.recipe)):
             continue
         cache = run.cache_of(variant)
-        logits = None if cache is None else test_class_logits(cache, len(run.dataset.classes))
+        logits = None if cache is None else class_logits_on_test(cache, len(run.dataset.classes))
         trained = run.trained.get(("teacher", variant.folder))
         name = trained.student.arch if trained is not None else run.recipe.teacher.kind
         found[variant.folder] = None if logits is None else (name, logits)
     return [entry for entry in found.values() if entry is not None]
 
 
-def test_class_logits(cache: TeacherCache, classes: int) -> Array | None:
+def class_logits_on_test(cache: TeacherCache, classes: int) -> Array | None:
     """float32 (N, C): the logits of a teacher for the classes on the test split; None where it gives none."""
     logits, columns = cache.test_logits, cache.num_logits
     if logits is None or columns is None:

@@ -27,6 +27,7 @@ from cli.report.words import (
     metric_title,
     milliseconds,
     on_other_machine,
+    other_notes,
     percent,
     percentile_title,
     percentiles,
@@ -178,7 +179,7 @@ def _footnotes(report: Report) -> str:
     if any(on_other_machine(row) for row in report.targets):
         notes.append(f"* {NOT_THE_DEVICE}")
     notes += strategy_notes(report)
-    notes += report.notes
+    notes += other_notes(report)
     return f'<div class="notes">{"".join(f"<p>{escape(note)}</p>" for note in notes)}</div>\n'
 
 

@@ -42,6 +42,7 @@ from cli.report.words import (
     metric_title,
     milliseconds,
     on_other_machine,
+    other_notes,
     page_command,
     percent,
     percentile_title,
@@ -420,7 +421,9 @@ def _why(report: Report, style: Style) -> list[Text]:
         texts = [*reasons(row), *(f"fix: {fix}" for fix in row.fixes)]
         if texts:
             lines += _labelled(style.clean(row.name), texts, room, style, _STYLES[row.verdict])
-    notes = [line for note in report.notes for line in wrapped(style.clean(note), style.width, "  note: ", "    ")]
+    notes = [
+        line for note in other_notes(report) for line in wrapped(style.clean(note), style.width, "  note: ", "    ")
+    ]
     return [*([Text(), Text("Why", style="bold"), *lines] if lines else []), *notes]
 
 

@@ -280,6 +280,15 @@ def exploration_notes(report: Report) -> list[str]:
     return ["; ".join(parts)]
 
 
+def other_notes(report: Report) -> list[str]:
+    """The run's notes without those that the exploration's own lines repeat."""
+    found = report.exploration
+    if found is None:
+        return list(report.notes)
+    told = (f"explores: {found.summary}", *(picture.file for picture in found.pictures))
+    return [note for note in report.notes if not note.endswith(told)]
+
+
 def _least_kept(report: Report) -> str:
     """ ", of Shirt 41.0 %": the class that lost most to the filter."""
     students = report.exploration.students if report.exploration is not None else ()

@@ -304,6 +304,20 @@ def test_the_exploration_and_its_pictures_are_named() -> None:
     assert "explored" not in render_text(example())
 
 
+def test_notes_that_the_exploration_repeats_are_left_out_and_others_stay() -> None:
+    found = long_tail()
+    assert found.exploration is not None
+    notes = (
+        f"explores: {found.exploration.summary}",
+        "explored samples at three radii: /elsewhere/runs/shelf-camera/explored/explored.png",
+        "2 of 300 unlabelled samples are also in the test split",
+    )
+    text = render_text(found.model_copy(update={"notes": notes}))
+    assert text.count("note: ") == 1
+    assert "note: 2 of 300 unlabelled samples" in text
+    assert render_text(example(notes=notes)).count("note: ") == 3
+
+
 def test_the_exploration_without_filter_says_nothing_of_keeping_and_a_control_is_called_so() -> None:
     found = long_tail().exploration
     assert found is not None
