@@ -112,7 +112,8 @@ class Together(Strategy):
     """Several at once, asked in their order: a teacher that learns, and inputs to explore.
 
     Their terms, figures and files must have different names. At most one of them may choose rows or give the teacher's
-    outputs; the first that does so counts.
+    outputs; the first that does so counts. What looks ahead, as influence does, sees the loop's own terms alone and
+    not what another strategy adds (our reading).
     """
 
     def __init__(self, *strategies: Strategy) -> None:

@@ -96,7 +96,7 @@ def train(
         student: as built; changed in place.
         objective: as `build_objective` gave it; changed in place, on the CPU afterwards.
         dataset: training split to learn from, validation split to choose the epoch.
-        cache: the teacher's outputs; None when no objective needs a teacher.
+        cache: the teacher's outputs; None when no objective needs a teacher, or a coached strategy gives them.
         section: the recipe's `[train]`.
         augmentation: the recipe's `[data.augment]`; the cache must have been built with it.
         folder: of the artefact.
@@ -106,8 +106,9 @@ def train(
         title: of the progress bar.
         device: None: the first GPU where there is one, else the CPU.
         teacher_fingerprint: hash of a frozen teacher's weights and buffers, compared before and after.
-        strategy: how the teacher learns: a coached one gives the teacher's outputs instead of a cache; a conditioning
-            one belongs to the training of the teacher itself. None: the teacher is frozen.
+        strategy: how the teacher learns, or what is explored: a coached one gives the teacher's outputs instead of a
+            cache; a conditioning one belongs to the training of the teacher itself; an exploration adds inputs. None:
+            the teacher is frozen, and nothing is explored.
 
     Raises:
         InputError: settings that do not fit data or objective, or a damaged checkpoint.
