@@ -208,7 +208,10 @@ class _Fit:
         self.optimizer.zero_grad(set_to_none=True)
         self.names = list(terms)
         values = losses.detach()
-        self.window = values if self.window is None else self.window + values
+        if self.window is not None:
+            # one broken term breaks all of the steps after it; what is named later is the term that was first
+            values = self.window + torch.where(self.window.isfinite().all(), values, 0.0)
+        self.window = values
         self.step += 1
         task.advance(self.batch_size)
         if self.step % _WINDOW == 0:

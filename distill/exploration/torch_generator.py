@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -90,13 +91,16 @@ class TorchGenerator(ImageGenerator):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """uint8 (N, C, H, W) -> float32 (N, d), flattened."""
-        parts = [self._encoded(part.to(self.device)).flatten(1) for part in torch.split(images, _CHUNK)]
+        with self._own_noise():
+            parts = [self._encoded(part.to(self.device)).flatten(1) for part in torch.split(images, _CHUNK)]
         return torch.cat(parts)
 
     def decode(self, latents: Tensor) -> Tensor:
         """float32 (N, d) -> float32 (N, C, H, W), pixels 0 to 255, differentiable in `latents`."""
+        with self._own_noise():
+            pixels = self._decoded(latents.reshape(len(latents), *self._latent_shape))
         # clamp keeps what is not a number, which exploration looks for
-        return self._decoded(latents.reshape(len(latents), *self._latent_shape)).clamp(0, 1) * 255
+        return pixels.clamp(0, 1) * 255
 
     def to(self, device: object) -> Self:
         """Moves network and `latent_std`; returns itself."""
@@ -104,6 +108,10 @@ class TorchGenerator(ImageGenerator):
         self.network.to(self.device)
         self.latent_std = self.latent_std.to(self.device)
         return self
+
+    def _own_noise(self) -> AbstractContextManager[None]:
+        """Inside, a module that draws (a sample beside the mean) moves no random numbers of the training's."""
+        return torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])
 
     def _encoded(self, images: Tensor) -> Tensor:
         """uint8 images -> the user's latents as they are, float32."""
