@@ -112,7 +112,7 @@ class _Earlier:
         that of a generator, where there is one."""
         if name == GENERATOR:
             section = recipe.explore.generator
-            return whole_generator(section, self._run.dataset) if recipe.explore.generates else None
+            return whole_generator(section, self._run.dataset.input.kind) if recipe.explore.generates else None
         return start_of(recipe.teacher) if name == START else getattr(recipe, name)
 
 
@@ -300,12 +300,12 @@ class _Further:
 
     def _make_generator(self, finished: bool) -> PlannedStage:
         run, dataset = self.run, self.dataset
-        section = whole_generator(self.section.generator, dataset)
+        section = whole_generator(self.section.generator, dataset.input.kind)
         name = f"generator ({section.kind})"
         if section.kind == "masked-lm" and not (run.loaded.base / str(section.model)).is_dir():
             return _stage(name, None, 0.0, finished)  # not fetched for a dry run
         # the unlabelled inputs only make its training longer
-        few = subset(dataset, np.arange(min(len(dataset.train), _GENERATOR_STEPS * section.batch_size)))
+        few = subset(dataset, np.arange(min(len(dataset.train), _GENERATOR_STEPS * section.batch)))
         watch, started = _Stopwatch(unlimited=True), time.perf_counter()
         self.generator = make_generator(
             section.model_copy(update={"epochs": 1}),
@@ -320,7 +320,7 @@ class _Further:
         seconds = time.perf_counter() - started
         if len(watch.times) > 1:  # it was trained
             count = len(dataset.train) + (0 if self.unlabelled is None else len(self.unlabelled))
-            seconds = watch.per_sample() * count * section.epochs
+            seconds = watch.per_sample() * count * section.passes
         return _stage(name, seconds, weights_mib(self.generator.network), finished)
 
     def _make_fixed(self, variant: Variant, finished: bool) -> PlannedStage:

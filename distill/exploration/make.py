@@ -108,7 +108,8 @@ def _vae(
     progress: Progress,
 ) -> VAEGenerator:
     rate = _LEARNING_RATE if section.learning_rate == "auto" else section.learning_rate
-    settings = section.model_dump(mode="json", include={"latent", "width", "beta", "epochs", "batch_size"})
+    settings = section.model_dump(mode="json", include={"latent", "width", "beta"})
+    settings |= {"epochs": section.passes, "batch_size": section.batch}
     key = content_key(KIND, "vae", _FORM, settings, rate, list(spec.shape), spec.mean, spec.std, seed, inputs)
     with seeded(seed):
         network = VAE(spec, section.latent, section.width)
@@ -127,8 +128,8 @@ def _vae(
         len(inputs),
         folder,
         key=key,
-        epochs=section.epochs,
-        batch_size=section.batch_size,
+        epochs=section.passes,
+        batch_size=section.batch,
         learning_rate=rate,
         seed=seed,
         device=device,
@@ -149,7 +150,7 @@ def _vae(
     if info["rmse"] > _NO_BETTER * info["rmse_of_the_mean"]:
         progress.note(
             "the generator's images show little of their originals: look at "
-            f"{folder / 'reconstructions.png'}; {_WHERE}.epochs above {section.epochs} or a smaller beta helps"
+            f"{folder / 'reconstructions.png'}; {_WHERE}.epochs above {section.passes} or a smaller beta helps"
         )
     return generator
 

@@ -31,6 +31,8 @@ from profiles.progress import Progress, Silent
 Ids = np.ndarray[tuple[int], np.dtype[np.int64]]
 Points = np.ndarray[tuple[int], np.dtype[np.float64]]
 KIND = "generator"
+_FORM = 1
+"""Raised when the same settings make another generator."""
 WEIGHTS = "masked_lm.safetensors"
 EXAMPLES = "examples.txt"
 _WHERE = "explore.generator.model"
@@ -97,7 +99,9 @@ def make_text_generator(
             where="explore.generator.learn",
             fix='learn = "auto" trains one on the unlabelled texts',
         )
-    key = content_key("masked-lm", section, generator.key, learn, list(texts), seed)
+    rate = _LEARNING_RATE if section.learning_rate == "auto" else section.learning_rate
+    training = [] if learn == "nothing" else [section.passes, section.batch, rate]
+    key = content_key("masked-lm", _FORM, generator.key, learn, training, list(texts), seed)
     manifest = artifact.current(folder, KIND, key)
     if manifest is not None:
         if learn != "nothing":
@@ -139,9 +143,9 @@ def make_text_generator(
             len(rows),
             folder,
             key=key,
-            epochs=section.epochs,
-            batch_size=section.batch_size,
-            learning_rate=_LEARNING_RATE if section.learning_rate == "auto" else section.learning_rate,
+            epochs=section.passes,
+            batch_size=section.batch,
+            learning_rate=rate,
             seed=seed,
             device=device,
             progress=progress,
@@ -161,7 +165,7 @@ def make_text_generator(
     return generator
 
 
-_LEARNING_RATE = 5e-5
+_LEARNING_RATE = 5e-4
 """Of learning_rate = "auto"."""
 
 

@@ -45,10 +45,16 @@ class GeneratorSection(Section):
     latent: int = Field(32, ge=1, le=4096, description="dimensions of the latent space of the VAE")
     width: int = Field(32, ge=4, le=512, description="channels of the VAE's first layer")
     beta: _Positive = Field(1.0, description="weight of the VAE's KL term; smaller: sharper images, rougher space")
-    epochs: int = Field(20, ge=1, description="passes of the generator's own training over the unlabelled inputs")
-    batch_size: int = Field(128, ge=1, description="samples per step of the generator's own training")
+    epochs: int | None = Field(
+        None,
+        ge=1,
+        description="passes of the generator's own training over the inputs; default: 20 (vae), 3 (masked-lm)",
+    )
+    batch_size: int | None = Field(
+        None, ge=1, description="samples per step of the generator's own training; default: 128 (vae), 32 (masked-lm)"
+    )
     learning_rate: _Positive | Literal["auto"] = Field(
-        "auto", description="of the generator's own training, AdamW; auto: 0.002 (vae), 5e-5 (masked-lm)"
+        "auto", description="of the generator's own training, AdamW; auto: 0.002 (vae), 5e-4 (masked-lm)"
     )
     factory: str | None = Field(None, description='dotted path "package.module:name" of your own generator')
     kwargs: dict[str, Any] = Field(default_factory=dict, description="arguments of the factory")
@@ -80,6 +86,20 @@ class GeneratorSection(Section):
         if self.mask[0] > self.mask[1]:
             raise ValueError(f"mask = [{self.mask[0]:g}, {self.mask[1]:g}]: the smallest share first")
         return self
+
+    @property
+    def passes(self) -> int:
+        """`epochs`, or the default of the kind."""
+        if self.epochs is not None:
+            return self.epochs
+        return 20 if self.model is None else 3
+
+    @property
+    def batch(self) -> int:
+        """`batch_size`, or the default of the kind."""
+        if self.batch_size is not None:
+            return self.batch_size
+        return 128 if self.model is None else 32
 
 
 _TRAINED = frozenset({"epochs", "batch_size", "learning_rate"})

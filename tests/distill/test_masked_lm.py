@@ -511,3 +511,11 @@ def test_large_inputs_go_in_parts(folder: Callable[..., Path], monkeypatch: pyte
     monkeypatch.setattr(module, "_TOKENS_AT_ONCE", 50)
     monkeypatch.setattr(module, "_ROWS_AT_ONCE", 3)
     assert generator.refill(TEXTS, range(len(TEXTS))) == whole
+
+
+def test_passes_and_batches_have_a_default_of_the_kind() -> None:
+    assert (GeneratorSection().passes, GeneratorSection().batch) == (20, 128)
+    texts = GeneratorSection(kind="masked-lm", model="x")
+    assert (texts.passes, texts.batch) == (3, 32)
+    chosen = GeneratorSection(model="x", epochs=20, batch_size=128)
+    assert (chosen.passes, chosen.batch) == (20, 128)
