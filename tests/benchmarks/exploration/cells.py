@@ -28,7 +28,7 @@ from distill.training import FORM as TRAINING_FORM
 from distill.training import evaluate_logits, train
 from profiles import artifact
 from profiles.errors import Interrupted
-from tests.benchmarks.exploration import images
+from tests.benchmarks.exploration import images, texts
 from tests.benchmarks.exploration.task import KD, ONE_VIEW, Arm, Choice, Knowledge, Task
 
 KIND = "exploration cell"
@@ -41,7 +41,7 @@ _PICTURE_FILE = "explored.png"
 _POLL_SECONDS = 1.0
 _PATIENCE_SECONDS = 60.0
 Array = np.ndarray[Any, Any]
-TASKS: Mapping[str, Callable[[Path], Task]] = {**images.TASKS}
+TASKS: Mapping[str, Callable[[Path], Task]] = {**images.TASKS, **texts.TASKS}
 """Name -> what opens the task below a folder."""
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from distill.exploration.make import make_image_generator
 
 from distill.data import Dataset, catalogue, load_dataset
 from distill.data.arrays import read_idx
@@ -19,6 +18,7 @@ from distill.data.section import DataSection
 from distill.data.splits import long_tail_counts
 from distill.data.unlabelled import Unlabelled
 from distill.exploration.generator import ImageGenerator
+from distill.exploration.make import make_image_generator
 from distill.exploration.section import GeneratorSection
 from distill.objectives.compose import build_objective
 from distill.objectives.section import SupervisedSection
@@ -80,7 +80,7 @@ class Sizes:
     teacher_epochs: int = 6
     few_teacher_steps: int = 500
     batch_size: int = 32
-    generator: GeneratorSection = field(default_factory=lambda: GeneratorSection(kind="vae", width=16, epochs=5))
+    generator: GeneratorSection = field(default_factory=lambda: GeneratorSection(kind="vae", width=16, epochs=10))
     generator_images: int | None = 20_000
 
 

@@ -122,7 +122,8 @@ def _of_teacher(store: Store, task: Task, done: Sequence[Cell], knowledge: Knowl
 
 def _controls(arm: Arm) -> list[str]:
     """What an arm is compared with: KD and labels alone; exploration with the stronger controls, too."""
-    names = [*FIRST_CONTROLS, *(STRONG_CONTROLS if arm.explores else ()), *(() if arm.main else (RANDOM.name,))]
+    strong = STRONG_CONTROLS if arm.explores and arm.name not in STRONG_CONTROLS else ()
+    names = [*FIRST_CONTROLS, *strong, *(() if arm.main else (RANDOM.name,))]
     return [name for name in names if name != arm.name]
 
 
