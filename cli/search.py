@@ -51,7 +51,7 @@ def search_space(combination: Combination, variants: Sequence[VariantSection] = 
     """What tuning tries for a combination: the learning rate, and what its objectives declare.
 
     What is compared stays as it is: factors, what a variant sets, and settings of an objective that are not at their
-    defaults ("kd tau=1" remains that). A `train.hard_weight` of the recipe stays, too.
+    defaults ("kd tau=1" remains that). A `train.hard_weight` of the recipe stays, too, and so does all of `[explore]`.
 
     Args:
         combination: of a study's grid.
