@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -17,11 +17,11 @@ from distill.data.section import DataSection
 from distill.data.unlabelled import Unlabelled, load_unlabelled, open_unlabelled
 from distill.distribution import default_device
 from distill.exploration.explore import Exploration, check_exploration, check_match, labels_classes
-from distill.exploration.generated import GeneratedSet, build_generated
+from distill.exploration.generated import LEARNED, GeneratedSet, build_generated
 from distill.exploration.generator import ImageGenerator, TextGenerator
 from distill.exploration.make import make_image_generator
 from distill.exploration.masked_lm import make_text_generator
-from distill.exploration.section import ExploreSection, GeneratorSection
+from distill.exploration.section import KEYS_OF_GENERATOR, ExploreSection, GeneratorKind, GeneratorSection, given
 from distill.objectives.section import AnyObjective, KDSection
 from distill.strategy import Strategy, Together
 from distill.teachers import Teacher
@@ -41,8 +41,6 @@ PICTURE_KIND = "explored"
 _PICTURE = "explored.png"
 _FORM = 1
 """Raise when the picture changes, so that older ones are drawn anew."""
-_LOSS_ALONE = {"weight", "match", "tau", "batch_size"}
-"""Keys that decide what is learned from a fixed set, not what is in it."""
 
 
 def explores(recipe: Recipe) -> bool:
@@ -76,14 +74,19 @@ def check_explored(recipe: Recipe, dataset: Dataset | None = None) -> None:
     known = recipe.data.known_kind
     if dataset is None and known is None:
         return
+    kind: Literal["image", "tokens"] = "tokens" if known == "text" else "image"
+    if dataset is not None:
+        kind = dataset.input.kind
     check_exploration(
         section,
-        kind=dataset.input.kind if dataset is not None else "tokens" if known == "text" else "image",
+        kind=kind,
         task=recipe.data.task,
         objectives=recipe.objective,
         teacher_kind=recipe.teacher.kind,
         has_unlabelled=recipe.data.unlabelled is not None,
     )
+    if section.generates:
+        whole_generator(section.generator, kind)
 
 
 def check_explored_by(teacher: Teacher, recipe: Recipe, dataset: Dataset) -> None:
@@ -103,11 +106,25 @@ def check_explored_by(teacher: Teacher, recipe: Recipe, dataset: Dataset) -> Non
 # -- what is made -----------------------------------------------------------------------------------------------------
 
 
-def whole_generator(section: GeneratorSection, dataset: Dataset) -> GeneratorSection:
-    """The section with its kind, which the data decides where the recipe leaves it out."""
+def whole_generator(section: GeneratorSection, kind: Literal["image", "tokens"]) -> GeneratorSection:
+    """The section with its kind, which the data decides where the recipe leaves it out. kind: of the inputs.
+
+    Raises:
+        InputError: a key that this kind of generator does not read.
+    """
     if section.kind is not None:
         return section
-    return section.model_copy(update={"kind": "vae" if dataset.input.kind == "image" else "masked-lm"})
+    chosen: GeneratorKind = "vae" if kind == "image" else "masked-lm"
+    foreign = [name for name in given(section) if name not in KEYS_OF_GENERATOR[chosen]]
+    if foreign:
+        owners = [f'"{owner}"' for owner, keys in KEYS_OF_GENERATOR.items() if foreign[0] in keys]
+        raise InputError(
+            f'"{foreign[0]}" does not belong to a generator of kind "{chosen}", which is what this data gets',
+            where=f"explore.generator.{foreign[0]}",
+            evidence=f"no kind is named, and the data holds {'images' if kind == 'image' else 'texts'}",
+            fix=f"explore.generator.kind = {' or '.join(owners)}, or leave {foreign[0]} out",
+        )
+    return section.model_copy(update={"kind": chosen})
 
 
 def make_generator(
@@ -126,7 +143,7 @@ def make_generator(
     Raises:
         InputError, EdgestillError: see `make_image_generator` and `make_text_generator`.
     """
-    section, device = whole_generator(section, dataset), default_device()
+    section, device = whole_generator(section, dataset.input.kind), default_device()
     if dataset.input.kind == "image":
         return make_image_generator(
             section,
@@ -360,6 +377,7 @@ class Explorer:
         self.shares = False
         """In a study: what is left over is left over by the parts of the training split that its cells take."""
         self._generators: dict[Path, Generator] = {}
+        self._generated: dict[Path, GeneratedSet] = {}
 
     @cached_property
     def unlabelled(self) -> Unlabelled | None:
@@ -401,8 +419,8 @@ class Explorer:
     def generator_folder(self, section: ExploreSection) -> Path:
         """Where the generator of an exploration lies: "generator", and in a study those of others beside it."""
         dataset = self.run.dataset
-        own = whole_generator(self.run.recipe.explore.generator, dataset)
-        asked = whole_generator(section.generator, dataset)
+        own = whole_generator(self.run.recipe.explore.generator, dataset.input.kind)
+        asked = whole_generator(section.generator, dataset.input.kind)
         return self.run.folder / ("generator" if asked == own else f"generator-{artifact.content_key(asked)[:8]}")
 
     def generator(self, section: ExploreSection) -> Generator | None:
@@ -412,7 +430,7 @@ class Explorer:
         run, folder = self.run, self.generator_folder(section)
         if folder not in self._generators:
             unlabelled = self.unlabelled
-            kind = whole_generator(section.generator, run.dataset).kind
+            kind = whole_generator(section.generator, run.dataset.input.kind).kind
             with run.made(f"generator ({kind})", folder):
                 self._generators[folder] = make_generator(
                     section.generator,
@@ -441,8 +459,8 @@ class Explorer:
         """Where the fixed set of an exploration lies: "generated", and in a study those of others beside it."""
         run = self.run
         name = "generated" + variant.folder.removeprefix("teacher")
-        mine = section.model_dump(mode="json", exclude=_LOSS_ALONE)
-        own = run.recipe.explore.model_dump(mode="json", exclude=_LOSS_ALONE)
+        mine = section.model_dump(mode="json", exclude=LEARNED)
+        own = run.recipe.explore.model_dump(mode="json", exclude=LEARNED)
         if mine == own and dataset.key == run.dataset.key:
             return run.folder / name
         return run.folder / f"{name}-{artifact.content_key(mine, dataset.key)[:8]}"
@@ -454,8 +472,11 @@ class Explorer:
         if section.versions is None:
             return None
         run, generator = self.run, self.generator(section)
-        with run.made("generated", folder := self.generated_folder(section, variant, dataset)):
-            return build_generated(
+        folder = self.generated_folder(section, variant, dataset)
+        if folder in self._generated:
+            return self._generated[folder]
+        with run.made("generated", folder):
+            self._generated[folder] = build_generated(
                 section,
                 teacher,
                 dataset,
@@ -468,6 +489,7 @@ class Explorer:
                 progress=run.progress,
                 subclasses=subclasses_of(variant),
             )
+        return self._generated[folder]
 
     def exploration(
         self, section: ExploreSection, teacher: Teacher, variant: Variant, objectives: Sequence[AnyObjective]

@@ -146,7 +146,7 @@ def exploration_facts(run: Run) -> Exploration | None:
         control=section.kind in CONTROLS,
         weight=section.weight,
         sigma=section.sigma if section.kind in PICTURED else None,
-        generator=_generator(whole_generator(section.generator, run.dataset)) if section.generates else "",
+        generator=_generator(whole_generator(section.generator, run.dataset.input.kind)) if section.generates else "",
         filter=section.filter,
         summary=in_words(section),
         students=tuple(_explored(trained) for (role, _), trained in run.trained.items() if role == "student"),

@@ -31,7 +31,7 @@ Array = np.ndarray[Any, Any]
 KIND = "generated"
 _FORM = 1
 """Raise when a fixed set is made in another way, so that older ones are made anew."""
-_LEARNED = {"weight", "match", "tau", "batch_size"}
+LEARNED = {"weight", "match", "tau", "batch_size"}
 """Keys that decide what is learned from a fixed set, not what is in it."""
 
 
@@ -116,7 +116,7 @@ def build_generated(
     key = content_key(
         KIND,
         _FORM,
-        section.model_dump(mode="json", exclude=_LEARNED | {"generator"}),
+        section.model_dump(mode="json", exclude=LEARNED | {"generator"}),
         teacher.key,
         dataset.key,
         None if generator is None else generator.key,
