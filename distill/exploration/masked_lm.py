@@ -305,8 +305,8 @@ class Words:
                 went_on = self._goes_on(ids[at])
                 # two words that stood together without a space, as in Chinese, still do
                 joined = not gap and not went_on and _words_touch(last, old)
-                if glued and not went_on:
-                    gap = ""
+                if glued:
+                    gap = gap if went_on else ""
                 elif not gap and not joined and _words_touch(result, new):
                     gap = " "
             result += gap + new

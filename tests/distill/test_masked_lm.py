@@ -276,6 +276,12 @@ def test_new_words_take_the_spaces_that_they_need(words: Words) -> None:
     (spaced,) = words.encode(["film ."])  # a text that writes a space there keeps it
     assert words.replace("film .", spaced, {1: ids["movie"]}) == "movie ."
     assert words.replace("film .", spaced, {2: ids["."]}) == "film ."
+    (pieces,) = words.encode(["badly"])  # "bad", "##l", ...: what is left of a word stays with what is before it
+    assert len(pieces.maskable) > 1
+    assert words.replace("badly", pieces, {1: ids["movie"]}) == "movie" + "badly"[pieces.spans[1][1] :]  # type: ignore[index]
+    assert words.replace("badly", pieces, {2: ids["movie"]}).startswith("badly"[: pieces.spans[1][1]] + " movie")  # type: ignore[index]
+    (close,) = words.encode(["好film"])  # a script without spaces gets none
+    assert words.replace("好film", close, {2: ids["movie"]}) == "好movie"
     going_on = next(i for i in words.allowed.tolist() if words._goes_on(i))
     assert (
         words.replace("Film the", words.encode(["Film the"])[0], {2: going_on}) == "Film" + words._surfaces[going_on][1]
