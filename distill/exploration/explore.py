@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -232,18 +232,19 @@ class Exploration(Strategy):
         self._check_kept("of the first inputs that were made")
 
     def _check_gradient(self, seeds: Seeds) -> None:
-        """Refuses a teacher that passes no gradient to the pixels."""
-        pixels = seeds.inputs[:2].float().requires_grad_()
-        try:
-            with torch.enable_grad():
-                logits = self._teacher_logits(pixels)
-            if logits.requires_grad:
-                torch.autograd.grad(logits.sum(), pixels)
-                return
-            reason = "its outputs have no graph"
-        except RuntimeError as error:  # tensors that were changed in place, or that do not depend on the pixels
-            reason = str(error).splitlines()[0]
-        raise _no_gradient(self.labeller.kind, reason)
+        """Refuses a teacher that passes no gradient to the pixels, or a decoder that passes none to the latents."""
+        reason = _why_no_gradient(self._teacher_logits, seeds.inputs[:2].float())
+        if reason is not None:
+            raise _no_gradient(self.labeller.kind, reason)
+        assert isinstance(self.generator, ImageGenerator)
+        reason = _why_no_gradient(self.generator.decode, self.generator.encode(seeds.inputs[:2]))
+        if reason is not None:
+            raise InputError(
+                "gradient exploration follows the decoder's gradient, and this one passes none",
+                where="explore.generator",
+                evidence=reason,
+                fix='a decode without no_grad, detach and NumPy, or explore.kind = "random"',
+            )
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
@@ -747,6 +748,20 @@ def _smaller(section: ExploreSection, otherwise: str) -> str:
     if section.filter == "confidence":
         parts.append(f"explore.threshold below {section.threshold:g}")
     return ", or ".join([*parts, otherwise])
+
+
+def _why_no_gradient(function: Callable[[Tensor], Tensor], place: Tensor) -> str | None:
+    """Why `function` passes no gradient to its input at `place`; None where it does."""
+    place = place.detach().clone().requires_grad_()
+    try:
+        with torch.enable_grad():
+            found = function(place)
+        if not found.requires_grad:
+            return "its outputs have no graph"
+        torch.autograd.grad(found.sum(), place)
+    except RuntimeError as error:  # tensors that were changed in place, or that do not depend on the input
+        return str(error).splitlines()[0]
+    return None
 
 
 def _not_live(kind: str) -> InputError:

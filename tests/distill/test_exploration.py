@@ -715,6 +715,19 @@ def test_gradient_needs_a_teacher_with_a_graph(tmp_path: Path) -> None:
     assert result.epochs == 1
 
 
+def test_gradient_needs_a_decoder_with_a_graph(tmp_path: Path) -> None:
+    class Opaque(PCA):
+        def decode(self, latents: Tensor) -> Tensor:
+            return super().decode(latents.detach())
+
+    exploring = short(kind="gradient")
+    with pytest.raises(InputError, match="decoder's gradient") as caught:
+        exploring.run(tmp_path / "s", exploration=exploring.build(generator=Opaque(exploring.data.train.inputs)))
+    assert caught.value.where == "explore.generator"
+    result, _, _ = short().run(tmp_path / "r", exploration=short().build(generator=Opaque(exploring.data.train.inputs)))
+    assert result.epochs == 1
+
+
 class Stored(Teacher):
     """Outputs for the samples of the data alone."""
 
