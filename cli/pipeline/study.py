@@ -455,6 +455,14 @@ class Study:
         """Refuses what cannot work before any teacher is trained."""
         recipe, run = combination.recipe, self.base(combination)
         dataset, rows = run.dataset, recipe.data.train_size
+        if rows is not None and recipe.data.imbalance is not None:
+            raise InputError(
+                "a study cannot have a train_size of a long-tailed training split",
+                where="data.train_size",
+                evidence=f'data.imbalance = "{recipe.data.imbalance}" thins out what train_size leaves, and a study '
+                "takes every size from one split",
+                fix="leave data.train_size out, or `edgestill run` for this size alone",
+            )
         if rows is not None and rows > len(dataset.train):
             raise InputError(
                 f"train_size = {rows} is more than there is",

@@ -257,6 +257,10 @@ set = ["train.hard_weight=0.3", 'objective=[{kind="ec"},{kind="kd"}]']
         (["--vary", "objective=kd", "--vary", "data.train_size=60,9000"], ["9000", "data.train_size"]),
         (["--vary", "objective=kd", "--vary", "data.train_size=2,60"], ["train_size=2", "3 classes"]),
         (
+            ["--vary", "objective=supervised,kd", "--set", "data.train_size=60", "--set", "data.imbalance=exp:4"],
+            ["data.train_size", "exp:4", "leave data.train_size out"],
+        ),
+        (
             ["--vary", 'objective=supervised,{kind="crd",negatives=100}', "--vary", "data.train_size=60,240"],
             ["crd", "train_size=60", "negatives"],
         ),
