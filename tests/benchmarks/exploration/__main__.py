@@ -122,7 +122,8 @@ class Benchmark:
         """Everything about what is finished; the picture goes into `folder`."""
         planned, choices, scores = self.planned(), self.choices(), self.scores()
         unchosen = {task.name for task in self.tasks if choices[task.tuned_on] is None}
-        known = [cell for cell in planned if not (cell.task in unchosen and not _is_tuning(cell))]
+        # a student whose settings are not chosen has a stand-in for them, and is not done
+        known = [cell for cell in planned if _is_tuning(cell) or not _is_taught(cell) or cell.task not in unchosen]
         done = [cell for cell in known if self.store.is_done(cell)]
         facts = _stored(self.store.root / _FACTS)
         return {
@@ -171,6 +172,10 @@ class Benchmark:
             choice = choices[task.name]
             if choice is not None:
                 timing.measure(task, choice)
+
+
+def _is_taught(cell: Cell) -> bool:
+    return isinstance(cell, StudentCell) and cell.arm.kind is not None
 
 
 def _is_tuning(cell: Cell) -> bool:

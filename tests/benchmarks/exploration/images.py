@@ -215,11 +215,12 @@ class FashionTask(Task):
         section, network = self.sizes.generator, self.pool.generator.network
         images = min(len(self.pool.dataset.train), self.sizes.generator_images or len(self.pool.dataset.train))
         metrics = (self.pool.folder / "generator" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        losses = ", ".join(f"{name} {value:.4g}" for name, value in json.loads(metrics[-1]).items() if name != "epoch")
+        last: dict[str, float] = json.loads(metrics[-1])
+        losses = ", ".join(f"{name[5:]} {value:.4g}" for name, value in last.items() if name.startswith("loss/"))
         return (
             f"VAE, latent {section.latent}, width {section.width}, "
             f"{sum(p.numel() for p in network.parameters()):,} parameters, {section.epochs} epochs on {images:,} "
-            f"images of the pool without labels; last epoch: {losses}"
+            f"images of the pool without labels; losses of the last: {losses}"
         )
 
     def dataset(self, seed: int) -> Dataset:

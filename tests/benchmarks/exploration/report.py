@@ -178,8 +178,10 @@ def markdown(found: Mapping[str, Any]) -> str:
         "All arms of a task share the student's architecture, the number of steps, batch size and schedule; by seed "
         "also the labelled samples, the initial weights and the order. Every seed draws its own labelled samples (and "
         "trains its own teacher on them, where the teacher knows the few alone). All arms with a teacher "
-        "have the same loss and ask it as often: in each step about the labelled batch, and about as many further "
-        "inputs. What these are is all that differs. The labels that teach on them are the teacher's, always.",
+        "have the same loss, and learn in each step from what it says of the labelled batch and of as many further "
+        "inputs. What these are is all that differs. What teaches on them is the teacher's word, never a label. Gradient "
+        "exploration passes through the teacher once more for each ascent step, and the agreement filter asks it about "
+        "the real inputs, too.",
         "",
         "The weights are those of the last epoch: no arm chooses an epoch. The validation split, the same for all, "
         "served only for the choice of the shared hyper-parameters, on seed 0 and with the teacher that knows all: "
