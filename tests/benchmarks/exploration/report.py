@@ -180,8 +180,8 @@ def markdown(found: Mapping[str, Any]) -> str:
         "trains its own teacher on them, where the teacher knows the few alone). All arms with a teacher "
         "have the same loss, and learn in each step from what it says of the labelled batch and of as many further "
         "inputs. What these are is all that differs. What teaches on them is the teacher's word, never a label. "
-        "Gradient exploration passes through the teacher once more for each ascent step, and the agreement filter asks it about "
-        "the real inputs, too.",
+        "Gradient exploration passes through the teacher once more for each ascent step, and the agreement filter "
+        "asks it about the real inputs, too.",
         "",
         "The weights are those of the last epoch: no arm chooses an epoch. The validation split, the same for all, "
         "served only for the choice of the shared hyper-parameters, on seed 0 and with the teacher that knows all: "
