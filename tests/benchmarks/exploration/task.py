@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from distill.exploration.explore import Exploration
-from distill.exploration.generated import build_generated
-
 from distill.data import Dataset
 from distill.data.section import AugmentSection
 from distill.data.unlabelled import Unlabelled
+from distill.exploration.explore import Exploration
+from distill.exploration.generated import build_generated
 from distill.exploration.generator import ImageGenerator, TextGenerator
 from distill.exploration.section import GENERATED, Around, ExploreKind, ExploreSection, GeneratorSection
 from distill.students import Student, build_student

@@ -93,13 +93,13 @@ class Sizes:
     data: DataSection = _DATA
     model: str = str("packages" / packages.MINILM)
     labels: int = 250
-    versions: int = 5
+    versions: int = 3
     student: str = "textc-w64-d1-k3"
     steps: int = 500
     batch_size: int = 32
     all_tuning: FineTuning = _ALL
     few_tuning: FineTuning = _FEW
-    generator_epochs: int = 3
+    generator_epochs: int = 2
     generator_batch: int = 32
     generator_rate: float = 5e-4
 
