@@ -14,9 +14,9 @@ class ImageGenerator(ABC):
     Attributes:
         network: all modules that its outputs depend on.
         key: hash of weights and settings.
-        latent_std: float32 (d,), standard deviation of every dimension of the flattened latents over the inputs that
-            exploration starts from; never 0 (a dimension that carries nothing has the smallest that does not divide
-            by zero, and moves no image).
+        latent_std: float32 (d,), standard deviation of every dimension of the flattened latents over all inputs that
+            the generator was given, training and unlabelled ones, wherever exploration starts; never 0 (a dimension
+            that carries nothing has the smallest that does not divide by zero, and moves no image).
     """
 
     network: nn.Module

@@ -63,7 +63,8 @@ def make_image_generator(
 
     Args:
         section: `[explore.generator]`; kind None is "vae".
-        inputs: uint8 (M, C, H, W), M >= 2, clean images that exploration starts from; their labels are not needed.
+        inputs: uint8 (M, C, H, W), M >= 2, clean images, training and unlabelled ones, of which exploration may start
+            from only some; the latents' deviations are those over all of them. Their labels are not needed.
         spec: their shape, and mean and std.
         folder: of the artefact; while a VAE learns, `<folder>.partial` holds its checkpoint.
         seed: of initialisation, order, noise and samples.

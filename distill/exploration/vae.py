@@ -121,7 +121,7 @@ class VAEGenerator(ImageGenerator):
 
     Args:
         network: trained; changed in place: eval mode, no gradients.
-        latent_std: float32 (d,), positive.
+        latent_std: float32 (d,), positive; see `ImageGenerator`.
     """
 
     def __init__(self, network: VAE, latent_std: Tensor) -> None:
