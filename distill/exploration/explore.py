@@ -40,6 +40,8 @@ FORM = 1
 _PILOT = 512
 """Real inputs that are explored around before anything is trained."""
 _PILOT_BATCH = 128
+_SMALLEST_SHARE = 2
+"""Further inputs of one process in a step: a BatchNorm knows no variance of one."""
 _LOOK = 10
 """Every tenth step of an epoch the student is asked in eval mode how far it is from the teacher."""
 _RADII = (0.5, 1.0, 2.0)
@@ -189,11 +191,13 @@ class Exploration(Strategy):
         self.pool = Pool(section.around, self.dataset, self.unlabelled, rows=rows, device=run.device, resident=run.data)
         wanted = section.batch_size or self._batch_size or run.batch_size
         self._share = wanted // run.processes.world
-        if not self._share:
+        if self._share < _SMALLEST_SHARE:
             raise InputError(
-                f"{wanted} further inputs cannot be shared by {run.processes.world} processes",
+                "a single further input has no statistics that a student could normalise it with",
                 where="explore.batch_size",
-                fix=f"at least {run.processes.world}",
+                evidence=f"{wanted} further inputs per step, {run.processes.world} "
+                f"process{'es' * (run.processes.world > 1)}",
+                fix=f"explore.batch_size = {_SMALLEST_SHARE * run.processes.world} or more",
             )
         self._orders = Orders(len(self.pool), run.seed)
         self._forget()

@@ -128,7 +128,12 @@ class ExploreSection(Section):
     )
     tau: _Positive | None = Field(None, description="temperature of match = kd; default: the recipe's kd's own, else 1")
     around: Around = Field("train", description="real inputs to explore around: train, unlabelled, or both together")
-    batch_size: int | None = Field(None, ge=1, description="further inputs per step; default: train.batch_size")
+    batch_size: int | None = Field(
+        None,
+        ge=2,
+        description="further inputs per step, at least 2 per process: their statistics normalise them; default: "
+        "train.batch_size",
+    )
     versions: int | None = Field(
         None,
         ge=1,

@@ -117,6 +117,7 @@ def test_a_teacher_that_learns_is_not_asked_once_and_for_all(folder: Path) -> No
     [
         ('kind = "rndom"', "explore.kind", 'did you mean "random"'),
         ('kind = "real"\nsigma = 2.0', "explore", '"sigma" belongs to kind "gradient" or "random"'),
+        ('kind = "real"\nbatch_size = 1', "explore.batch_size", "greater than or equal to 2"),
         ('kind = "random"\nsteps = 2', "explore", '"steps" belongs to kind "gradient"'),
         ('kind = "gradient"\nversions = 2', "explore", '"versions" belongs to kind'),
         ('kind = "gradient"\nsigma = 0.0', "explore", '"reconstructed" is that control'),

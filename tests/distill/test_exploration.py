@@ -887,17 +887,27 @@ def test_the_picture_shows_real_images_above_what_becomes_of_them(kind: str, tas
     assert fingerprint(net) == before
 
 
-def test_a_share_of_nothing_is_refused(tmp_path: Path) -> None:
-    exploring = short(batch_size=1)
+@pytest.mark.parametrize(("keys", "section", "world"), [({"batch_size": 3}, {}, 2), ({}, {"batch_size": 1}, 1)])
+def test_a_share_of_one_input_is_refused(
+    keys: dict[str, Any], section: dict[str, Any], world: int, tmp_path: Path
+) -> None:
+    """Whether the exploration says so, or `train`, from which it takes its own."""
+    exploring = short(**keys)
+    case = replace(exploring.case, section=exploring.case.section.model_copy(update=section))
+    exploring = replace(exploring, case=case)
     exploration = exploring.build()
 
-    class Two(Processes):
-        world = 2
+    class Several(Processes):
+        pass
+
+    Several.world = world
 
     def start(run: Run) -> None:
-        run.processes = Two(run.device)
+        run.processes = Several(run.device)
         Looking.start(exploration, run)
 
     exploration.start = start  # type: ignore[method-assign]
-    with pytest.raises(InputError, match="1 further inputs cannot be shared by 2 processes"):
+    with pytest.raises(InputError, match="a single further input has no statistics") as caught:
         exploring.run(tmp_path / "s", exploration=exploration)
+    assert caught.value.where == "explore.batch_size"
+    assert f"= {2 * world} or more" in str(caught.value.fix)
