@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from profiles.section import Section
+from profiles.section import Arguments, Section
 
 ExploreKind = Literal["none", "random", "gradient", "reconstructed", "augmented", "real"]
 GeneratorKind = Literal["vae", "torch", "masked-lm"]
@@ -57,7 +57,7 @@ class GeneratorSection(Section):
         "auto", description="of the generator's own training, AdamW; auto: 0.002 (vae), 5e-4 (masked-lm)"
     )
     factory: str | None = Field(None, description='dotted path "package.module:name" of your own generator')
-    kwargs: dict[str, Any] = Field(default_factory=dict, description="arguments of the factory")
+    kwargs: Arguments = Field(default_factory=dict, description="arguments of the factory")
     weights: str | None = Field(None, description="state dict of your own generator (.safetensors, .pth)")
     model: str | None = Field(None, description="folder or hub name of the masked language model")
     learn: Literal["auto", "nothing", "head", "all"] = Field(

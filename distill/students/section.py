@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from distill.teachers.section import ImageInput
+from profiles.section import Arguments
 
 _TORCH_KEYS = frozenset({"factory", "kwargs", "weights", "head"}) | frozenset(ImageInput.model_fields)
 
@@ -27,7 +28,7 @@ class StudentSection(ImageInput):
     family: Literal["conv", "text"] | None = None
     arch: str | None = None
     factory: str | None = None
-    kwargs: dict[str, Any] = Field(default_factory=dict)
+    kwargs: Arguments = Field(default_factory=dict)
     weights: str | None = None
     head: str | None = None
 

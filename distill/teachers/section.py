@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from distill.teachers.strategy_section import COACHED, HELD_OUT, CoachedSection, GenericSection, Strategy
 from distill.teachers.strategy_section import keys as strategy_keys
-from profiles.section import Section
+from profiles.section import Arguments, Section
 
 TeacherKind = Literal["train", "array", "transformers", "onnx", "torch", "none"]
 Pooling = Literal["mean", "cls", "max", "last"]
@@ -90,7 +90,7 @@ class TeacherSection(ImageInput):
     output: str | None = None
     embedding_output: str | None = None
     factory: str | None = None
-    kwargs: dict[str, Any] = Field(default_factory=dict)
+    kwargs: Arguments = Field(default_factory=dict)
     weights: str | None = None
     embedding_layer: str | None = None
     head: str | None = None

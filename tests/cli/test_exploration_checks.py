@@ -171,6 +171,22 @@ def test_a_generator_of_the_users_is_looked_at_first(folder: Path, kwargs: str, 
     refused(folder, recipe, "explore.generator", words, allow_code=True)
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "place"), [("scale = nan", "scale = nan"), ("sizes = [1.5, {low = -inf}]", "sizes[1].low = -inf")]
+)
+def test_arguments_that_cannot_be_stored_are_refused(folder: Path, kwargs: str, place: str) -> None:
+    refused(folder, explored(folder, OWN % kwargs), "explore.generator.kwargs", place, "a word", allow_code=True)
+
+
+@pytest.mark.parametrize("table", ["teacher", "student"])
+def test_arguments_of_other_factories_are_refused_alike(folder: Path, table: str) -> None:
+    kind = 'kind = "torch"\nfactory = "strategy_teacher:make"\nkwargs = {outputs = inf}\n'
+    recipe = Path(explored(folder, "", kind=TRAINED if table == "student" else kind, name="arguments"))
+    if table == "student":
+        recipe.write_text(recipe.read_text().replace("[student]", f"[student]\n{kind}"))
+    refused(folder, str(recipe), f"{table}.kwargs", "outputs = inf", "a word", allow_code=True)
+
+
 def test_code_is_imported_when_it_is_allowed(folder: Path) -> None:
     refused(folder, explored(folder, OWN % ""), "--allow-code")
 
