@@ -227,15 +227,9 @@ def left_over(data: DataSection, whole: Dataset, unlabelled: Unlabelled | None, 
     Raises:
         InputError: nothing is left over.
     """
-    rest = data.unlabelled is not None and data.unlabelled.rest and data.unlabelled.size is None
-    if not rest or rows is None or len(rows) == len(whole.train):
+    if not _takes_rest(data) or rows is None or len(rows) == len(whole.train):
         if unlabelled is None:
-            raise InputError(
-                "nothing of the training samples is left over to explore around",
-                where="data.unlabelled.rest",
-                evidence=f"all {len(whole.train):,} training samples are used with their labels",
-                fix="a smaller data.train_size, or unlabelled inputs with source and path",
-            )
+            raise nothing_left(data, whole, rows)
         return unlabelled
     judged = {np.asarray(each).tobytes() for split in (whole.validation, whole.test) for each in split.inputs}
     others = np.setdiff1d(np.arange(len(whole.train)), rows)
@@ -250,6 +244,30 @@ def left_over(data: DataSection, whole: Dataset, unlabelled: Unlabelled | None, 
         texts = None if texts is None else (*(unlabelled.texts or ()), *texts)
         keys.append(unlabelled.key)
     return Unlabelled(inputs, texts, artifact.content_key("left over", *keys), f"rest of {whole.name}")
+
+
+def _takes_rest(data: DataSection) -> bool:
+    """Whether all that a part of the training split leaves over goes to its student."""
+    return data.unlabelled is not None and data.unlabelled.rest and data.unlabelled.size is None
+
+
+def nothing_left(data: DataSection, whole: Dataset, rows: Array | None) -> InputError:
+    """The training split left nothing over. rows: the part that is learned on; None: all of it."""
+    assert data.unlabelled is not None
+    evidence = f"all {len(whole.train):,} training samples are used with their labels"
+    if rows is not None and len(rows) < len(whole.train):
+        return InputError(
+            "a study draws data.unlabelled.size from what its largest training split leaves over, and that is nothing",
+            where="data.unlabelled.size",
+            evidence=evidence,
+            fix="leave size out, so that a smaller training split is followed by all that it leaves over",
+        )
+    return InputError(
+        "nothing of the training samples is left over to explore around",
+        where="data.unlabelled.rest",
+        evidence=evidence,
+        fix="a smaller data.train_size, or unlabelled inputs with source and path",
+    )
 
 
 def tau_of(objectives: Sequence[AnyObjective]) -> float | None:
@@ -396,12 +414,12 @@ class Explorer:
                 progress=run.progress,
             )
 
-    def prepare(self, section: ExploreSection, rows: int | None = None) -> None:
+    def prepare(self, section: ExploreSection, rows: Array | None = None) -> None:
         """Reads what is the user's own, so that what is wrong with it shows before anything is trained.
 
         Args:
             section: the recipe's `[explore]`.
-            rows: samples of the part of the training split that is learned on; None: all.
+            rows: sorted int64, the part of the training split that is learned on; None: all.
 
         Raises:
             InputError: unlabelled inputs that cannot be read or of which there are none, a generator of the user's that
@@ -410,9 +428,12 @@ class Explorer:
         if section.kind == "none":
             return
         if section.generates or section.around != "train":
-            found = self.unlabelled
-            if section.around != "train" and (rows is None or rows == len(self.run.dataset.train)):
-                left_over(self.run.recipe.data, self.run.dataset, found, None)
+            data, whole, found = self.run.recipe.data, self.run.dataset, self.unlabelled
+            part = rows is not None and len(rows) < len(whole.train)
+            # a generator does without what a whole split leaves over; a drawn number of inputs is never without
+            asked = section.around != "train" or (part and data.unlabelled is not None)
+            if asked and found is None and not (part and _takes_rest(data)):
+                raise nothing_left(data, whole, rows)
         if section.generates and section.generator.kind == "torch":
             self.generator(section)
 

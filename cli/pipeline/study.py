@@ -485,11 +485,12 @@ class Study:
         check_explored(recipe, dataset)
         run.check_objectives(recipe.objective, moves=moves)
         run.check_explored_teacher(recipe)
-        run.explorer.prepare(recipe.explore, rows)
+        run.explorer.prepare(recipe.explore, self._chosen(combination))
         check_data(recipe.objective, dataset.task, len(dataset.classes), rows or len(dataset.train))
         run.check_objectives(recipe.objective, self._untrained(combination, 0).embedding_dim, moves=moves)
         if moves:
-            part = dataset if rows is None or rows == len(dataset.train) else self._part(combination)
+            chosen = self._chosen(combination)
+            part = dataset if chosen is None else subset(dataset, chosen)
             for seed in range(self.grid.seeds):
                 check_held_out(recipe.teacher, part, seed)
             if recipe.teacher.kind != "train":
@@ -500,12 +501,13 @@ class Study:
             self.notes.append(note)
             self.progress.note(note)
 
-    def _part(self, combination: Combination) -> Dataset:
-        """The smaller training split of a combination, with the other splits."""
-        dataset, recipe = self.base(combination).dataset, combination.recipe
-        assert recipe.data.train_size is not None
-        order = nested_order(Labels(dataset.train.labels, dataset.train.mask), seed=_row_seed(recipe))
-        return subset(dataset, np.sort(order[: recipe.data.train_size]))
+    def _chosen(self, combination: Combination) -> np.ndarray[Any, Any] | None:
+        """Rows of the training split that a combination learns on, sorted; None: all."""
+        run, recipe = self.base(combination), combination.recipe
+        rows = recipe.data.train_size
+        if rows is None or rows == len(run.dataset.train):
+            return None
+        return _rows(run.folder / "data", rows, _row_seed(recipe))
 
     def _arch(self, combination: Combination) -> str | None:
         """The recipe's student, else that of its first target; None for a student of the user's own."""
@@ -537,9 +539,8 @@ class Study:
         recipe, run = combination.recipe, self.base(combination)
         arch, moves, name = self._arch(combination), combination.is_coached, self.student_word(combination)
         cache = run.cache_for(recipe.objective, name, moves=moves)
-        rows, row_seed = recipe.data.train_size, _row_seed(recipe)
-        if rows == len(run.dataset.train):
-            rows = None
+        chosen, row_seed = self._chosen(combination), _row_seed(recipe)
+        rows = None if chosen is None else len(chosen)
         place = None
         if cache is not None:
             place = (cache.folder, cache.parts, cache.subclasses if isinstance(cache, SubclassCache) else None)
@@ -547,7 +548,7 @@ class Study:
         start = self._start(combination, name) if moves or combination.explores else None
         explored = None
         if combination.explores and start is not None:
-            explored = self._explored(combination, name, None if rows is None else _rows(data, rows, row_seed))
+            explored = self._explored(combination, name, chosen)
         shared = run.shared_weights(recipe.objective, name)
         # only where there is one, so that all other cells keep their key
         learning: list[Any] = []
@@ -564,7 +565,7 @@ class Study:
             TRAINING_FORM,
             run.dataset.key,
             None if cache is None else cache.key,
-            None if rows is None else _rows(data, rows, row_seed),
+            chosen,
             list(recipe.objective),
             section.model_dump(mode="json", exclude={"checkpoint_every", "tensorboard"}),
             recipe.data.augment,

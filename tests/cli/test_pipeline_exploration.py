@@ -393,3 +393,17 @@ def test_what_a_part_leaves_over_is_the_rest_of_the_split_without_what_is_judged
     assert found.key != left_over(section, whole, None, rows[1:]).key
     with pytest.raises(InputError, match="nothing of the training samples"):
         left_over(section, whole, None, None)
+
+
+@pytest.mark.parametrize("explore", [REAL + 'around = "both"\n', RANDOM], ids=["around", "generator"])
+def test_a_number_of_left_over_inputs_needs_a_rest_of_the_whole_split(
+    folder: Path, tmp_path: Path, explore: str
+) -> None:
+    """The number is drawn once, so sizes of a study cannot each leave it over; told before a teacher is trained."""
+    recipe = explored(folder, explore, data="[data.unlabelled]\nrest = true\nsize = 20\n")
+    study = Study(load_recipe(recipe), tmp_path / "study", vary={"data.train_size": [60, 80]}, seeds=1)
+    with pytest.raises(InputError, match=r"data\.unlabelled\.size from what its largest") as caught:
+        study.prepare()
+    assert caught.value.where == "data.unlabelled.size"
+    assert "leave size out" in str(caught.value.fix)
+    assert not (tmp_path / "study" / "base" / "teacher").exists()
