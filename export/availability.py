@@ -7,8 +7,12 @@ from typing import cast, get_args
 from export.candidate import GRAPH
 from profiles.device import Device, Precision, Stack
 
-EXPORTED: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+EXPORTED: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "fp8")
 """Precisions that there is an export for."""
+BF16_OPSET = 22
+"""From here on Conv and the pools take BF16 (onnx operator changelog)."""
+FP8_OPSET = 19
+"""From here on QuantizeLinear and DequantizeLinear take FP8."""
 
 
 def refusal_of(precision: str, device: Device, stack: Stack, has_calibration: bool = True) -> str | None:
@@ -38,8 +42,16 @@ def refusal_of(precision: str, device: Device, stack: Stack, has_calibration: bo
         )
     if precision == "fp16" and stack.runtime == "onnxruntime" and device.kind == "cpu":
         return "ONNX Runtime computes FP16 graphs in FP32 on a CPU"
-    if precision == "int8" and not has_calibration:
-        return "INT8 needs real samples to measure its ranges on, and none were given"
+    if precision in ("bf16", "fp8") and stack.runtime == "onnxruntime":
+        return f"ONNX Runtime has no {precision.upper()} kernels for convolutions"
+    needed = {"bf16": BF16_OPSET, "fp8": FP8_OPSET}.get(precision, 0)
+    if stack.max_opset < needed:
+        return (
+            f"{precision.upper()} graphs need opset {needed}; "
+            f"{stack.runtime} {stack.runtime_version} reads up to {stack.max_opset}"
+        )
+    if precision in ("int8", "fp8") and not has_calibration:
+        return f"{precision.upper()} needs real samples to measure its ranges on, and none were given"
     return None
 
 

@@ -58,7 +58,9 @@ class Candidate(Section):
     """One file that a target could run, or the reason why it cannot."""
 
     name: str
-    """Unique in a plan: fp32, fp16, int8 (x86), int8-fp16 and int8-fp32 (INT8 with that remainder, for TensorRT)."""
+    """Unique in a plan: fp32, fp16, bf16, int8 (ONNX Runtime), int8-fp16 and int8-fp32 (INT8 with that remainder, for
+    TensorRT), fp8-fp16 and fp8-fp32, int8-mixed (some nodes left in float), int8-qat (after a quantisation-aware
+    training)."""
     precision: Precision
     file: Path | None = None
     """The ONNX graph; None when refused before it was made."""
@@ -86,6 +88,8 @@ class Candidate(Section):
     refused: str | None = None
     """Reason why the target cannot use it, with the fact; None: usable."""
     notes: tuple[str, ...] = ()
+    seconds: float | None = None
+    """What making and checking it took, when that was done; None: not known."""
 
     @property
     def usable(self) -> bool:
@@ -96,6 +100,21 @@ class Candidate(Section):
     def to_score(self) -> Path | None:
         """The file whose accuracy in ONNX Runtime on this machine stands for this candidate's. Latency: `file`."""
         return self.scored_file or self.file
+
+
+class PlanStep(Section):
+    """One thing that the planner tried, and what it bought."""
+
+    name: str
+    """Such as "int8 minmax", "int8 equalised", "int8-mixed"."""
+    metric: Metric | None = None
+    """On validation data; None: there is none, or the graph was refused."""
+    size_bytes: int | None = None
+    seconds: float | None = None
+    """What it took when it was done, which may have been in an earlier run."""
+    keeps: bool | None = None
+    """Whether it keeps the metric that is asked for; None: not known."""
+    note: str = ""
 
 
 class Plan(Section):
@@ -114,6 +133,10 @@ class Plan(Section):
     calibration_sha256: str | None
     candidates: tuple[Candidate, ...]
     seconds: float
+    steps: tuple[PlanStep, ...] = ()
+    """What was tried, in order."""
+    lowest_metric: float | None = None
+    """The metric that a candidate has to keep; None: no metric was computed."""
     reused: tuple[str, ...] = ()
     """Candidates whose files, engines and figures were there already."""
 

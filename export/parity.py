@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import torch
@@ -282,14 +283,26 @@ def emulate(source: Path, target: Path) -> None:
         scale = numpy_helper.to_array(constants[node.input[1]])
         zero = numpy_helper.to_array(constants[node.input[2]]) if len(node.input) > 2 else np.zeros((), np.uint8)
         out, kind = node.output[0], scale.dtype
-        offset = constant(f"{out}_offset", zero.astype(kind))
+        offset = constant(f"{out}_offset", zero.astype(np.float32).astype(kind))
         if node.op_type == "DequantizeLinear" and node.input[0] in constants:
             stored = numpy_helper.to_array(constants[node.input[0]])
             axis = next((entry.i for entry in node.attribute if entry.name == "axis"), 1)
             shape = [-1 if position == axis % max(stored.ndim, 1) else 1 for position in range(stored.ndim)]
             wide = scale.reshape(shape) if scale.ndim else scale
-            steps = stored.astype(np.int64) - (zero.reshape(shape) if zero.ndim else zero).astype(np.int64)
+            steps = stored.astype(np.float64) - (zero.reshape(shape) if zero.ndim else zero).astype(np.float64)
             constant(out, (steps * wide.astype(np.float64)).astype(kind))
+        elif zero.dtype == ml_dtypes.float8_e4m3fn and node.op_type == "DequantizeLinear":
+            wide_type = helper.np_dtype_to_tensor_dtype(kind)
+            nodes.append(helper.make_node("Cast", [node.input[0]], [f"{out}_steps"], name=f"{out}_steps", to=wide_type))
+            nodes.append(helper.make_node("Mul", [f"{out}_steps", node.input[1]], [out], name=node.name))
+        elif zero.dtype == ml_dtypes.float8_e4m3fn:
+            low, high = constant(f"{out}_low", np.array(-448, kind)), constant(f"{out}_high", np.array(448, kind))
+            nodes.append(helper.make_node("Div", list(node.input[:2]), [f"{out}_ratio"], name=f"{node.name}_ratio"))
+            nodes.append(
+                helper.make_node("Clip", [f"{out}_ratio", low, high], [f"{out}_clipped"], name=f"{node.name}_clip")
+            )
+            narrow = TensorProto.FLOAT8E4M3FN
+            nodes.append(helper.make_node("Cast", [f"{out}_clipped"], [out], name=node.name, to=narrow))
         elif node.op_type == "DequantizeLinear":
             nodes.append(helper.make_node("Sub", [node.input[0], offset], [f"{out}_steps"], name=f"{node.name}_steps"))
             nodes.append(helper.make_node("Mul", [f"{out}_steps", node.input[1]], [out], name=node.name))
@@ -318,14 +331,16 @@ def emulate(source: Path, target: Path) -> None:
     save(model, target)
 
 
-def emulate_half(source: Path, target: Path) -> None:
+def emulate_half(source: Path, target: Path, *, half: int = TensorProto.FLOAT16) -> None:
     """Writes an FP16 graph in FP32 with every value rounded to FP16, so that a CPU shows what FP16 costs.
+
+    `half` may be BFLOAT16, for a graph in that type.
 
     ONNX Runtime drops the casts between the nodes of an FP16 graph on a CPU and computes in FP32: such a run shows
     neither rounding nor overflow. Sums inside a node stay in FP32, as in tensor cores.
     """
     model = onnx.shape_inference.infer_shapes(onnx.load(str(source)))
-    half, full = TensorProto.FLOAT16, TensorProto.FLOAT
+    full = TensorProto.FLOAT
     types = {entry.name: entry.type.tensor_type.elem_type for entry in (*model.graph.value_info, *model.graph.output)}
 
     def widen(tensor: TensorProto) -> None:

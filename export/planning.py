@@ -6,7 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,29 @@ from torch import nn
 
 from export import parity, tensorrt
 from export.availability import EXPORTED, available, refusal_of
-from export.candidate import GRAPH, Candidate, Engine, Plan, Rung
-from export.onnx import DEFAULT_IR, choose_opset, export_graph, graph_opset, own_version, save
+from export.candidate import GRAPH, Candidate, Engine, Plan, PlanStep, Rung
+from export.floor import Floor
+from export.onnx import DEFAULT_IR, choose_opset, export_graph, graph_opset, own_version, save, set_metadata
 from export.parity import DifferenceOf, Limits, Samples, spread, take
-from export.precision import computed_in_int8, quantization_for, quantize, to_fp16
+from export.precision import (
+    Quantizer,
+    computed_in_int8,
+    quantization_for,
+    quantize,
+    to_bf16,
+    to_fp8,
+    to_fp16,
+    types_of,
+)
 from export.preflight import preflight, refusal, version_of
+from export.search import MOSTLY, Found, Judge, Search, Verdict
 from export.section import ExportSection
 from profiles.artifact import array_hash, content_key, create, current, file_hash, tool_versions
 from profiles.device import THIS_MACHINE, Device, Precision, Stack
 from profiles.errors import EdgestillError, InputError
 from profiles.metrics import Metric
-from profiles.progress import Progress, Silent
+from profiles.progress import Progress, Silent, Task
+from profiles.quantspec import QuantSpec
 
 ENGINE = "model.engine"
 STATIC_ENGINE = "model-batch1.engine"
@@ -38,7 +50,10 @@ _FORMS = 2
 """Raise when the way a graph is made changes, so that older artefacts are made anew."""
 _INT8_DIVERGENCE = 0.3
 """Relative error of a single value at which an INT8 graph is said to diverge, when it has collapsed."""
+_FULL, _MIXED = "full.onnx", "mixed.onnx"
 Score = Callable[[Path], Metric]
+Retrain = Callable[[QuantSpec], tuple[nn.Module, str]]
+"""Trains the model on through fake-quantised weights and activations: (the model with new weights, their hash)."""
 
 
 def plan(
@@ -59,8 +74,13 @@ def plan(
     exclusive: bool = True,
     metadata: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    retrain: Retrain | None = None,
+    floor: Floor | None = None,
 ) -> Plan:
     """Exports, quantises, compares and (for TensorRT-RTX) builds; what is there already is not made again.
+
+    With "auto", what costs more is tried only when the metric asks for it: BF16 when FP16 does not keep it; when plain
+    INT8 does not, FP8 (where the device has it), then what `export.search` tries, then `retrain`.
 
     Args:
         model: in eval mode, on the CPU; forward(x, ...) returns logits (N, C).
@@ -75,6 +95,9 @@ def plan(
         difference: paired difference of the task metric, see `DifferenceOf`.
         exclusive: classes exclude each other (argmax decides); else each logit's sign does.
         metadata: for the graph's `metadata_props`: preprocessing, labels and the like, as plain values.
+        retrain: quantisation-aware training, the last resort; None: there is none.
+        floor: the metric to keep; None: 99 % of FP32. Without `score` what counts is that the decisions agree as the
+            section asks.
 
     Raises:
         InputError: an opset that the stack does not read; a precision asked for that there is no export for.
@@ -103,29 +126,11 @@ def plan(
         metadata=dict(metadata or {}),
         strict="auto" not in precisions,
         opset=choose_opset(section.opset, stack),
+        floor=floor or Floor(),
+        retrain=retrain if section.qat == "auto" else None,
     )
-    steps: list[tuple[str, Precision, Callable[[], Candidate]]] = [("fp32", "fp32", work.fp32)]
-    if "fp16" in wanted:
-        steps.append(("fp16", "fp16", work.fp16))
-    if "int8" in wanted:
-        if stack.runtime == "onnxruntime":
-            steps.append(("int8", "int8", lambda: work.int8("int8", half=False)))
-        else:
-            steps.append(("int8-fp16", "int8", lambda: work.int8("int8-fp16", half=True)))
-            steps.append(("int8-fp32", "int8", lambda: work.int8("int8-fp32", half=False)))
-    candidates = []
-    with progress.task("export", total=len(steps), unit="graphs") as task:
-        for name, precision, build in steps:
-            reason = refusal_of(precision, device, stack, calib is not None)
-            try:
-                candidate = Candidate(name=name, precision=precision, refused=reason) if reason else build()
-            except EdgestillError as error:
-                if precision == "fp32" or work.strict:
-                    raise
-                failed = ": ".join(part for part in (error.message, error.evidence) if part)
-                candidate = Candidate(name=name, precision=precision, refused=failed)
-            candidates.append(work.on_device(candidate))
-            task.advance(note=name)
+    with progress.task("export", total=_planned(wanted, stack), unit="graphs") as task:
+        work.make(wanted, task)
     first = next(iter(held))
     return Plan(
         folder=folder,
@@ -138,8 +143,10 @@ def plan(
         input_shape=tuple(int(size) for size in held[first].shape[1:]),
         batch=batch,
         calibration_sha256=work.calibration_hash,
-        candidates=tuple(candidates),
+        candidates=tuple(work.candidates),
         seconds=round(time.perf_counter() - started, 2),
+        steps=tuple(work.steps),
+        lowest_metric=work.lowest,
         reused=tuple(work.reused),
     )
 
@@ -155,6 +162,11 @@ def _wanted(precisions: Sequence[str], device: Device, stack: Stack) -> set[str]
                 fix="precision = " + ", ".join(f'"{name}"' for name in ("auto", *available(device, stack))),
             )
     return set(precisions)
+
+
+def _planned(wanted: set[str], stack: Stack) -> int:
+    """Graphs of the ordinary case."""
+    return 1 + ("fp16" in wanted) + ("int8" in wanted) * (1 if stack.runtime == "onnxruntime" else 2)
 
 
 @dataclass
@@ -174,7 +186,154 @@ class _Work:
     metadata: dict[str, Any]
     strict: bool
     opset: int
+    floor: Floor
+    retrain: Retrain | None
     reused: list[str] = field(default_factory=list)
+    candidates: list[Candidate] = field(default_factory=list)
+    steps: list[PlanStep] = field(default_factory=list)
+    searched_key: str = ""
+
+    # -- which graphs, in which order --------------------------------------------------------------------------------
+
+    def make(self, wanted: set[str], task: Task) -> None:
+        """Fills `candidates` and `steps`."""
+        self.add("fp32", "fp32", self.fp32, task)
+        half = self.add("fp16", "fp16", self.fp16, task) if "fp16" in wanted else None
+        if "bf16" in wanted and (self.strict or (half is not None and half.file is not None and not self.keeps(half))):
+            self.add("bf16", "bf16", self.bf16, task, quiet_refusal=not self.strict)
+        if "int8" in wanted:
+            self.integer(wanted, task)
+        if "fp8" in wanted and self.strict:
+            self.eight_bit_floats(task)
+
+    def integer(self, wanted: set[str], task: Task) -> None:
+        """INT8, and what helps where it does not keep the metric."""
+        plain = [
+            self.add(name, "int8", lambda name=name, half=half: self.int8(name, half=half), task)
+            for name, half in self.remainders("int8")
+        ]
+        if any(self.keeps(candidate) for candidate in plain) or all(candidate.file is None for candidate in plain):
+            return
+        if (
+            "fp8" in wanted
+            and not self.strict
+            and any(self.keeps(candidate) for candidate in self.eight_bit_floats(task))
+        ):
+            return
+        found = self.search(task)
+        if found is None:
+            self.must_keep(plain)
+            return
+        if found.keeps:
+            for name, half in self.remainders("int8"):
+                self.add(name, "int8", self.searched(name, found, _FULL, half=half), task, instead=True)
+        mixed = None
+        if found.mixed:
+            mixed = self.add("int8-mixed", "int8", self.searched("int8-mixed", found, _MIXED, half=self.has_half), task)
+        done = found.keeps or (mixed is not None and self.keeps(mixed) and found.share >= MOSTLY)
+        if not done and self.retrain is not None:
+            self.add("int8-qat", "int8", self.retrained, task)
+        self.must_keep([candidate for candidate in self.candidates if candidate.precision == "int8"])
+
+    def eight_bit_floats(self, task: Task) -> list[Candidate]:
+        """FP8 with both remainders; none where "auto" meets a device without it."""
+        return [
+            candidate
+            for name, half in self.remainders("fp8")
+            if (
+                candidate := self.add(
+                    name,
+                    "fp8",
+                    lambda name=name, half=half: self.fp8(name, half=half),
+                    task,
+                    quiet_refusal=not self.strict,
+                )
+            )
+        ]
+
+    def remainders(self, name: str) -> list[tuple[str, bool]]:
+        """(candidate, whether what is not quantised is FP16)."""
+        if self.stack.runtime == "onnxruntime":
+            return [(name, False)]
+        return [(f"{name}-fp16", True), (f"{name}-fp32", False)]
+
+    @property
+    def has_half(self) -> bool:
+        """FP16 came out well, so a mixed graph has it as its remainder."""
+        return any(candidate.name == "fp16" and self.keeps(candidate) for candidate in self.candidates)
+
+    def add(
+        self,
+        name: str,
+        precision: Precision,
+        build: Callable[[], Candidate],
+        task: Task,
+        *,
+        instead: bool = False,
+        quiet_refusal: bool = False,
+    ) -> Candidate:
+        """Builds a candidate, or says why there is none.
+
+        Args:
+            instead: it takes the place of the candidate of that name.
+            quiet_refusal: where the device or its stack does not have the precision, nothing is listed.
+        """
+        reason = refusal_of(precision, self.device, self.stack, self.calibration is not None)
+        try:
+            candidate = Candidate(name=name, precision=precision, refused=reason) if reason else build()
+        except EdgestillError as error:
+            if precision == "fp32" or (self.strict and name != "int8-qat"):
+                raise
+            failed = ": ".join(part for part in (error.message, error.evidence) if part)
+            candidate = Candidate(name=name, precision=precision, refused=failed)
+        if candidate.compute_precision is None:  # else it comes from another plan, which did this
+            candidate = self.on_device(candidate)
+        if reason and quiet_refusal:
+            return candidate
+        if instead:
+            self.candidates = [candidate if entry.name == name else entry for entry in self.candidates]
+        else:
+            self.candidates.append(candidate)
+        if not reason:
+            self.steps.append(self.step(candidate))
+        task.advance(note=name)
+        return candidate
+
+    def step(self, candidate: Candidate) -> PlanStep:
+        return PlanStep(
+            name=candidate.name,
+            metric=candidate.validation,
+            size_bytes=candidate.size_bytes,
+            seconds=candidate.seconds,
+            keeps=self.keeps(candidate),
+            note=candidate.refused or "",
+        )
+
+    @property
+    def lowest(self) -> float | None:
+        """The metric to keep; None where none is computed."""
+        first = next((candidate for candidate in self.candidates if candidate.name == "fp32"), None)
+        if first is None or first.validation is None:
+            return None
+        return self.floor.lowest(first.validation.value)
+
+    def keeps(self, candidate: Candidate) -> bool:
+        """Usable, and with the metric that is asked for."""
+        if not candidate.usable:
+            return False
+        return candidate.validation is None or self.lowest is None or candidate.validation.value >= self.lowest
+
+    def must_keep(self, candidates: list[Candidate]) -> None:
+        """Where a precision was asked for by name, one graph of it must compute what the model does."""
+        if not self.strict or any(candidate.usable for candidate in candidates):
+            return
+        failed = next(
+            (rung for candidate in candidates for rung in candidate.parity if not rung.passed and candidate.file), None
+        )
+        if failed is not None:
+            raise _failure(failed, None)
+
+    # -- the graphs --------------------------------------------------------------------------------------------------
 
     @cached_property
     def rows(self) -> NDArray[np.int64]:
@@ -253,6 +412,186 @@ class _Work:
 
         return self.artefact("fp16", "fp16", make)
 
+    def bf16(self) -> Candidate:
+        def make(folder: Path) -> Candidate:
+            graph = folder / GRAPH
+            to_bf16(self.base / GRAPH, graph, self.graph_metadata("bf16"))
+            scored = folder / _SCORED
+            parity.emulate_half(graph, scored, half=onnx.TensorProto.BFLOAT16)
+            # 8 bits of mantissa where FP16 has 11
+            tolerance = 8 * self.section.fp16_tolerance
+            rung = self.climb("bf16", parity.open_session(scored), Limits(tolerance, self.section.fp16_agreement))
+            return self.describe("bf16", "bf16", graph, (self.judge(rung, scored, tolerance),), scored=scored)
+
+        return self.artefact("bf16", "bf16", make)
+
+    def fp8(self, name: str, *, half: bool) -> Candidate:
+        form = quantization_for(self.device, self.stack)
+
+        def make(folder: Path) -> Candidate:
+            assert self.calibration_samples is not None  # refusal_of saw to it
+            quantizer = Quantizer(
+                self.base / GRAPH, self.calibration_samples, form, self.section.calibration_percentile
+            )
+            model = to_fp8(quantizer.quantized("minmax"), quantizer.prepared)
+            return self.checked(name, "fp8", model, folder, half=half, form="fp8 (E4M3FN), minmax ranges")
+
+        return self.artefact(name, "fp8", make)
+
+    def checked(
+        self, name: str, precision: Precision, model: onnx.ModelProto, folder: Path, *, half: bool, form: str
+    ) -> Candidate:
+        """Writes a QDQ graph whose remainder is FP32, as it is or with an FP16 remainder, and climbs its rung."""
+        graph = folder / GRAPH
+        made = folder / "quantized.onnx" if half else graph
+        set_metadata(model, self.graph_metadata(name, form))
+        save(model, made)
+        if half:
+            to_fp16(made, graph)
+            made.unlink()
+        scored = None if self.native else folder / _SCORED
+        if scored is not None:
+            parity.emulate(graph, scored)
+            if half:
+                parity.emulate_half(scored, scored)
+        rung = self.climb(name, parity.open_session(scored or graph), Limits(None, self.section.int8_agreement))
+        rung = self.judge(rung, scored or graph, _INT8_DIVERGENCE, strict=False)
+        return self.describe(name, precision, graph, (rung,), scored=scored, form=form)
+
+    def search(self, task: Task) -> Found | None:
+        """What keeps the metric in INT8, from its artefact or searched for now; None: the quantiser fails."""
+        form = quantization_for(self.device, self.stack)
+        assert self.calibration_samples is not None  # plain INT8 was made
+        key = content_key(self.key("int8-search", "int8"), self.lowest)
+        folder = self.place("int8-search", "int8")
+        manifest = current(folder, "search", key)
+        if manifest is None:
+            task.advance(0, note="int8 search")
+            with tempfile.TemporaryDirectory(prefix="edgestill-") as scratch:
+                judge = self.search_judge(Path(scratch))
+                try:
+                    found = Search(self.base / GRAPH, self.calibration_samples, form, self.section, judge).run()
+                except EdgestillError as error:
+                    self.steps.append(PlanStep(name="int8 search", keeps=False, note=error.evidence or error.message))
+                    return None
+            info = {
+                "described": found.described,
+                "keeps": found.keeps,
+                "share": found.share,
+                "floating": list(found.floating),
+                "steps": [json.loads(step.model_dump_json()) for step in found.steps],
+            }
+            with create(folder, "search", key, info) as temporary:
+                save(found.full, temporary / _FULL)
+                if found.mixed is not None:
+                    save(found.mixed, temporary / _MIXED)
+        else:
+            info = manifest.info
+        self.searched_key = key
+        self.steps += [PlanStep.model_validate(step) for step in info["steps"]]
+        return Found(
+            folder=folder,
+            described=info["described"],
+            keeps=info["keeps"],
+            mixed=(folder / _MIXED).is_file(),
+            share=info["share"],
+            floating=tuple(info["floating"]),
+        )
+
+    def search_judge(self, scratch: Path) -> Judge:
+        """How the search looks at a graph: as this target's candidates are looked at, with an FP32 remainder."""
+        lowest = self.lowest
+        place = scratch / "tried.onnx"
+
+        def written(model: onnx.ModelProto) -> Path:
+            place.write_bytes(model.SerializeToString())
+            if not self.native:
+                parity.emulate(place, place)
+            return place
+
+        def logits(model: onnx.ModelProto) -> NDArray[np.float32]:
+            return parity.run_session(parity.open_session(written(model)), self.samples, 256)
+
+        def same(found: NDArray[np.float32]) -> float:
+            return parity.agreement(self.reference, found, exclusive=self.exclusive)
+
+        def verdict(model: onnx.ModelProto) -> Verdict:
+            found = logits(model)
+            agreement = same(found)
+            sound = bool(np.isfinite(found).all()) and agreement >= self.section.int8_agreement
+            if self.score is None or lowest is None or not np.isfinite(found).all():
+                return Verdict(agreement, sound, None)
+            metric = self.score(place)
+            return Verdict(metric.value, sound and metric.value >= lowest, metric)
+
+        def change(found: NDArray[np.float32]) -> float:
+            if self.difference is None:
+                return same(found) - 1
+            return self.difference(found, self.reference, self.rows).value
+
+        return Judge(verdict, logits, self.reference, change)
+
+    def searched(self, name: str, found: Found, file: str, *, half: bool) -> Callable[[], Candidate]:
+        """Builds a candidate from a graph that the search left."""
+        form = quantization_for(self.device, self.stack)
+        described = f"quantised {form}, {found.described}"
+        if file == _MIXED:
+            described += f"; {len(found.floating)} nodes in float: {', '.join(found.floating)}"
+
+        def make(folder: Path) -> Candidate:
+            model = onnx.load(str(found.folder / file))
+            return self.checked(name, "int8", model, folder, half=half, form=described)
+
+        # plain INT8 stays where it is: the next run asks for it again
+        stored = name if name == "int8-mixed" else f"{name}-searched"
+        return lambda: self.artefact(stored, "int8", make, name=name, made_from=(self.searched_key, half))
+
+    def retrained(self) -> Candidate:
+        """INT8 of a model that was trained on through rounded weights and activations; its FP32 graph is checked, too.
+
+        Raises:
+            EdgestillError: the new weights' FP32 graph fails, or their INT8 graph cannot be made.
+        """
+        assert self.retrain is not None
+        started = time.perf_counter()
+        model, key = self.retrain(quantization_for(self.device, self.stack).spec)
+        trained = round(time.perf_counter() - started, 2)
+        other = replace(
+            self,
+            model=model,
+            model_key=key,
+            folder=self.folder / f"int8-qat-{key[:8]}",
+            retrain=None,
+            strict=False,
+            reused=[],
+            candidates=[],
+            steps=[],
+            floor=Floor(metric_floor=self.lowest),
+        )
+        with Silent().task("export", total=None, unit="graphs") as task:
+            other.add("fp32", "fp32", other.fp32, task)
+            other.integer({"int8"}, task)
+        self.reused += ["int8-qat"] if all(entry.name in other.reused for entry in other.candidates) else []
+        self.steps.append(
+            PlanStep(
+                name="quantisation-aware training",
+                metric=other.candidates[0].validation,
+                seconds=trained,
+                note="metric of its weights in FP32",
+            )
+        )
+        self.steps += [step for step in other.steps if step.name != "fp32"]
+        ranked = sorted(
+            (entry for entry in other.candidates if entry.precision == "int8" and entry.file is not None),
+            key=lambda entry: (other.keeps(entry), entry.validation.value if entry.validation is not None else 0.0),
+        )
+        if not ranked:
+            refused = next((entry.refused for entry in other.candidates if entry.refused), None)
+            raise EdgestillError("no INT8 graph of the retrained weights", evidence=refused)
+        best = ranked[-1]
+        notes = (f"{best.name} after quantisation-aware training", *best.notes)
+        return best.model_copy(update={"name": "int8-qat", "notes": notes})
+
     def int8(self, name: str, *, half: bool) -> Candidate:
         form = quantization_for(self.device, self.stack)
 
@@ -278,8 +617,9 @@ class _Work:
                     parity.emulate_half(scored, scored)
             checked = scored or graph
             rung = self.climb(name, parity.open_session(checked), Limits(None, self.section.int8_agreement))
-            rung = self.judge(rung, checked, _INT8_DIVERGENCE)
-            return self.describe(name, "int8", graph, (rung,), scored=scored, form=str(form))
+            rung = self.judge(rung, checked, _INT8_DIVERGENCE, strict=False)
+            described = f"quantised {form}, {self.section.calibration_method} ranges"
+            return self.describe(name, "int8", graph, (rung,), scored=scored, form=described)
 
         return self.artefact(name, "int8", make)
 
@@ -327,15 +667,18 @@ class _Work:
         node = parity.first_divergence(expected(), graph, self.first_samples, self.section.fp32_tolerance)
         raise _failure(rung.model_copy(update={"first_divergence": node}), self.section.fp32_tolerance)
 
-    def judge(self, rung: Rung, graph: Path, tolerance: float) -> Rung:
-        """A failing rung with its first diverging node; raises when its precision was asked for by name."""
+    def judge(self, rung: Rung, graph: Path, tolerance: float, *, strict: bool = True) -> Rung:
+        """A failing rung with its first diverging node; raises when its precision was asked for by name.
+
+        strict: False where something else may help.
+        """
         if rung.passed:
             return rung
         expected = parity.graph_values(self.base / GRAPH, self.first_samples)
         node = parity.first_divergence(expected, graph, self.first_samples, tolerance)
         rung = rung.model_copy(update={"first_divergence": node})
-        if self.strict:
-            raise _failure(rung, None if rung.name.startswith("int8") else tolerance)
+        if self.strict and strict:
+            raise _failure(rung, tolerance)
         return rung
 
     def describe(
@@ -355,7 +698,7 @@ class _Work:
         if scored is not None:
             notes.append("accuracy: the same arithmetic in ONNX Runtime on this machine, not on the device")
         if form:
-            notes.append(f"quantised {form}, {self.section.calibration_method} ranges")
+            notes.append(form)
         return Candidate(
             name=name,
             precision=precision,
@@ -391,7 +734,7 @@ class _Work:
 
     def compute_precision(self, precision: Precision, graph: Path, model: onnx.ModelProto) -> str:
         """What computes: looked up in the runtime's own graph where the target is this machine."""
-        said = tensorrt.graph_precision(model)
+        said = types_of(model)
         if self.stack.runtime != "onnxruntime":
             return f"{said} by the graph's types, unverified (no GPU here)"
         if precision != "int8":
@@ -405,8 +748,9 @@ class _Work:
     def form(self, precision: Precision) -> tuple[Any, ...]:
         """What of a graph differs between devices and stacks of one dialect, besides its opset and batch."""
         ir = min(self.stack.max_ir, DEFAULT_IR)
-        if precision == "int8":
-            return (ir, repr(quantization_for(self.device, self.stack)), self.native)
+        if precision in ("int8", "fp8"):
+            form = quantization_for(self.device, self.stack)
+            return (ir, repr(form), self.native, *(() if form.outputs else ("inputs alone",)))
         return (ir, self.float_inputs if precision == "fp32" else None)
 
     def place(self, name: str, precision: Precision) -> Path:
@@ -414,37 +758,63 @@ class _Work:
         larger = f"-b{self.batch}" if self.batch > 2 else ""
         return self.folder / f"{name}-opset{self.opset}{larger}-{content_key(*self.form(precision))[:8]}"
 
-    def artefact(self, name: str, precision: Precision, make: Callable[[Path], Candidate]) -> Candidate:
-        """The candidate from its folder when that was made from the same, else made now."""
-        key = content_key(
+    def key(self, name: str, precision: Precision) -> str:
+        """Hash of everything that decides a candidate."""
+        quantized = precision in ("int8", "fp8")
+        # what decides whether something else is tried is no part of a graph
+        section = self.section.model_dump(mode="json", exclude={"qat", "qat_epochs"}) | {"engines": True}
+        return content_key(
             _FORMS,
             name,
             self.model_key,
-            self.section.model_copy(update={"engines": True}),
+            section,
             self.opset,
             list(self.form(precision)),
             {key: array_hash(array) for key, array in self.samples.items()},
-            self.calibration_hash if precision == "int8" else None,
+            self.calibration_hash if quantized else None,
             self.metadata,
             self.exclusive,
             self.score is not None,
             self.difference is not None,
             tool_versions(),
         )
-        folder = self.place(name, precision)
+
+    def artefact(
+        self,
+        stored: str,
+        precision: Precision,
+        make: Callable[[Path], Candidate],
+        *,
+        name: str | None = None,
+        made_from: tuple[Any, ...] = (),
+    ) -> Candidate:
+        """The candidate from its folder when that was made from the same, else made now.
+
+        Args:
+            stored: what its folder is called by.
+            name: of the candidate, where it is another one.
+            made_from: what else decides it.
+        """
+        name = name or stored
+        key = self.key(stored, precision)
+        if made_from:
+            key = content_key(key, *made_from)
+        folder = self.place(stored, precision)
         manifest = current(folder, "graph", key)
         if manifest is not None:
             candidate = Candidate.model_validate(manifest.info["candidate"])
-            if candidate.refused is None or not self.strict:
+            if candidate.refused is None or not self.strict or precision == "int8":
                 self.reused.append(name)
                 return _moved(candidate, folder)
         info: dict[str, Any] = {}
         with create(folder, "graph", key, info) as temporary:
+            started = time.perf_counter()
             candidate = make(temporary)
+            candidate = candidate.model_copy(update={"seconds": round(time.perf_counter() - started, 2)})
             (temporary / "optimised.onnx").unlink(missing_ok=True)
             relative = _moved(candidate, Path())
             info["candidate"] = json.loads(relative.model_dump_json())
-            info["calibration_sha256"] = self.calibration_hash if precision == "int8" else None
+            info["calibration_sha256"] = self.calibration_hash if precision in ("int8", "fp8") else None
         return _moved(relative, folder)
 
     def with_engine(self, candidate: Candidate) -> Candidate:
@@ -477,8 +847,8 @@ class _Work:
         capability = self.device.compute_capability
         if capability is None or candidate.file is None:
             raise EdgestillError("an engine needs a GPU", evidence=f"{self.device.title} has no compute capability")
-        place = self.place(candidate.name, candidate.precision).name
-        folder = self.folder / f"{place}-sm{capability.replace('.', '')}-b{self.batch}"
+        place = candidate.file.parent
+        folder = place.with_name(f"{place.name}-sm{capability.replace('.', '')}-b{self.batch}")
         key = content_key(_FORMS, candidate.sha256, str(adapter), capability, self.batch)
         manifest = current(folder, "engine", key)
         if manifest is not None:
@@ -486,7 +856,7 @@ class _Work:
             return [engine.model_copy(update={"file": folder / engine.file}) for engine in found]
         if candidate.name in self.reused:
             self.reused.remove(candidate.name)
-        said = tensorrt.graph_precision(onnx.load(str(candidate.file), load_external_data=False))
+        said = types_of(onnx.load(str(candidate.file), load_external_data=False))
         shapes = {ENGINE: (1, self.batch, self.batch)} | ({STATIC_ENGINE: (1, 1, 1)} if self.batch > 1 else {})
         info: dict[str, Any] = {"device": self.device.name, "stack": self.stack.name}
         built = []

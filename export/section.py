@@ -25,6 +25,7 @@ class ExportSection(Section):
     calibration_samples: int = Field(default=256, ge=1)
     """Training samples that the INT8 ranges are measured on; never random data."""
     calibration_method: CalibrationMethod = "minmax"
+    """Tried first; the other ones follow when it does not keep the metric that the target asks for."""
     calibration_percentile: float = Field(default=99.99, gt=50, le=100)
     """Percent of the activations inside the range; for calibration_method "percentile"."""
     parity_samples: int = Field(default=256, ge=2)
@@ -39,5 +40,10 @@ class ExportSection(Section):
     int8_agreement: float = Field(default=0.8, ge=0, le=1)
     """Share of decisions that an INT8 graph keeps; below it the graph has collapsed. Its error is not bounded by a
     tolerance: what it costs is the metric's difference, which the target's own limits judge."""
+    qat: Literal["auto", "never"] = "auto"
+    """Quantisation-aware training, the last resort: "auto" when nothing else makes an INT8 graph that keeps the metric
+    with at least half of its arithmetic in INT8; "never"."""
+    qat_epochs: int = Field(default=3, ge=1)
+    """Epochs of it, with a tenth of the student's own learning rate."""
     engines: bool = True
     """Build TensorRT-RTX engines for targets that run it."""

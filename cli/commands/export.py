@@ -68,7 +68,7 @@ def export(
         if as_json:
             console.emit_json({"plan": plan, "bundles": bundles})
             return
-        for line in describe_candidates(plan):
+        for line in [*describe_candidates(plan), *describe_steps(plan)]:
             console.emit(line)
         for bundle in bundles:
             console.emit(f"bundle  {bundle}")
@@ -85,7 +85,7 @@ def export(
         return
     for name, found in plans.items():
         console.emit(f"{name}  ({found.device}, {found.stack}, opset {found.opset})")
-        for line in describe_candidates(found):
+        for line in [*describe_candidates(found), *describe_steps(found)]:
             console.emit(f"  {line}")
     console.emit(f"next: edgestill bench {opened.folder}, or edgestill run {opened.folder / 'recipe.toml'}")
 
@@ -110,4 +110,23 @@ def describe_candidates(plan: object) -> list[str]:
             parts.append(f"engine by {candidate.engine.builder}")
         parts += [note for note in (candidate.parsed_by, candidate.engine_note) if note]
         lines.append(f"{candidate.name:<10} {', '.join(parts)}")
+    return lines
+
+
+def describe_steps(plan: object) -> list[str]:
+    """What each step of the precision planner bought, one line each; empty where the ordinary graphs were enough."""
+    from export import Plan
+
+    assert isinstance(plan, Plan)
+    ordinary = {candidate.name for candidate in plan.candidates}
+    if all(step.name in ordinary for step in plan.steps):
+        return []
+    floor = f" (to keep: {plan.lowest_metric:.1%})" if plan.lowest_metric is not None else ""
+    lines = [f"what each step bought{floor}:"]
+    for step in plan.steps:
+        parts = [f"{step.metric.name} {step.metric.value:.1%}"] if step.metric is not None else []
+        parts += [f"{step.size_bytes / 2**20:.2f} MiB"] if step.size_bytes is not None else []
+        parts += [f"{step.seconds:.1f} s"] if step.seconds is not None else []
+        parts += {True: ["keeps it"], False: ["does not keep it"], None: []}[step.keeps]
+        lines.append(f"  {step.name:<28} {', '.join([*parts, *([step.note] if step.note else [])])}")
     return lines

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from export.floor import Floor
 from profiles.device import TargetSection
 from profiles.metrics import Metric
-
-KEPT_SHARE = 0.99
-"""Without a floor of its own, a target accepts what keeps 99 % of the FP32 student's metric (MLPerf's rule)."""
 
 
 class Faster(Protocol):
@@ -73,16 +71,20 @@ def choose(
     return _fastest_expected(keeping, rejected)
 
 
+def floor_of(section: TargetSection) -> Floor:
+    """What the target asks of the metric."""
+    return Floor(metric_floor=section.metric_floor, max_metric_drop=section.max_metric_drop)
+
+
 def _loses_metric(option: Option, section: TargetSection, fp32: Metric) -> str | None:
     value, points = option.validation.value, (option.validation.value - fp32.value) * 100
+    if value >= floor_of(section).lowest(fp32.value):
+        return None
     if section.metric_floor is not None and value < section.metric_floor:
         return f"{value:.1%} on validation, floor {section.metric_floor:.1%}"
-    if section.max_metric_drop is not None and fp32.value - value > section.max_metric_drop:
+    if section.max_metric_drop is not None:
         return f"{points:+.1f} pt against fp32 on validation, allowed {-section.max_metric_drop * 100:.1f}"
-    stated = section.metric_floor is not None or section.max_metric_drop is not None
-    if not stated and value < KEPT_SHARE * fp32.value:
-        return f"{points:+.1f} pt against fp32 on validation; less than 99 % of its {fp32.name} is kept"
-    return None
+    return f"{points:+.1f} pt against fp32 on validation; less than 99 % of its {fp32.name} is kept"
 
 
 def _fastest_measured(

@@ -23,6 +23,7 @@ from cli.report.schema import (
     Machine,
     MetricPlace,
     MetricValue,
+    PlanStep,
     Report,
     TargetRow,
     TrainingRun,
@@ -128,6 +129,7 @@ def _row(run: Run, outcome: Shipped) -> TargetRow:
         error=outcome.error,
         engine=_engine(candidate) if candidate is not None and target.stack.runtime != "onnxruntime" else None,
         candidates=tuple(_candidate(entry, outcome) for entry in outcome.plan.candidates) if outcome.plan else (),
+        steps=_steps(outcome),
         why=why,
         fixes=fixes,
         environment=measurement.environment if measurement is not None else {},
@@ -213,6 +215,20 @@ def _candidate(candidate: Candidate, outcome: Shipped) -> CandidateRow:
         latency=LatencyValue.of(measurement) if measurement is not None else None,
         chosen=chosen,
         rejected_because=None if chosen else rejected,
+    )
+
+
+def _steps(outcome: Shipped) -> tuple[PlanStep, ...]:
+    return tuple(
+        PlanStep(
+            name=step.name,
+            metric=step.metric.value if step.metric is not None else None,
+            size_mib=step.size_bytes / MIB if step.size_bytes is not None else None,
+            seconds=step.seconds,
+            keeps=step.keeps,
+            note=step.note,
+        )
+        for step in (outcome.plan.steps if outcome.plan is not None else ())
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cli.pipeline.choose import Choice, Option, choose
+from cli.pipeline.choose import Choice, Option, choose, floor_of
 from cli.pipeline.exploration import Explorer, check_explored, check_explored_by, explores, together
 from cli.pipeline.pool_cost import limits_of, pool_cost
 from cli.pipeline.teachers import (
@@ -75,6 +76,7 @@ from profiles.measurement import Measurement
 from profiles.metrics import Difference, Metric, difference, evaluate
 from profiles.predict import Roofline, roofline
 from profiles.progress import Progress, Silent
+from profiles.quantspec import QuantSpec
 from profiles.runtimes.onnxruntime import run_model
 
 Array = np.ndarray[Any, Any]
@@ -606,6 +608,26 @@ class Run:
 
     def student(self, arch: str) -> Trained:
         """The distilled student of that architecture."""
+        cache, strategy, exploration = self._lesson(arch)
+        trained = self._train(
+            "student",
+            arch,
+            arch,
+            self.recipe.objective,
+            cache,
+            {},
+            title="student",
+            strategy=strategy,
+            strategy_name=self.recipe.teacher.strategy,
+            exploration_name=self.recipe.explore.kind,
+        )
+        if exploration is not None and arch == next(iter(self.archs)):
+            self.explorer.picture(exploration, trained)
+        return trained
+
+    def _lesson(self, arch: str) -> tuple[TeacherCache | None, Strategy | None, Exploration | None]:
+        """What a student of that architecture learns from: the teacher's outputs, or their shapes alone where a
+        strategy gives them; the strategy; and what of it is exploration."""
         objectives, section = self.recipe.objective, self.recipe.teacher
         cache = self.cache_for(objectives, arch)
         coached, learner = None, None
@@ -615,21 +637,39 @@ class Run:
             coached = coach(section, self.start_for(objectives, arch), self.dataset)
             learner = coached.learner
         exploration = self.exploration_for(arch, learner)
-        trained = self._train(
-            "student",
-            arch,
-            arch,
-            objectives,
-            cache,
-            {},
-            title="student",
-            strategy=together(coached, exploration),
-            strategy_name=section.strategy,
-            exploration_name=self.recipe.explore.kind,
-        )
-        if exploration is not None and arch == next(iter(self.archs)):
-            self.explorer.picture(exploration, trained)
-        return trained
+        return cache, together(coached, exploration), exploration
+
+    def retrained(self, arch: str, spec: QuantSpec) -> tuple[nn.Module, str]:
+        """The distilled student after a quantisation-aware training, as it is exported, and the hash of its weights."""
+        from distill.quantized import train_quantized
+
+        trained, section, seed = self.student(arch), self.recipe.train, self.recipe.seed
+        cache, strategy, _ = self._lesson(arch)
+        told = None if self.recipe.teacher.moves else cache
+        folder = self.folder / f"students/{arch}--qat-{artifact.content_key(spec)[:8]}"
+        title = f"quantisation-aware training {arch}"
+        with self._stage(title) as stage:
+            before = _manifest_time(folder)
+            objective = copy.deepcopy(trained.objective)
+            student, result = train_quantized(
+                trained.student,
+                objective,
+                self.dataset,
+                told,
+                section,
+                self.recipe.data.augment,
+                folder,
+                spec=spec,
+                epochs=self.recipe.export.qat_epochs,
+                seed=seed,
+                progress=self.progress,
+                title=title,
+                strategy=strategy,
+            )
+            stage["cached"] = before is not None and before == _manifest_time(folder)
+        files = artifact.read_manifest(folder, "student").files
+        key = artifact.content_key(files["student.safetensors"], files["objective.safetensors"])
+        return Deployable(replace(trained, student=student, objective=objective, result=result, key=key)).eval(), key
 
     def exploration_for(self, arch: str, learner: Teacher | None = None) -> Exploration | None:
         """What a student explores; None where it learns on its data alone.
@@ -772,6 +812,10 @@ class Run:
             mask = validation.mask[held] if validation.mask is not None else None
             return difference(dataset.task, a, b, validation.labels[held], mask, seed=seed)
 
+        def retrain(spec: QuantSpec) -> tuple[nn.Module, str]:
+            model, key = self.retrained(arch, spec)
+            return model, artifact.content_key(key, dataset.key)
+
         with self._stage(f"export {target.name}") as stage:
             found = plan(
                 Deployable(trained).eval(),
@@ -790,6 +834,9 @@ class Run:
                 exclusive=dataset.task == "multiclass",
                 metadata={"labels": list(dataset.classes), "preprocessing": dataset.preprocessing},
                 progress=self.progress,
+                # the other processes of a torchrun do not export, and could not help training
+                retrain=retrain if int(os.environ.get("WORLD_SIZE", "1")) == 1 else None,
+                floor=floor_of(target.section),
             )
             stage["cached"] = found.all_reused
         return found

@@ -38,6 +38,7 @@ from cli.report.words import (
     scopes,
     shot_notes,
     shot_title,
+    step_figures,
     strategy_notes,
     subject_line,
 )
@@ -291,6 +292,9 @@ def _details(report: Report) -> str:
     if candidates:
         title = f"Every candidate, {escape(metric_title(report.metric))} on the validation split"
         parts.append(f"<details open><summary>{title}</summary>{candidates}</details>")
+    steps = _steps(report)
+    if steps:
+        parts.append(f"<details><summary>What each step of the precision planner bought</summary>{steps}</details>")
     parts.append(f"<details><summary>Measurements</summary>{_measurements(report)}</details>")
     if report.training or report.stages:
         parts.append(f"<details open><summary>Training and stages</summary>{_cost(report)}</details>")
@@ -337,6 +341,25 @@ def _candidates(report: Report) -> str:
             rows.append(f"<tr>{''.join(cells)}</tr>")
     heads = [("Target", ""), ("Precision", ""), ("MiB", "number"), (metric_head, "number"), ("ms", "number")]
     return _table([*heads, ("bound", "number"), ("", "")], rows) if rows else ""
+
+
+def _steps(report: Report) -> str:
+    rows = []
+    metric_head = f"{metric_title(report.metric)} %"
+    for row in report.targets:
+        for step in row.steps:
+            size, metric, seconds, outcome = step_figures(step)
+            cells = [
+                _cell(escape(row.name), look="name"),
+                _cell(escape(step.name)),
+                _cell(size, "MiB", "number"),
+                _cell(metric, metric_head, "number"),
+                _cell(seconds, "time", "number"),
+                _cell(escape("; ".join(part for part in (outcome, step.note) if part))),
+            ]
+            rows.append(f"<tr>{''.join(cells)}</tr>")
+    heads = [("Target", ""), ("Step", ""), ("MiB", "number"), (metric_head, "number"), ("time", "number"), ("", "")]
+    return _table(heads, rows) if rows else ""
 
 
 def _measurements(report: Report) -> str:

@@ -192,6 +192,21 @@ class CandidateRow(Part):
     rejected_because: str | None = None
 
 
+class PlanStep(Part):
+    """One thing that the precision planner tried for a target, and what it bought."""
+
+    name: str
+    """Such as "int8 entropy", "int8-mixed", "quantisation-aware training"."""
+    metric: float | None = None
+    """On the validation split; None: the step made no graph, or it was refused."""
+    size_mib: float | None = None
+    seconds: float | None = None
+    """What it took when it was done, which may have been in an earlier run."""
+    keeps: bool | None = None
+    """Whether it keeps the metric that the target asks for; None: not its business."""
+    note: str = ""
+
+
 class TargetRow(Part):
     """One target: its device, its artefact, what was measured and what follows."""
 
@@ -231,6 +246,8 @@ class TargetRow(Part):
     """Why edgestill could not make or measure this target's artefact."""
     engine: Engine | None = None
     candidates: tuple[CandidateRow, ...] = ()
+    steps: tuple[PlanStep, ...] = ()
+    """What the precision planner tried, in order."""
     why: tuple[str, ...] = ()
     """Reasons of the choice and the verdict, one line each."""
     fixes: tuple[str, ...] = ()

@@ -54,6 +54,7 @@ from cli.report.words import (
     shot_notes,
     shot_title,
     state_words,
+    step_figures,
     strategy_notes,
     subject_line,
     wrap,
@@ -496,6 +497,13 @@ def _all(report: Report, style: Style) -> list[Text]:
     if candidates:
         heads = ["target", "prec", "MiB", f"{metric_title(report.metric)} %", "ms", "bound", ""]
         out += section("Candidates, metric on the validation split", _grid(heads, candidates, {0, 1, 6}, style))
+
+    tried = [
+        ([names[row.name], step.name, *step_figures(step)], step.note) for row in report.targets for step in row.steps
+    ]
+    if tried:
+        heads = ["target", "step", "MiB", f"{metric_title(report.metric)} %", "time", ""]
+        out += section("What each step of the precision planner bought", _grid(heads, tried, {0, 1, 5}, style))
 
     limits: list[tuple[list[str], str]] = []
     for row in report.targets:

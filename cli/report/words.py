@@ -9,7 +9,17 @@ from datetime import datetime
 
 from rich.cells import cell_len
 
-from cli.report.schema import Difference, LatencyValue, LimitName, LimitVerdict, Report, ShotGroup, ShotName, TargetRow
+from cli.report.schema import (
+    Difference,
+    LatencyValue,
+    LimitName,
+    LimitVerdict,
+    PlanStep,
+    Report,
+    ShotGroup,
+    ShotName,
+    TargetRow,
+)
 from cli.report.verdict import RowVerdict
 
 VERDICT_WORDS: dict[RowVerdict, str] = {
@@ -194,6 +204,16 @@ def reasons(row: TargetRow) -> list[str]:
     if not lines and latency is not None and latency.verdict != "pass":
         lines.append(limit_sentence(latency))
     return lines
+
+
+def step_figures(step: PlanStep) -> list[str]:
+    """Size, metric, time and outcome of one step of the precision planner."""
+    return [
+        mebibytes(step.size_mib),
+        "-" if step.metric is None else percent(step.metric),
+        "-" if step.seconds is None else duration(step.seconds),
+        {True: "keeps the metric", False: "does not", None: ""}[step.keeps],
+    ]
 
 
 def bound_sentence(row: TargetRow) -> str:

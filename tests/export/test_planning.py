@@ -111,8 +111,8 @@ def test_two_int8_remainders_are_offered_for_tensorrt(rtx_plan: Plan) -> None:
 
 
 def test_precision_without_an_export_is_an_input_error(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no export for FP8"):
-        plan_for("rtx-a2000", tmp_path, precisions=("fp8",))
+    with pytest.raises(InputError, match="no export for FP4"):
+        plan_for("rtx-a2000", tmp_path, precisions=("fp4",))
 
 
 class Overflowing(nn.Module):
