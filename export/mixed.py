@@ -157,8 +157,12 @@ def leave_float(quantized: onnx.ModelProto, quantizer: Quantizer, floating: froz
         if node.name in floating:
             original = originals[node.name]
             for place, name in enumerate(node.input):
-                if name in constant:
-                    node.input[place] = original.input[place]
+                if name not in constant:
+                    continue
+                node.input[place] = original.input[place]
+                if node.input[place] == name:  # a dequantised bias is called as the float one was
+                    node.input[place] = f"{name}_float"
+                    weights[f"{name}_float"] = _renamed(weights[name], f"{name}_float")
         for place, name in enumerate(node.input):
             node.input[place] = renamed.get(name, name)
         for place, name in enumerate(node.output):
@@ -188,6 +192,13 @@ def _written_by(value: str, originals: dict[str, onnx.NodeProto], integer: set[s
     return any(value in node.output and name in integer for name, node in originals.items())
 
 
+def _renamed(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:
+    copied = onnx.TensorProto()
+    copied.CopyFrom(tensor)
+    copied.name = name
+    return copied
+
+
 def _replace(node: onnx.NodeProto, old: str, new: str) -> None:
     for place, name in enumerate(node.input):
         if name == old:
@@ -206,7 +217,8 @@ def _tidy(graph: onnx.GraphProto, weights: dict[str, onnx.TensorProto]) -> None:
         del graph.node[:]
         graph.node.extend(copies)
     known = {tensor.name for tensor in graph.initializer}
-    graph.initializer.extend(weights[name] for name in sorted(read - known) if name in weights)
+    written = {name for node in graph.node for name in node.output}
+    graph.initializer.extend(weights[name] for name in sorted(read - known - written) if name in weights)
     tensors = [onnx.TensorProto.FromString(t.SerializeToString()) for t in graph.initializer if t.name in read]
     del graph.initializer[:]
     graph.initializer.extend(tensors)

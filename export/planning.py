@@ -474,7 +474,7 @@ class _Work:
                 except EdgestillError as error:
                     self.steps.append(PlanStep(name="int8 search", keeps=False, note=error.evidence or error.message))
                     return None
-            info = {
+            info: dict[str, Any] = {
                 "described": found.described,
                 "keeps": found.keeps,
                 "share": found.share,
@@ -571,7 +571,8 @@ class _Work:
         with Silent().task("export", total=None, unit="graphs") as task:
             other.add("fp32", "fp32", other.fp32, task)
             other.integer({"int8"}, task)
-        self.reused += ["int8-qat"] if all(entry.name in other.reused for entry in other.candidates) else []
+        if all(entry.name in other.reused for entry in other.candidates if entry.file is not None):
+            self.reused.append("int8-qat")
         self.steps.append(
             PlanStep(
                 name="quantisation-aware training",
@@ -806,6 +807,8 @@ class _Work:
             if candidate.refused is None or not self.strict or precision == "int8":
                 self.reused.append(name)
                 return _moved(candidate, folder)
+        # one of that name that was there did not do
+        self.reused = [entry for entry in self.reused if entry != name]
         info: dict[str, Any] = {}
         with create(folder, "graph", key, info) as temporary:
             started = time.perf_counter()

@@ -187,7 +187,7 @@ class Search:
                 return True
             if not chosen:
                 return best.verdict.keeps
-            model = leave_float(best.model, best.quantizer, frozenset().union(*(unit.nodes for unit in chosen)))
+            model = leave_float(best.model, best.quantizer, frozenset(name for unit in chosen for name in unit.nodes))
             asked[chosen] = (model, self.judge.verdict(model))
             return asked[chosen][1].keeps
 

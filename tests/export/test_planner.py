@@ -35,9 +35,11 @@ def outcome(found: Plan, name: str) -> bool | None:
 
 def keeps(found: Plan, name: str) -> bool:
     candidate = found[name]
-    assert candidate.validation is not None
     assert found.lowest_metric is not None
-    return candidate.usable and candidate.validation.value >= found.lowest_metric
+    if not candidate.usable:
+        return False
+    assert candidate.validation is not None
+    return candidate.validation.value >= found.lowest_metric
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +164,7 @@ def test_a_graph_with_every_node_in_float_is_the_float_graph(grouped_graph: Path
     quantizer = Quantizer(grouped_graph, {"image": calibration_images()}, form, 99.99)
     quantized = quantizer.quantized("minmax")
     units = units_of(quantizer)
-    assert frozenset().union(*(unit.nodes for unit in units)) == frozenset(quantizer.nodes)
+    assert {name for unit in units for name in unit.nodes} == set(quantizer.nodes)
     expected = run_session(open_session(grouped_graph), SAMPLES, 64)
     floating = leave_float(quantized, quantizer, frozenset(quantizer.nodes))
     assert types_of(floating) == "fp32"
