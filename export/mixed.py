@@ -84,7 +84,7 @@ def _multiply_adds(node: onnx.NodeProto, graph: onnx.GraphProto) -> int:
     dims = [] if entry is None else [int(dim.dim_value) for dim in entry.type.tensor_type.shape.dim]
     # a convolution's weights are used at every position of the map, a matrix product's at every row of a sample
     positions = dims[2:] if node.op_type in ("Conv", "ConvTranspose") else dims[1:-1]
-    return math.prod(weight.dims) * math.prod(positions)
+    return int(math.prod(weight.dims) * math.prod(positions))
 
 
 def share_in_int8(units: Sequence[Unit], floating: Sequence[Unit]) -> float:

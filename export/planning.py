@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -209,8 +209,7 @@ class _Work:
     def integer(self, wanted: set[str], task: Task) -> None:
         """INT8, and what helps where it does not keep the metric."""
         plain = [
-            self.add(name, "int8", lambda name=name, half=half: self.int8(name, half=half), task)
-            for name, half in self.remainders("int8")
+            self.add(name, "int8", partial(self.int8, name, half=half), task) for name, half in self.remainders("int8")
         ]
         if any(self.keeps(candidate) for candidate in plain) or all(candidate.file is None for candidate in plain):
             return
@@ -238,17 +237,8 @@ class _Work:
     def eight_bit_floats(self, task: Task) -> list[Candidate]:
         """FP8 with both remainders; none where "auto" meets a device without it."""
         return [
-            candidate
+            self.add(name, "fp8", partial(self.fp8, name, half=half), task, quiet_refusal=not self.strict)
             for name, half in self.remainders("fp8")
-            if (
-                candidate := self.add(
-                    name,
-                    "fp8",
-                    lambda name=name, half=half: self.fp8(name, half=half),
-                    task,
-                    quiet_refusal=not self.strict,
-                )
-            )
         ]
 
     def remainders(self, name: str) -> list[tuple[str, bool]]:

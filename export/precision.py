@@ -376,7 +376,7 @@ def types_of(model: onnx.ModelProto) -> str:
 
 
 def _is_large(model: onnx.ModelProto) -> bool:
-    return model.ByteSize() >= _LARGE
+    return bool(model.ByteSize() >= _LARGE)
 
 
 def _to_quantise(model: onnx.ModelProto, operators: tuple[str, ...]) -> list[str]:
