@@ -28,6 +28,10 @@ from profiles.metrics import Metric
 METHODS = ("minmax", "entropy", "percentile")
 MOSTLY = 0.5
 """Share of the multiply-adds from which on a mixed graph counts as INT8; below it, training is worth its time."""
+LEAST = 0.2
+"""With a smaller share than this in INT8, a mixed graph has lost what INT8 is for."""
+_QUESTIONS = 24
+"""Graphs that the rescue may ask about: each is made and scored on the whole validation split."""
 _MOST_NAMED = 4
 
 
@@ -58,9 +62,8 @@ class Judge:
 class Outcome:
     """The best graph with every node in INT8, and one with some in float when that was needed.
 
-    described: how `full` was made. keeps: whether `full` keeps the metric. mixed: keeps it; None: not needed, or only
-    with everything in float. share: of the multiply-adds that are in INT8 in `mixed`. floating: what it leaves in
-    float.
+    described: how `full` was made. keeps: whether `full` keeps the metric. mixed: keeps it; None: not needed, or it
+    does not keep it either. share: of the multiply-adds that are in INT8 in `mixed`. floating: what it leaves in float.
     """
 
     full: onnx.ModelProto
@@ -183,18 +186,19 @@ class Search:
         asked: dict[frozenset[Unit], tuple[onnx.ModelProto, Verdict]] = {}
 
         def keeps(chosen: frozenset[Unit]) -> bool:
-            if len(chosen) == len(units):
-                return True
             if not chosen:
                 return best.verdict.keeps
             model = leave_float(best.model, best.quantizer, frozenset(name for unit in chosen for name in unit.nodes))
             asked[chosen] = (model, self.judge.verdict(model))
             return asked[chosen][1].keeps
 
-        chosen = rescue([entry.unit for entry in ranked], keeps)
-        if chosen not in asked:
-            self._note("int8-mixed", None, None, started, keeps=False, note="only with every node in float")
+        order = [entry.unit for entry in ranked]
+        pool = [unit for place, unit in enumerate(order) if share_in_int8(units, order[: place + 1]) >= LEAST]
+        if not pool or not keeps(frozenset(pool)):
+            note = f"does not even with {1 - LEAST:.0%} of the multiply-adds in float ({len(pool)} nodes)"
+            self._note("int8-mixed", None, None, started, keeps=False, note=note)
             return self._found(best)
+        chosen = rescue(pool, keeps, limit=_QUESTIONS)
         model, verdict = asked[chosen]
         floating = tuple(str(unit) for unit in units if unit in chosen)
         share = share_in_int8(units, list(chosen))

@@ -120,7 +120,8 @@ def test_the_log_sum_exp_stays_in_float(graphs: dict[int, Path], subclasses: int
     nodes = onnx.load(str(tmp_path / "int8.onnx")).graph.node
     tail = next(position for position, node in enumerate(nodes) if node.op_type == "ReduceMax")
     assert {node.op_type for node in nodes[tail:]} <= set(TAIL)
-    assert sum(node.op_type == "QuantizeLinear" for node in nodes) >= 7
+    # TensorRT's form rounds what nodes with weights read, the others what they write, too
+    assert sum(node.op_type == "QuantizeLinear" for node in nodes) >= (4 if form == "symmetric" else 7)
     emulate(tmp_path / "int8.onnx", tmp_path / "emulated.onnx")
     reference = run_torch(model, {"image": IMAGES})
     found = run_session(open_session(tmp_path / "emulated.onnx"), {"image": IMAGES}, 64)
@@ -184,7 +185,7 @@ def test_a_quantiser_that_fails_names_itself_and_its_error(tmp_path: Path, monke
     def broken(*_: object, **__: object) -> None:
         raise TypeError("object of type 'NoneType' has no len()")
 
-    monkeypatch.setattr("onnxruntime.quantization.quantize_static", broken)
+    monkeypatch.setattr("onnxruntime.quantization.qdq_quantizer.QDQQuantizer", broken)
     found = plan_for("this-machine", tmp_path, score=None, difference=None)  # precision "auto"
     refused = "ONNX Runtime's quantiser cannot quantise the graph: TypeError: object of type 'NoneType' has no len()"
     assert found["int8"].refused == refused
