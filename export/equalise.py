@@ -90,6 +90,7 @@ def equalise(model: onnx.ModelProto, calibration: Mapping[str, NDArray[Any]]) ->
             clip.op_type = "Relu"
             del clip.input[1:]
         done += 1
+    _drop_unread(graph)
     return changed, done
 
 
@@ -331,6 +332,7 @@ def correct_biases(
         error = expected[node.output[0]] - found
         _add_bias(changed.graph, node, error)
         _add_bias(corrected.graph, twin, error)
+    _drop_unread(changed.graph)
     return changed, len(layers)
 
 
@@ -347,3 +349,11 @@ def _add_bias(graph: onnx.GraphProto, node: onnx.NodeProto, error: NDArray[np.fl
     else:
         node.input.append(name)
     graph.initializer.append(numpy_helper.from_array(value.astype(np.float32), name))
+
+
+def _drop_unread(graph: onnx.GraphProto) -> None:
+    """Drops constants that nothing reads any more."""
+    read = {name for node in graph.node for name in node.input} | {entry.name for entry in graph.output}
+    kept = [TensorProto.FromString(t.SerializeToString()) for t in graph.initializer if t.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
