@@ -138,7 +138,8 @@ def make_generator(
     allow_code: bool,
     progress: Progress | None = None,
 ) -> Generator:
-    """The generator of `folder`, made where it is missing: from all training inputs and all unlabelled ones.
+    """The generator of `folder`, made where it is missing: from all inputs of `dataset`'s training split and all
+    unlabelled ones.
 
     Raises:
         InputError, EdgestillError: see `make_image_generator` and `make_text_generator`.
@@ -246,6 +247,15 @@ def left_over(data: DataSection, whole: Dataset, unlabelled: Unlabelled | None, 
     return Unlabelled(inputs, texts, artifact.content_key("left over", *keys), f"rest of {whole.name}")
 
 
+def seen_by_generator(data: DataSection, rows: Array | None) -> Array | None:
+    """Rows of the training split that the generator of a part of it learns from; None: all of them.
+
+    Those of the part. Where everything that the part leaves over is unlabelled data, its generator learns from that,
+    too, which together is the whole split for every part.
+    """
+    return None if _takes_rest(data) else rows
+
+
 def _takes_rest(data: DataSection) -> bool:
     """Whether all that a part of the training split leaves over goes to its student."""
     return data.unlabelled is not None and data.unlabelled.rest and data.unlabelled.size is None
@@ -347,7 +357,7 @@ def open_explored(
     if explored.generator is not None:
         generator = make_generator(
             section.generator,
-            whole,
+            whole if seen_by_generator(explored.data, explored.rows) is None else dataset,
             unlabelled,
             explored.generator,
             seed=explored.seed,
@@ -435,27 +445,37 @@ class Explorer:
             if asked and found is None and not (part and _takes_rest(data)):
                 raise nothing_left(data, whole, rows)
         if section.generates and section.generator.kind == "torch":
-            self.generator(section)
+            self.generator(section, rows)
 
-    def generator_folder(self, section: ExploreSection) -> Path:
-        """Where the generator of an exploration lies: "generator", and in a study those of others beside it."""
+    def generator_folder(self, section: ExploreSection, rows: Array | None = None) -> Path:
+        """Where the generator of an exploration lies: "generator"; in a study those of others beside it, and those of
+        parts of the training split, by their size. rows: as for `generator`."""
         dataset = self.run.dataset
         own = whole_generator(self.run.recipe.explore.generator, dataset.input.kind)
         asked = whole_generator(section.generator, dataset.input.kind)
-        return self.run.folder / ("generator" if asked == own else f"generator-{artifact.content_key(asked)[:8]}")
+        seen = seen_by_generator(self.run.recipe.data, rows)
+        words = ["generator"] if seen is None else ["generator", "of", str(len(seen))]
+        return self.run.folder / "-".join(words if asked == own else [*words, artifact.content_key(asked)[:8]])
 
-    def generator(self, section: ExploreSection) -> Generator | None:
-        """Makes the inputs of an exploration; None where no generator does."""
+    def generator(self, section: ExploreSection, rows: Array | None = None) -> Generator | None:
+        """Makes the inputs of an exploration; None where no generator does.
+
+        Args:
+            section: the recipe's `[explore]`.
+            rows: sorted int64, the part of the training split that is learned on, by generator and student alike; None:
+                all of it. Parts of one size are one part.
+        """
         if not section.generates:
             return None
-        run, folder = self.run, self.generator_folder(section)
+        run, folder = self.run, self.generator_folder(section, rows)
         if folder not in self._generators:
             unlabelled = self.unlabelled
             kind = whole_generator(section.generator, run.dataset.input.kind).kind
+            seen = seen_by_generator(run.recipe.data, rows)
             with run.made(f"generator ({kind})", folder):
                 self._generators[folder] = make_generator(
                     section.generator,
-                    run.dataset,
+                    run.dataset if seen is None else subset(run.dataset, seen),
                     unlabelled,
                     folder,
                     seed=run.recipe.seed,
@@ -487,12 +507,18 @@ class Explorer:
         return run.folder / f"{name}-{artifact.content_key(mine, dataset.key)[:8]}"
 
     def generated(
-        self, section: ExploreSection, teacher: Teacher, variant: Variant, dataset: Dataset, around: Unlabelled | None
+        self,
+        section: ExploreSection,
+        teacher: Teacher,
+        variant: Variant,
+        dataset: Dataset,
+        generator: Generator | None,
+        around: Unlabelled | None,
     ) -> GeneratedSet | None:
         """The fixed set with the teacher's outputs; None where new inputs are made in every step."""
         if section.versions is None:
             return None
-        run, generator = self.run, self.generator(section)
+        run = self.run
         folder = self.generated_folder(section, variant, dataset)
         if folder in self._generated:
             return self._generated[folder]
@@ -525,17 +551,17 @@ class Explorer:
         """
         if section.kind == "none":
             return None
-        run = self.run
+        run, generator, around = self.run, self.generator(section), self.around(section)
         run.say_once(f"explores: {in_words(section)}")
         return open_exploration(
             section,
             teacher,
             run.dataset,
             objectives,
-            generator=self.generator(section),
-            unlabelled=self.around(section),
+            generator=generator,
+            unlabelled=around,
             subclasses=subclasses_of(variant),
-            generated=self.generated(section, teacher, variant, run.dataset, self.around(section)),
+            generated=self.generated(section, teacher, variant, run.dataset, generator, around),
         )
 
     def explored(self, section: ExploreSection, teacher: Teacher, variant: Variant, rows: Array | None) -> Explored:
@@ -546,17 +572,17 @@ class Explorer:
             rows: sorted int64, the part of the training split that is learned on; None: all of it.
         """
         run = self.run
-        generator = self.generator(section)
+        generator = self.generator(section, rows)
         dataset = run.dataset if rows is None else subset(run.dataset, rows)
         around = None
         if section.around != "train":
             around = left_over(run.recipe.data, run.dataset, self.unlabelled, rows)
-        found = self.generated(section, teacher, variant, dataset, around)
+        found = self.generated(section, teacher, variant, dataset, generator, around)
         read = self.unlabelled if section.generates or around is not None else None
         keys = [None if each is None else each.key for each in (around, generator, found)]
         return Explored(
             unlabelled=None if read is None else run.folder / "unlabelled",
-            generator=None if generator is None else self.generator_folder(section),
+            generator=None if generator is None else self.generator_folder(section, rows),
             generated=None if found is None else self.generated_folder(section, variant, dataset),
             data=run.recipe.data,
             seed=run.recipe.seed,

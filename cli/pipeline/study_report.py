@@ -225,9 +225,15 @@ def _notes(study: Study, blocks: Sequence[Block], teachers: Sequence[TeacherFact
     if any(block.train_samples < whole for block in blocks):
         notes.append(
             f"smaller training sets are nested parts of the {whole:,} training samples, class shares kept; teacher, "
-            f"{'generator, ' if any(c.recipe.explore.generates for c in study.grid.combinations) else ''}"
             "normalisation and tokenizer are those of all of them"
         )
+        generating = [c.recipe for c in study.grid.combinations if c.recipe.explore.generates]
+        if generating:
+            extended = any(recipe.data.unlabelled is not None for recipe in generating)
+            notes.append(
+                "a generator learns from the same part of the training samples as its students"
+                + (", and from the unlabelled inputs" if extended else "")
+            )
     for block in blocks:
         answer = _guessing(study.base(study.grid.combinations[0]).dataset)
         if answer is not None and block.rows and max(row.mean for row in block.rows) <= answer[1]:
