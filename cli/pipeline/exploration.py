@@ -32,6 +32,7 @@ from profiles.progress import Progress
 if TYPE_CHECKING:
     from cli.pipeline.run import Run, Trained
     from cli.pipeline.teachers import Variant
+    from distill.strategies.coached import Coached
 
 Array = np.ndarray[Any, Any]
 Generator = ImageGenerator | TextGenerator
@@ -591,12 +592,16 @@ class Explorer:
             key=artifact.content_key(*keys),
         )
 
-    def picture(self, exploration: Exploration, trained: Trained) -> Path | None:
+    def picture(
+        self, exploration: Exploration, trained: Trained, coached: tuple[Coached, Path] | None = None
+    ) -> Path | None:
         """Draws explored samples at three radii around the same real ones, once; None where there is nothing to draw.
 
         Args:
             exploration: of the student, after its training.
             trained: the student.
+            coached: how its teacher learned along, and the student's artefact, which has that teacher: where the
+                artefact was only loaded, the teacher of `coached` is as it started.
         """
         run, section = self.run, exploration.section
         if section.kind not in PICTURED or run.dataset.input.kind != "image" or not run.is_main:
@@ -604,6 +609,9 @@ class Explorer:
         folder = run.folder / "explored"
         key = artifact.content_key(PICTURE_KIND, _FORM, trained.key, exploration.key)
         if artifact.current(folder, PICTURE_KIND, key) is None:
+            if coached is not None:
+                strategy, student = coached
+                strategy.load(student)
             with artifact.create(folder, PICTURE_KIND, key, {"student": trained.student.arch}) as temporary:
                 exploration.picture(temporary / _PICTURE, trained.student, trained.objective)
         run.say_once(f"explored samples at three radii: {folder / _PICTURE}")

@@ -628,7 +628,9 @@ class Run:
             exploration_name=self.recipe.explore.kind,
         )
         if exploration is not None and arch == next(iter(self.archs)):
-            self.explorer.picture(exploration, trained)
+            self.explorer.picture(
+                exploration, trained, None if coached is None else (coached, self.folder / "students" / arch)
+            )
         return trained
 
     def exploration_for(self, arch: str, learner: Teacher | None = None) -> Exploration | None:

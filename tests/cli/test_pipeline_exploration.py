@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -178,6 +179,19 @@ def test_a_teacher_that_learns_along_labels_the_further_inputs_as_it_is_then(fol
     assert record["loss/explore/kd"] > 0
     assert "validation/teacher_top1" in record
     assert (out / "students" / SMALL / "teacher.safetensors").is_file()
+
+
+def test_a_picture_that_is_missing_is_drawn_with_the_teacher_that_taught(folder: Path, tmp_path: Path) -> None:
+    """Although the student is loaded, and with it no teacher had to learn."""
+    out = tmp_path / "run"
+    recipe = explored(folder, GRADIENT, teacher='strategy = "online"\n[teacher.coached]\nlearning_rate = 0.03\n')
+    open_run(recipe, out).student(SMALL)
+    drawn = (out / "explored" / "explored.png").read_bytes()
+    shutil.rmtree(out / "explored")
+    again = open_run(recipe, out)
+    again.student(SMALL)
+    assert next(stage for stage in again.stages if stage.name.startswith("student")).cached
+    assert (out / "explored" / "explored.png").read_bytes() == drawn
 
 
 def test_labels_alone_on_the_data_and_a_teacher_on_the_further_inputs(folder: Path, tmp_path: Path) -> None:
