@@ -308,7 +308,7 @@ class _Further:
         few = subset(dataset, np.arange(min(len(dataset.train), _GENERATOR_STEPS * section.batch)))
         watch, started = _Stopwatch(unlimited=True), time.perf_counter()
         self.generator = make_generator(
-            section.model_copy(update={"epochs": 1}),
+            section.model_copy(update={"epochs": 1, "min_steps": None}),
             dataset if section.kind == "torch" else few,
             self.unlabelled if section.kind == "torch" else None,
             self.folder / "generator",
@@ -320,7 +320,7 @@ class _Further:
         seconds = time.perf_counter() - started
         if len(watch.times) > 1:  # it was trained
             count = len(dataset.train) + (0 if self.unlabelled is None else len(self.unlabelled))
-            seconds = watch.per_sample() * count * section.passes
+            seconds = watch.per_sample() * count * section.passes(count)
         return _stage(name, seconds, weights_mib(self.generator.network), finished)
 
     def _make_fixed(self, variant: Variant, finished: bool) -> PlannedStage:

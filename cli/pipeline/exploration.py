@@ -456,7 +456,7 @@ class Explorer:
         asked = whole_generator(section.generator, dataset.input.kind)
         seen = seen_by_generator(self.run.recipe.data, rows)
         words = ["generator"] if seen is None else ["generator", "of", str(len(seen))]
-        return self.run.folder / "-".join(words if asked == own else [*words, artifact.content_key(asked)[:8]])
+        return self.run.folder / "-".join(words if asked == own else [*words, artifact.content_key(asked.hashed)[:8]])
 
     def generator(self, section: ExploreSection, rows: Array | None = None) -> Generator | None:
         """Makes the inputs of an exploration; None where no generator does.

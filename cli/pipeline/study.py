@@ -557,7 +557,7 @@ class Study:
         if shared is not None:
             learning += ["inherit", artifact.read_manifest(shared, START_KIND).key]
         if start is not None and explored is not None:
-            learning += ["explore", recipe.explore, start.key, explored.key]
+            learning += ["explore", recipe.explore.hashed, start.key, explored.key]
         section = _train_section(combination).resolved(rows or len(run.dataset.train))
         key = artifact.content_key(
             KIND,
@@ -622,7 +622,7 @@ class Study:
             list(recipe.objective),
             *(_train_section(combination), base.train, base.student, recipe.seed, seed),
             # only where there is one, so that all other cells keep theirs
-            *([recipe.explore] if combination.explores else []),
+            *([recipe.explore.hashed] if combination.explores else []),
         )
 
     def _try_to_build(self, jobs: Sequence[Job]) -> None:

@@ -110,7 +110,8 @@ def _vae(
 ) -> VAEGenerator:
     rate = _LEARNING_RATE if section.learning_rate == "auto" else section.learning_rate
     settings = section.model_dump(mode="json", include={"latent", "width", "beta"})
-    settings |= {"epochs": section.passes, "batch_size": section.batch}
+    epochs = section.passes(len(inputs))
+    settings |= {"epochs": epochs, "batch_size": section.batch}
     key = content_key(KIND, "vae", _FORM, settings, rate, list(spec.shape), spec.mean, spec.std, seed, inputs)
     with seeded(seed):
         network = VAE(spec, section.latent, section.width)
@@ -129,7 +130,7 @@ def _vae(
         len(inputs),
         folder,
         key=key,
-        epochs=section.passes,
+        epochs=epochs,
         batch_size=section.batch,
         learning_rate=rate,
         seed=seed,
@@ -151,7 +152,7 @@ def _vae(
     if info["rmse"] > _NO_BETTER * info["rmse_of_the_mean"]:
         progress.note(
             "the generator's images show little of their originals: look at "
-            f"{folder / 'reconstructions.png'}; {_WHERE}.epochs above {section.passes} or a smaller beta helps"
+            f"{folder / 'reconstructions.png'}; {_WHERE}.epochs above {epochs} or a smaller beta helps"
         )
     return generator
 

@@ -50,6 +50,12 @@ class GeneratorSection(Section):
         ge=1,
         description="passes of the generator's own training over the inputs; default: 20 (vae), 3 (masked-lm)",
     )
+    min_steps: int | None = Field(
+        None,
+        ge=1,
+        description="at least so many steps of the generator's own training: few inputs get more passes for it; "
+        "default: 500 for a VAE whose epochs are not named, else none",
+    )
     batch_size: int | None = Field(
         None, ge=1, description="samples per step of the generator's own training; default: 128 (vae), 32 (masked-lm)"
     )
@@ -87,12 +93,18 @@ class GeneratorSection(Section):
             raise ValueError(f"mask = [{self.mask[0]:g}, {self.mask[1]:g}]: the smallest share first")
         return self
 
+    def passes(self, samples: int) -> int:
+        """`epochs`, or the default of the kind, or as many more as `samples` inputs need for `min_steps`."""
+        is_vae = self.model is None
+        own = self.epochs or (20 if is_vae else 3)
+        least = self.min_steps or (_MIN_STEPS if is_vae and self.epochs is None else 1)
+        steps_per_epoch = samples // max(1, min(self.batch, samples)) or 1
+        return max(own, -(-least // steps_per_epoch))
+
     @property
-    def passes(self) -> int:
-        """`epochs`, or the default of the kind."""
-        if self.epochs is not None:
-            return self.epochs
-        return 20 if self.model is None else 3
+    def hashed(self) -> dict[str, Any]:
+        """The values that a hash takes; `min_steps` only where it is given, so that keys of older versions hold."""
+        return self.model_dump(mode="json", exclude={"min_steps"} if self.min_steps is None else None)
 
     @property
     def batch(self) -> int:
@@ -102,7 +114,8 @@ class GeneratorSection(Section):
         return 128 if self.model is None else 32
 
 
-_TRAINED = frozenset({"epochs", "batch_size", "learning_rate"})
+_MIN_STEPS = 500
+_TRAINED = frozenset({"epochs", "min_steps", "batch_size", "learning_rate"})
 KEYS_OF_GENERATOR: dict[GeneratorKind, frozenset[str]] = {
     "vae": frozenset({"kind", "latent", "width", "beta"}) | _TRAINED,
     "torch": frozenset({"kind", "factory", "kwargs", "weights"}),
@@ -172,6 +185,11 @@ class ExploreSection(Section):
     def generates(self) -> bool:
         """Whether a generator makes the inputs."""
         return self.kind in GENERATED
+
+    @property
+    def hashed(self) -> dict[str, Any]:
+        """The values that a hash takes."""
+        return {**self.model_dump(mode="json"), "generator": self.generator.hashed}
 
 
 _ALL_BUT_NONE: frozenset[str] = frozenset({"random", "gradient", "reconstructed", "augmented", "real"})

@@ -419,6 +419,43 @@ def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
         assert caught.value.where == "explore.around"
 
 
+def test_few_images_get_more_passes_unless_their_number_is_named() -> None:
+    passes = GeneratorSection().passes
+    assert [passes(count) for count in (2, 100, 128, 200, 256, 1280, 3200)] == [500, 500, 500, 500, 250, 50, 20]
+    assert GeneratorSection(epochs=3).passes(100) == 3
+    assert GeneratorSection(epochs=3, min_steps=10).passes(100) == 10
+    assert GeneratorSection(min_steps=10).passes(100) == 20
+    assert GeneratorSection(model="x").passes(100) == 3
+    assert GeneratorSection(model="x", min_steps=30).passes(100) == 10
+
+
+def test_the_least_number_of_steps_is_in_the_key_only_where_it_binds(tmp_path: Path) -> None:
+    inputs = _blobs(64)
+    keys = []
+    for number, own in enumerate(({}, {"min_steps": 6}, {"min_steps": 7})):
+        _make(tmp_path / str(number), inputs, **own)
+        keys.append(read_manifest(tmp_path / str(number), "generator").key)
+    assert keys[0] == keys[1] != keys[2]
+    history = (tmp_path / "2" / "metrics.jsonl").read_text().splitlines()
+    assert len(history) == 4
+    section = GeneratorSection.model_validate(_SMALL)
+    assert "min_steps" not in section.hashed
+    assert section.model_copy(update={"min_steps": 7}).hashed["min_steps"] == 7
+
+
+def test_short_epochs_are_not_each_written_to_disk(tmp_path: Path) -> None:
+    written = []
+    line = _line()
+
+    def watched(rows: Tensor) -> dict[str, Tensor]:
+        file = tmp_path / "g.partial" / "checkpoint.pt"
+        written.append(file.stat().st_mtime_ns if file.is_file() else 0)
+        return line.loss(rows)
+
+    assert len(_fit(line, tmp_path / "g", watched, epochs=25)) == 25
+    assert len(set(written)) == 3  # none, after 50 steps, after 100
+
+
 # ----------------------------------------------------------------------------------------------- a user's own generator
 
 _CODE = '''
