@@ -146,6 +146,8 @@ def _explain(run: Run, outcome: Shipped, limits: Sequence[LimitVerdict]) -> tupl
             if limit.verdict == "fail":
                 over = (asked.value or asked.maximum) / limit.limit - 1
                 why.append(f"{over:.0%} over the limit after {asked.samples:,} runs")
+                if measurement.warnings:
+                    fixes.append(f"measure again on a quiet machine: edgestill bench {run.folder}")
                 fixes.append(f"latency_ms = {_at_least(decided)}, or a smaller arch")
             else:
                 why.append(limit.reason)
