@@ -121,7 +121,7 @@ def _vae(
         return VAEGenerator(network.to(device), _read_std(folder))
 
     def loss(rows: Tensor) -> dict[str, Tensor]:
-        images = torch.from_numpy(np.asarray(inputs[rows.numpy()])).to(device)
+        images = _copied(inputs[rows.numpy()]).to(device)
         return network.loss(images, section.beta)
 
     history = fit(
@@ -167,7 +167,7 @@ def _torch_generator(
     device: torch.device,
     progress: Progress,
 ) -> TorchGenerator:
-    examples = torch.from_numpy(np.asarray(inputs[_spread(len(inputs), _SHOWN)]))
+    examples = _copied(inputs[_spread(len(inputs), _SHOWN)])
     generator = TorchGenerator(section, examples, base=base, seed=seed, device=device, allow_code=allow_code)
     key = content_key(KIND, "torch", _FORM, generator.identity, seed, inputs)
     if current(folder, KIND, key) is not None:
@@ -190,10 +190,10 @@ def _moments(generator: ImageGenerator, inputs: Array) -> tuple[Tensor, Tensor]:
     """
     sums: list[Tensor] = []
     # around the first sample, so that a large mean takes no digits from the deviations
-    shift = generator.encode(torch.from_numpy(np.asarray(inputs[:1]))).cpu().double()
+    shift = generator.encode(_copied(inputs[:1])).cpu().double()
     broken = 0
     for first in range(0, len(inputs), _CHUNK):
-        latents = generator.encode(torch.from_numpy(np.asarray(inputs[first : first + _CHUNK]))).cpu().double()
+        latents = generator.encode(_copied(inputs[first : first + _CHUNK])).cpu().double()
         broken += int((~latents.isfinite()).any(1).sum())
         away = latents - shift
         sums.append(torch.stack([away.sum(0), away.square().sum(0)]))
@@ -213,7 +213,7 @@ def _look(
         InputError: a user's decoder gives values that are not finite.
     """
     rows = _spread(len(inputs), _MEASURED)
-    real = torch.from_numpy(np.asarray(inputs[rows]))
+    real = _copied(inputs[rows])
     made = _images(generator, generator.encode(real))
     exact = real.double()
     info = {
@@ -253,6 +253,11 @@ def _refuse_not_finite(generator: ImageGenerator, name: str, broken: int, count:
         evidence=f"for {broken} of {count} samples",
         fix=f"a smaller {_WHERE}.learning_rate",
     )
+
+
+def _copied(images: Array) -> Tensor:
+    """A tensor of its own: what is mapped from disk cannot be written, of which torch warns."""
+    return torch.from_numpy(np.array(images))
 
 
 def _spread(count: int, most: int) -> Array:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -405,6 +406,13 @@ def test_constant_images_give_a_positive_latent_std(tmp_path: Path) -> None:
     assert (generator.latent_std > 0).all()
 
 
+def test_images_mapped_from_disk_are_read_without_a_warning(tmp_path: Path) -> None:
+    np.save(tmp_path / "inputs.npy", _blobs(20))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _make(tmp_path / "g", np.load(tmp_path / "inputs.npy", mmap_mode="r"), epochs=1)
+
+
 def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
     tokens = InputSpec("tokens", (16,), vocabulary=10)
     with pytest.raises(InputError, match="texts have no images"):
@@ -538,6 +546,11 @@ class Dictionary(Halves):
         return {"mean": super().encode(images)}
 
 
+class TupleDecoded(Halves):
+    def decode(self, latents):
+        return super().decode(latents), latents
+
+
 class NoneDecoded(Halves):
     def decode(self, latents):
         return None
@@ -662,6 +675,7 @@ def test_trying_a_users_generator_moves_no_random_numbers(tmp_path: Path, code: 
         ("Signed", "decode returns pixels outside 0..1", "from -1 to", "(x + 1) / 2"),
         ("Indices", "encode returns no floating-point latents", "int64", "before they are quantised"),
         ("Dictionary", "encode returns no tensor", "dict", "tuple"),
+        ("TupleDecoded", "decode returns several things", "a tuple of 2", "return the images"),
         ("NoneDecoded", "decode returns no tensor", "NoneType", "0..1"),
         ("Fails", "encode fails", "(10, 1, 12, 12), RuntimeError: mat1 and mat2", "tensor of that shape"),
         ("OnlyEncode", "no method decode", "OnlyEncode", "decode(latents)"),
