@@ -21,6 +21,7 @@ from distill.exploration.generated import LEARNED, GeneratedSet, build_generated
 from distill.exploration.generator import ImageGenerator, TextGenerator
 from distill.exploration.make import make_image_generator
 from distill.exploration.masked_lm import make_text_generator
+from distill.exploration.pictures import one_per_class
 from distill.exploration.section import KEYS_OF_GENERATOR, ExploreSection, GeneratorKind, GeneratorSection, given
 from distill.objectives.section import AnyObjective, KDSection
 from distill.strategy import Strategy, Together
@@ -40,7 +41,7 @@ PICTURED = frozenset({"random", "gradient"})
 """Kinds with a radius, of which there is a picture at three of them."""
 PICTURE_KIND = "explored"
 _PICTURE = "explored.png"
-_FORM = 1
+_FORM = 2
 """Raise when the picture changes, so that older ones are drawn anew."""
 
 
@@ -157,6 +158,7 @@ def make_generator(
             allow_code=allow_code,
             device=device,
             progress=progress,
+            shown=one_per_class(dataset.train.labels, dataset.classes) if dataset.task == "multiclass" else None,
         )
     texts = (*(dataset.train.texts or ()), *((unlabelled.texts or ()) if unlabelled is not None else ()))
     return make_text_generator(section, texts, folder, seed=seed, base=base, device=device, progress=progress)

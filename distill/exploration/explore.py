@@ -45,7 +45,6 @@ _SMALLEST_SHARE = 2
 _LOOK = 10
 """Every tenth step of an epoch the student is asked in eval mode how far it is from the teacher."""
 _RADII = (0.5, 1.0, 2.0)
-_COLUMNS = 8
 
 
 class _Ready(NamedTuple):
@@ -429,9 +428,11 @@ class Exploration(Strategy):
     def picture(
         self, path: Path, student: Student, objective: Composition, *, radii: Sequence[float] = _RADII, seed: int = 0
     ) -> None:
-        """A PNG: eight real images in its first row, and below what exploration makes of them at other radii.
+        """A PNG: real images in its first row, and below what exploration makes of them at other radii.
 
-        Below each image stands the teacher's word for it, where it has one.
+        Of a training split with classes every class has an image, the rarest first, up to ten; its word stands above.
+        Below each image stands the teacher's word for it, where it has one. The row of the section's own radius has a
+        frame.
 
         Args:
             path: of the PNG.
@@ -440,15 +441,17 @@ class Exploration(Strategy):
             radii: factors of sigma, one row each.
             seed: of the draws, which are the same in all rows.
         """
-        from distill.exploration.pictures import grid
+        from distill.exploration.pictures import grid, one_per_class, spread
 
         device = self.labeller.device if isinstance(self.labeller, NetworkTeacher) else torch.device("cpu")
         place = next(student.parameters()).device
         self._device = device
         pool = Pool(self.section.around, self.dataset, self.unlabelled, device=device)
         maker = Maker(self.section, self.dataset, self.generator, device, seed)
-        count = min(_COLUMNS, len(pool))
-        seeds = pool.take(np.arange(count) * len(pool) // count)
+        shown = spread(len(pool))
+        if self.section.around != "unlabelled" and not self._multilabel:
+            shown = one_per_class(self.dataset.train.labels, self.dataset.classes)
+        seeds = pool.take(shown.rows)
 
         def logits(pixels: Tensor) -> Tensor:
             return objective.class_logits(at_least_float32(student(pixels).head))
@@ -460,14 +463,21 @@ class Exploration(Strategy):
             maker.make(seeds, Draws(seed, 0), step=0, judge=self._judge(logits), sigma=factor * self.section.sigma)
             for factor in radii
         ]
-        words = [self._words(row) for row in rows]
+        words = [row for row in map(self._words, rows) if row is not None]
         student.to(place)
         objective.to(place)
+        if words:
+            words[0] = [f"says {word}" for word in words[0]]
+        own = list(radii).index(1.0) if 1.0 in radii else None
+        titles = [f"sigma {factor * self.section.sigma:g}{' (chosen)' * (factor == 1)}" for factor in radii]
         grid(
             torch.stack([row.inputs.cpu() for row in rows]),
             path,
-            row_titles=["real", *(f"sigma {factor * self.section.sigma:g}" for factor in radii)],
-            captions=None if words[0] is None else [row for row in words if row is not None],
+            row_titles=["real", *titles],
+            captions=words or None,
+            column_titles=shown.titles,
+            heading=shown.heading,
+            marked=None if own is None else 1 + own,
         )
 
     def _words(self, shown: Made | Seeds) -> list[str] | None:

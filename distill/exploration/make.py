@@ -13,7 +13,7 @@ from distill.data.dataset import InputSpec
 from distill.distribution import default_device
 from distill.exploration.fit import METRICS, clear, fit, lines
 from distill.exploration.generator import ImageGenerator
-from distill.exploration.pictures import grid
+from distill.exploration.pictures import Columns, grid, spread
 from distill.exploration.section import GeneratorSection
 from distill.exploration.torch_generator import TorchGenerator
 from distill.exploration.vae import VAE, VAEGenerator
@@ -54,6 +54,7 @@ def make_image_generator(
     allow_code: bool = False,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
+    shown: Columns | None = None,
 ) -> ImageGenerator:
     """The generator of a recipe with images: trained (kind "vae"), or loaded and tried (kind "torch").
 
@@ -72,6 +73,7 @@ def make_image_generator(
         allow_code: the user allowed importing code that the recipe names.
         device: where it learns and then runs; None: the first GPU where there is one, else the CPU.
         progress: shows the training, and says how good the reconstructions are.
+        shown: the inputs that reconstructions.png has, with their words; None: some, evenly spread.
 
     Raises:
         InputError: a kind or inputs that do not fit, or a user's generator that cannot be used (where =
@@ -95,8 +97,8 @@ def make_image_generator(
             fix='around = "both", with [data.unlabelled]',
         )
     if section.kind == "torch":
-        return _torch_generator(section, inputs, folder, seed, base, allow_code, place, progress)
-    return _vae(section, inputs, spec, folder, seed, place, progress)
+        return _torch_generator(section, inputs, folder, seed, base, allow_code, place, progress, shown)
+    return _vae(section, inputs, spec, folder, seed, place, progress, shown)
 
 
 def _vae(
@@ -107,6 +109,7 @@ def _vae(
     seed: int,
     device: torch.device,
     progress: Progress,
+    shown: Columns | None,
 ) -> VAEGenerator:
     rate = _LEARNING_RATE if section.learning_rate == "auto" else section.learning_rate
     settings = section.model_dump(mode="json", include={"latent", "width", "beta"})
@@ -146,7 +149,7 @@ def _vae(
     with create(folder, KIND, key, info) as temporary:
         save_student(network, temporary / _WEIGHTS)
         (temporary / METRICS).write_text(lines(history), encoding="utf-8")
-        info |= _look(generator, mean, inputs, temporary, seed, progress)
+        info |= _look(generator, mean, inputs, temporary, seed, progress, shown)
         info["latents_in_use"] = int((std > _IN_USE).sum())
     clear(folder)
     if info["rmse"] > _NO_BETTER * info["rmse_of_the_mean"]:
@@ -166,6 +169,7 @@ def _torch_generator(
     allow_code: bool,
     device: torch.device,
     progress: Progress,
+    shown: Columns | None,
 ) -> TorchGenerator:
     examples = _copied(inputs[_spread(len(inputs), _SHOWN)])
     generator = TorchGenerator(section, examples, base=base, seed=seed, device=device, allow_code=allow_code)
@@ -177,7 +181,7 @@ def _torch_generator(
     generator.set_latent_std(std)
     info: dict[str, Any] = {"kind": "torch"}
     with create(folder, KIND, key, info) as temporary:
-        info |= _look(generator, mean, inputs, temporary, seed, progress)
+        info |= _look(generator, mean, inputs, temporary, seed, progress, shown)
         info["latents_in_use"] = int((std > _SMALLEST_STD).sum())
     return generator
 
@@ -205,7 +209,13 @@ def _moments(generator: ImageGenerator, inputs: Array) -> tuple[Tensor, Tensor]:
 
 
 def _look(
-    generator: ImageGenerator, mean: Tensor, inputs: Array, folder: Path, seed: int, progress: Progress
+    generator: ImageGenerator,
+    mean: Tensor,
+    inputs: Array,
+    folder: Path,
+    seed: int,
+    progress: Progress,
+    shown: Columns | None,
 ) -> dict[str, float]:
     """Writes both pictures; says and returns how far reconstructions are off, in grey levels.
 
@@ -220,8 +230,16 @@ def _look(
         "rmse": float((made.double() - exact).square().mean().sqrt()),
         "rmse_of_the_mean": float((exact - exact.mean(0)).square().mean().sqrt()),
     }
-    shown = torch.from_numpy(_spread(len(real), _SHOWN))
-    grid(torch.stack([real[shown], made[shown]]), folder / "reconstructions.png", row_titles=["real", "made"])
+    columns = shown or spread(len(inputs))
+    real = _copied(inputs[columns.rows])
+    made = _images(generator, generator.encode(real))
+    grid(
+        torch.stack([real, made]),
+        folder / "reconstructions.png",
+        row_titles=["real", "made"],
+        column_titles=columns.titles,
+        heading=columns.heading,
+    )
     noise = torch.randn(_SAMPLE_ROWS * _SHOWN, len(mean), generator=torch.Generator().manual_seed(seed))
     std = generator.latent_std
     samples = _images(generator, mean.to(std.device) + noise.to(std.device) * std)

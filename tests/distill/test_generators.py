@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from distill.data.dataset import InputSpec
 from distill.exploration.fit import clear, fit, partial
 from distill.exploration.make import make_image_generator
-from distill.exploration.pictures import grid
+from distill.exploration.pictures import grid, one_per_class, spread
 from distill.exploration.section import GeneratorSection
 from distill.exploration.torch_generator import TorchGenerator
 from distill.exploration.vae import VAE, VAEGenerator
@@ -732,3 +732,38 @@ def test_titles_and_captions_leave_the_images_whole(tmp_path: Path) -> None:
     assert sheet.shape[1] > plain.shape[1]
     assert (sheet == colour).all(2).sum() == 4 * 70 * 70
     assert (sheet[:, -2:] == 255).all()
+
+
+def test_every_class_has_a_column_the_rarest_first() -> None:
+    labels = np.array([0, 0, 0, 0, 1, 2, 2, 3, 3, 0])
+    shown = one_per_class(labels, ["a", "b", "c", "d", "nowhere"])
+    assert shown.titles == ("b", "c", "d", "a", "c", "d", "a", "a")
+    assert labels[shown.rows].tolist() == [1, 2, 3, 0, 2, 3, 0, 0]
+    assert len(set(shown.rows.tolist())) == 8
+    many = np.repeat(np.arange(30), np.arange(30, 0, -1))
+    assert one_per_class(many, [str(each) for each in range(30)]).titles == tuple(str(29 - each) for each in range(10))
+
+
+def test_inputs_without_classes_are_spread_over_the_picture() -> None:
+    shown = spread(80)
+    assert shown.rows.tolist() == list(range(0, 80, 10))
+    assert shown.titles is None
+    assert spread(3).rows.tolist() == [0, 1, 2]
+
+
+def test_a_marked_row_has_a_frame_and_small_images_make_a_small_file(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (4, 10, 1, 28, 28), dtype=np.uint8)
+    words = [["ankle boot"] * 10] * 4
+    titles = ["real", "sigma 0.25", "sigma 0.5 (chosen)", "sigma 1"]
+    grid(
+        images, tmp_path / "g.png", row_titles=titles, captions=words, column_titles=words[0], heading="class", marked=2
+    )
+    assert (tmp_path / "g.png").stat().st_size < 300_000
+    sheet = np.asarray(Image.open(tmp_path / "g.png"))
+    coloured = (sheet.max(2) != sheet.min(2)).any(1)
+    step = 84 + 14 + 4
+    assert coloured.nonzero()[0].min() > 2 * step
+    assert coloured.nonzero()[0].max() <= 3 * step + 14 + 4
+    small = np.repeat(np.repeat(images[2, 9], 3, 1), 3, 2)[0]
+    top, left = 14 + 4 + 2 * step, sheet.shape[1] - 4 - 84
+    assert (sheet[top : top + 84, left : left + 84, 0] == small).all()
