@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import nn
 
+from cli.pipeline.advice import few_steps, unit_of
 from cli.pipeline.exploration import (
     check_explored,
     explores,
@@ -38,6 +40,7 @@ from cli.pipeline.run import (
 )
 from cli.pipeline.teachers import Variant, check_held_out, check_strategy, coach, start_of
 from cli.recipe import Recipe, load_recipe, to_toml
+from cli.report.words import wrap
 from distill.data import Dataset, load_dataset
 from distill.data.dataset import subset
 from distill.data.load import open_dataset
@@ -59,10 +62,12 @@ from profiles import artifact
 from profiles.errors import InputError
 from profiles.progress import Silent, Task
 from profiles.section import Section
+from profiles.shots import long_tailed
 
 _WARM_STEPS = 2
 _TIMED_SECONDS = 1.0
 _MIB = 2**20
+_WIDTH = 100
 _EXPORT_SECONDS = 12.0
 """Graphs, quantisation and parity of one small student; measured on two cores."""
 _MEASURE_SECONDS = 10.0
@@ -80,11 +85,17 @@ class PlannedStage(Section):
 
 
 class Estimate(Section):
-    """What `run --dry-run` tells. `recipe`: the resolved recipe as TOML. explores: what students learn on besides."""
+    """What `run --dry-run` tells. `recipe`: the resolved recipe as TOML. explores: what students learn on besides.
+
+    class_sizes: training samples by class, where `data.imbalance` decides them or they differ tenfold; else empty.
+    few_steps: that the students' training is short, where it is.
+    """
 
     recipe: str
     folder: str
     explores: str | None = None
+    class_sizes: dict[str, int] = Field(default_factory=dict)
+    few_steps: str | None = None
     stages: tuple[PlannedStage, ...]
     seconds: float
     disk_mib: float
@@ -172,6 +183,8 @@ def estimate(run: Run) -> Estimate:
         recipe=to_toml(run.recipe),
         folder=str(run.folder),
         explores=in_words(run.recipe.explore) if explores(run.recipe) else None,
+        class_sizes=_class_sizes(run.recipe, dataset),
+        few_steps=few_steps(run.recipe.train, len(dataset.train), unit_of(dataset)),
         stages=tuple(stages),
         seconds=sum(stage.seconds or 0.0 for stage in left),
         disk_mib=sum(stage.disk_mib for stage in left),
@@ -181,7 +194,12 @@ def estimate(run: Run) -> Estimate:
 def render(found: Estimate, run: Run) -> str:
     """The estimate as text."""
     lines = [found.recipe.rstrip(), "", f"run folder {found.folder}"]
-    lines += [f"explores: {found.explores}", ""] if found.explores is not None else [""]
+    lines += [f"explores: {found.explores}"] if found.explores is not None else []
+    if found.class_sizes:
+        sizes = ", ".join(f"{name} {count:,}" for name, count in found.class_sizes.items())
+        lines += wrap(f"training samples of each class: {sizes}", _WIDTH, indent="  ")
+    lines += wrap(f"note: {found.few_steps}", _WIDTH, indent="  ") if found.few_steps is not None else []
+    lines.append("")
     width = max(len(stage.name) for stage in found.stages)
     for stage in found.stages:
         seconds = "      ?" if stage.seconds is None else f"{stage.seconds:5.0f} s"
@@ -192,6 +210,16 @@ def render(found: Estimate, run: Run) -> str:
     if any(stage.seconds is None for stage in found.stages):
         lines.append("? is not in the sum: a network of this kind is only known when it is loaded")
     return "\n".join(lines)
+
+
+def _class_sizes(recipe: Recipe, dataset: Dataset) -> dict[str, int]:
+    """Training samples by class, where they are worth a line."""
+    if dataset.task != "multiclass":
+        return {}
+    counts = np.bincount(dataset.train.labels, minlength=len(dataset.classes))
+    if recipe.data.imbalance is None and not long_tailed(counts):
+        return {}
+    return dict(zip(dataset.classes, counts.tolist(), strict=True))
 
 
 def _stage(name: str, seconds: float | None, disk_mib: float, finished: bool) -> PlannedStage:

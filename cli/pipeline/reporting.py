@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from datetime import datetime
 
+from cli.pipeline.advice import unit_of, weak_teacher
 from cli.pipeline.limits import judge
 from cli.pipeline.run import Run, Shipped, Trained
 from cli.pipeline.shots import exploration_facts, shots
@@ -44,6 +45,9 @@ def build_report(run: Run, shipped: Sequence[Shipped], *, require_measured: bool
     """The document that every renderer reads."""
     dataset = run.dataset
     rows = tuple(_row(run, outcome) for outcome in shipped)
+    references = run.references()
+    # a teacher that learns on beside its students is shown as it started
+    weak = () if run.recipe.teacher.moves else weak_teacher(references, primary_metric(dataset.task))
     return Report(
         name=run.recipe.name,
         created=datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -57,12 +61,12 @@ def build_report(run: Run, shipped: Sequence[Shipped], *, require_measured: bool
         metric=primary_metric(dataset.task),
         classes=len(dataset.classes),
         n_test=len(dataset.test),
-        unit="image" if dataset.input.kind == "image" else "text",
+        unit=unit_of(dataset),
         require_measured=require_measured,
         exit_status=exit_status(rows, require_measured),
         counts=Counts.of(rows),
         targets=rows,
-        references=run.references(),
+        references=references,
         bought=run.bought(),
         stages=tuple(run.stages),
         training=tuple(_training(role, trained) for (role, _), trained in run.trained.items()),
@@ -77,7 +81,7 @@ def build_report(run: Run, shipped: Sequence[Shipped], *, require_measured: bool
             labels=dataset.classes,
             input=f"{dataset.input.dtype} {'x'.join(str(side) for side in dataset.input.shape)}",
         ),
-        notes=tuple(run.notes),
+        notes=(*run.notes, *weak),
     )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cli.pipeline.advice import few_steps, unit_of
 from cli.pipeline.choose import Choice, Option, choose
 from cli.pipeline.exploration import Explorer, check_explored, check_explored_by, explores, together
 from cli.pipeline.pool_cost import limits_of, pool_cost
@@ -412,6 +413,12 @@ class Run:
         """What `build_student` makes a teacher from."""
         return self.recipe.student.model_copy(update={"kind": "family", "arch": arch})
 
+    def say_few_steps(self) -> None:
+        """Notes that the students' training is short, where it is."""
+        note = few_steps(self.recipe.train, len(self.dataset.train), unit_of(self.dataset))
+        if note is not None:
+            self.say_once(note)
+
     def say_once(self, note: str) -> None:
         if note not in self.notes:
             self.notes.append(note)
@@ -664,6 +671,7 @@ class Run:
         """Trains every distinct student, and its plain twin."""
         self.prepare_folder()
         self.check()
+        self.say_few_steps()
         self.explorer.prepare(self.recipe.explore)
         trained = {arch: self.student(arch) for arch in self.archs}
         for arch in self.archs:

@@ -40,7 +40,7 @@ _PICTURES = (
 
 
 def shots(run: Run, shipped: Sequence[Shipped], not_the_device: MetricPlace) -> Shots | None:
-    """The accuracy on classes with many, some and few training samples: chosen files, teachers, plain students.
+    """The accuracy on classes with many, medium and few training samples: chosen files, teachers, plain students.
 
     Args:
         run: whose models they are.

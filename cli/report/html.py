@@ -184,7 +184,7 @@ def _footnotes(report: Report) -> str:
 
 
 def _shots(report: Report) -> str:
-    """Accuracy on the classes with many, some and few training samples, where there are such."""
+    """Accuracy on the classes with many, medium and few training samples, where there are such."""
     shots = report.shots
     if shots is None:
         return ""

@@ -359,7 +359,7 @@ class ShotRow(Part):
 
 
 class Shots(Part):
-    """How the classes with many, some and few training samples fare, where the training split has a long tail."""
+    """How the classes with many, medium and few training samples fare, where the training split has a long tail."""
 
     groups: tuple[ShotGroup, ...]
     """Many first; a group without classes is left out."""

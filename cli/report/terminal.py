@@ -348,7 +348,7 @@ def _footnotes(report: Report, style: Style) -> list[Text]:
 
 
 def _shots(report: Report, style: Style) -> list[Text]:
-    """Accuracy on the classes with many, some and few training samples, where there are such."""
+    """Accuracy on the classes with many, medium and few training samples, where there are such."""
     shots = report.shots
     if shots is None:
         return []
