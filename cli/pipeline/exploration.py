@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -181,6 +181,7 @@ def open_exploration(
     unlabelled: Unlabelled | None,
     subclasses: int | None,
     generated: GeneratedSet | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Exploration:
     """What one student explores; see `Exploration`.
 
@@ -192,6 +193,7 @@ def open_exploration(
         generator, unlabelled: None where the section needs none.
         subclasses: per class, of a teacher whose logits are those of subclasses.
         generated: the fixed set; None: new inputs in every step.
+        say: is told what a filter keeps, once.
     """
     return Exploration(
         section,
@@ -202,6 +204,7 @@ def open_exploration(
         tau=tau_of(objectives),
         subclasses=subclasses,
         generated=generated,
+        say=say,
     )
 
 
@@ -565,6 +568,7 @@ class Explorer:
             unlabelled=around,
             subclasses=subclasses_of(variant),
             generated=self.generated(section, teacher, variant, run.dataset, generator, around),
+            say=run.say_once,
         )
 
     def explored(self, section: ExploreSection, teacher: Teacher, variant: Variant, rows: Array | None) -> Explored:

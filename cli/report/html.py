@@ -243,7 +243,7 @@ def _picture(picture: Picture, folder: Path | None) -> str:
         content = path.read_bytes() if path.is_file() else b""
     if content.startswith(_PNG):
         source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
-        return f'<figure><img src="{source}" alt="{escape(picture.title)}">{caption}</figure>'
+        return f'<figure><div class="scroll"><img src="{source}" alt="{escape(picture.title)}"></div>{caption}</figure>'
     if content and picture.file.endswith(".txt"):
         text = content.decode("utf-8", errors="replace")
         shown = text[:_LONGEST_TEXT].rpartition("\n")[0] if len(text) > _LONGEST_TEXT else text

@@ -11,6 +11,7 @@ from rich.cells import cell_len
 
 from cli.report.schema import Difference, LatencyValue, LimitName, LimitVerdict, Report, ShotGroup, ShotName, TargetRow
 from cli.report.verdict import RowVerdict
+from distill.exploration.section import least_kept, starved_classes
 
 VERDICT_WORDS: dict[RowVerdict, str] = {
     "pass": "PASS",
@@ -272,12 +273,19 @@ def exploration_notes(report: Report) -> list[str]:
         return []
     parts = [f"students explored: {found.summary}{' (control)' if found.control else ''}"]
     parts += [f"generator: {found.generator}"] if found.generator else []
-    kept = [(student.arch, student.kept) for student in found.students if student.kept is not None]
     which = len(found.students) > 1
-    if kept:
-        words = ", ".join(f"{percent(share, 0)} %{f' ({arch})' if which else ''}" for arch, share in kept)
-        parts.append(f"kept {words}{_least_kept(report)}")
-    return ["; ".join(parts)]
+    starved = []
+    for student in found.students:
+        name = f" ({student.arch})" if which else ""
+        rates = {label: share for label, share in student.kept_by_class.items() if share is not None}
+        if student.kept is not None:
+            least = f", {least_kept(rates)}" if rates else ""
+            parts.append(f"kept {percent(student.kept, 0)} %{least}{name}")
+        if told := starved_classes(rates):
+            fixes = ["a smaller explore.sigma"] * bool(found.sigma)
+            fixes += ["a smaller explore.threshold"] * (found.filter == "confidence")
+            starved.append(f"explore.filter: {told}{name}; {', or '.join([*fixes, 'another filter'])}")
+    return ["; ".join(parts), *starved]
 
 
 def other_notes(report: Report) -> list[str]:
@@ -286,17 +294,7 @@ def other_notes(report: Report) -> list[str]:
     if found is None:
         return list(report.notes)
     told = (f"explores: {found.summary}", *(picture.file for picture in found.pictures))
-    return [note for note in report.notes if not note.endswith(told)]
-
-
-def _least_kept(report: Report) -> str:
-    """ ", of Shirt 41.0 %": the class that lost most to the filter."""
-    students = report.exploration.students if report.exploration is not None else ()
-    shares = [(share, name) for each in students for name, share in each.kept_by_class.items() if share is not None]
-    if not shares:
-        return ""
-    share, name = min(shares)
-    return f", least of {name}: {percent(share, 0)} %"
+    return [note for note in report.notes if not note.endswith(told) and not note.startswith("explore.filter keeps ")]
 
 
 def wrap(text: str, width: int, first: str = "", indent: str = "") -> list[str]:

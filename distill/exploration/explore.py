@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from distill.data.dataset import Dataset, Task
 from distill.exploration.further import Judge, Made, Maker, Pool, Seeds, no_unlabelled
 from distill.exploration.generator import ImageGenerator, TextGenerator
-from distill.exploration.section import GENERATED, SMALLEST_KEEP_RATE, ExploreSection, given
+from distill.exploration.section import (
+    GENERATED,
+    KEPT,
+    SMALLEST_KEEP_RATE,
+    ExploreSection,
+    given,
+    least_kept,
+    starved_classes,
+)
 from distill.exploration.space import Draws, Orders, divergence
 from distill.networks import seeded
 from distill.objectives.base import at_least_float32
@@ -94,6 +102,7 @@ class Exploration(Strategy):
         subclasses: per class, where the teacher's logits are those of subclasses.
         generated: the fixed set of `versions`; epoch e learns on version e modulo V.
         batch_size: further inputs per step where the section names none; None: as many as real ones.
+        say: is told, after the first epoch, what the filter keeps.
 
     Raises:
         InputError: a teacher that cannot be asked, or without what the section wants of it; nothing to explore around,
@@ -114,12 +123,14 @@ class Exploration(Strategy):
         subclasses: int | None = None,
         generated: GeneratedSet | None = None,
         batch_size: int | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         if section.kind == "none":
             raise ValueError('kind "none" has nothing to explore')
         self.section, self.labeller, self.dataset = section, teacher, dataset
         self.generator, self.unlabelled, self.generated = generator, unlabelled, generated
         self.subclasses, self._batch_size = subclasses, batch_size
+        self._say = say
         self._multilabel = dataset.task == "multilabel"
         knows_classes = labels_classes(teacher, dataset, subclasses)
         self.match: Literal["kd", "objective"] = section.match or ("kd" if knows_classes else "objective")
@@ -403,9 +414,12 @@ class Exploration(Strategy):
             figures["explore/divergence"], gain = (self._looked / self._looks).tolist()
             if self.section.kind == "gradient":
                 figures["explore/gain"] = gain
-        figures |= self.generated.keep_rates if self.generated is not None else self._check_kept("of this epoch's")
+        rates = self.generated.keep_rates if self.generated is not None else self._check_kept("of this epoch's")
+        if rates and self._say is not None:
+            self._say(f"explore.filter {_kept_in_words(self.section, rates)}")
+            self._say = None
         self._forget()
-        return figures
+        return {**figures, **rates}
 
     def _check_kept(self, what: str) -> dict[str, float]:
         """Keep rates by the names that the metrics give them; none without a filter."""
@@ -603,7 +617,15 @@ def check_keep_rates(
             evidence="kept per class: " + ", ".join(f"{name} {100 * rate:.1f} %" for name, rate in rates.items()),
             fix=_smaller(section, 'explore.filter = "none"'),
         )
-    return {"explore/kept": whole, **{f"explore/kept/{name}": rate for name, rate in rates.items()}}
+    return {KEPT: whole, **{f"{KEPT}/{name}": rate for name, rate in rates.items()}}
+
+
+def _kept_in_words(section: ExploreSection, rates: Mapping[str, float]) -> str:
+    """What a filter keeps, in all and of the worst classes. rates: as of `check_keep_rates`."""
+    by_class = {name.removeprefix(KEPT + "/"): rate for name, rate in rates.items() if name != KEPT}
+    words = f"keeps {100 * rates[KEPT]:.0f} % of the further inputs, {least_kept(by_class)}"
+    starved = starved_classes(by_class)
+    return f"{words}; {starved}: {_smaller(section, 'another filter')}" if starved else words
 
 
 def labels_classes(teacher: Teacher, dataset: Dataset, subclasses: int | None) -> bool:

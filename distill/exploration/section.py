@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -27,6 +28,9 @@ CONTROLS: frozenset[str] = frozenset({"reconstructed", "augmented", "real"})
 """Kinds that are there to be compared with."""
 SMALLEST_KEEP_RATE = 0.05
 """A filter that keeps less than this share leaves nothing to learn from."""
+KEPT = "explore/kept"
+"""The figure of the metrics with the share that a filter kept; by class below it."""
+_WORST, _NAMED = 3, 8
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -235,6 +239,22 @@ def given(section: Section) -> list[str]:
         for name, field in type(section).model_fields.items()
         if getattr(section, name) not in (field.get_default(call_default_factory=True), _FORMER.get(name))
     ]
+
+
+def least_kept(rates: Mapping[str, float]) -> str:
+    """ "least of Shirt: 41 %, Coat: 50 %": the classes that lost most to a filter. rates: shares kept, by class."""
+    worst = sorted(rates.items(), key=lambda entry: entry[1])[:_WORST]
+    return f"least of {', '.join(f'{name}: {100 * rate:.0f} %' for name, rate in worst)}"
+
+
+def starved_classes(rates: Mapping[str, float]) -> str:
+    """ "less than 5 % is kept of Shirt, ...": the classes of which a filter leaves too little; empty without any."""
+    names = [name for name, rate in rates.items() if rate < SMALLEST_KEEP_RATE]
+    if not names:
+        return ""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    listed = ", ".join(names[:_NAMED]) + more
+    return f"less than {100 * SMALLEST_KEEP_RATE:.0f} % is kept of {listed}, too little to learn from"
 
 
 class ExploreParameter(Section):

@@ -25,7 +25,7 @@ from distill.exploration.explore import (
 )
 from distill.exploration.further import Maker, Pool
 from distill.exploration.pictures import one_per_class
-from distill.exploration.section import ExploreSection
+from distill.exploration.section import ExploreSection, least_kept, starved_classes
 from distill.exploration.space import Draws, ascend, divergence, radius
 from distill.networks import fingerprint
 from distill.objectives.compose import build_objective
@@ -687,6 +687,28 @@ def test_keep_rates_per_class_are_told_and_judged() -> None:
         check_keep_rates(section, names, [60, 0, 40], [0, 0, 4], "of this")
     assert caught.value.evidence == "kept per class: cat 0.0 %, owl 10.0 %"
     assert caught.value.fix == 'explore.sigma = 1.5, or explore.filter = "none"'
+
+
+@pytest.mark.parametrize("filtered", [True, False])
+def test_what_a_filter_keeps_is_said_once(filtered: bool, tmp_path: Path) -> None:
+    section = ExploreSection(kind="random", filter="agreement" if filtered else "none")
+    exploring = Exploring(section, Case("kd").with_(epochs=3))
+    said: list[str] = []
+    result, _, _ = exploring.run(tmp_path / "s", exploration=exploring.build(say=said.append))
+    assert len(said) == filtered
+    if filtered:
+        kept = result.history[0]["explore/kept"]
+        assert said[0].startswith(f"explore.filter keeps {100 * kept:.0f} % of the further inputs, least of ")
+
+
+def test_classes_that_a_filter_leaves_nothing_of_are_named() -> None:
+    rates = {"cat": 0.0, "dog": 0.049, "owl": 0.05, "bee": 0.9}
+    assert least_kept(rates) == "least of cat: 0 %, dog: 5 %, owl: 5 %"
+    assert starved_classes(rates) == "less than 5 % is kept of cat, dog, too little to learn from"
+    assert starved_classes({"cat": 0.05}) == ""
+    many = starved_classes({f"c{number}": 0.0 for number in range(20)})
+    assert "c7 and 12 more," in many
+    assert "c8" not in many
 
 
 def test_an_epoch_that_keeps_too_little_stops(tmp_path: Path) -> None:
