@@ -290,11 +290,11 @@ def _data(data: OwnData, task: Task, base: Path) -> list[str]:
             *_key("flip", False, "also mirror them left-right; leave it off where left and right mean something"),
         ]
     source, path = ("lines", "more.txt") if data.is_text else ("imagefolder", "more-images")
-    meaning = "a text file, one text per line" if data.is_text else "any folder of images"
+    what = "a text file, one text per line" if data.is_text else "any folder of images"
     lines += [
         "",
         *_table("data.unlabelled", "few labels: further inputs without labels, for [explore] below"),
-        *_key("source", source, f"{meaning}; others: a table, or rest, what train_size leaves over", off=True),
+        *_key("source", source, f"{what}; others: a table, or rest, what train_size leaves over", off=True),
         *_key("path", path, "where they are", off=True),
     ]
     return lines
