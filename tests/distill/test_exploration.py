@@ -640,7 +640,7 @@ def test_nan_from_decode_later_stops_the_training_and_names_the_term(kind: str, 
     generator.calls_until_nan = 5
     with pytest.raises(EdgestillError, match="not a number any more: explore/kd") as caught:
         exploring.run(tmp_path / kind, exploration=exploring.build(generator=generator))
-    assert "explore.sigma below 1" in str(caught.value.fix)
+    assert "explore.sigma below 0.5" in str(caught.value.fix)
     assert "another generator" in str(caught.value.fix)
 
 
