@@ -146,9 +146,8 @@ def fitting(
     """
     fits, rejected = list[Option](), list[Rejected]()
     for option in options:
-        excesses = sorted(_excesses(option.cost, limits, margin), key=lambda excess: -excess.overshoot)
-        if excesses:
-            rejected.append(Rejected(option, tuple(excesses)))
+        if excesses := _worst_first(option.cost, limits, margin):
+            rejected.append(Rejected(option, excesses))
         else:
             fits.append(option)
     return tuple(fits), tuple(sorted(rejected, key=lambda entry: entry.overshoot))
@@ -295,10 +294,16 @@ def nearest_miss(rejected: Sequence[Rejected], limits: Limits) -> Miss | None:
     """
     if not rejected:
         return None
-    option, excesses = rejected[0]
+    option = rejected[0].option
+    # without a margin: what is predicted above a limit is not promised to pass
+    excesses = _worst_first(option.cost, limits, 1.0)
     raised = {excess.limit: _rounded_up(excess.needs) for excess in excesses}
     passing = replace(limits, **{_FIELDS[key]: value for key, value in raised.items()})
     return Miss(option, excesses, passing, raised)
+
+
+def _worst_first(cost: Cost, limits: Limits, margin: float) -> tuple[Excess, ...]:
+    return tuple(sorted(_excesses(cost, limits, margin), key=lambda excess: -excess.overshoot))
 
 
 def _excesses(cost: Cost, limits: Limits, margin: float) -> Iterable[Excess]:
