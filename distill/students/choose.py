@@ -215,11 +215,13 @@ def ladder(targets: Mapping[str, Sequence[Arch]], capacity: Callable[[Arch], flo
     rounds = {target: _rounds(archs, sizes) for target, archs in given.items()}
     tops = {target: {arch for arch, turn in found.items() if turn == 0} for target, found in rounds.items()}
     shared = {arch: sum(arch in top for top in tops.values()) for arch in sizes}
-    # sorted() is stable: among equals the cheaper comes first
-    wishes = {
-        target: sorted(archs, key=lambda arch, turns=rounds[target]: (turns[arch], -shared[arch], -sizes[arch]))
-        for target, archs in given.items()
-    }
+
+    def preferred(target: str) -> list[Arch]:
+        turns = rounds[target]
+        # sorted() is stable: among equals the cheaper comes first
+        return sorted(given[target], key=lambda arch: (turns[arch], -shared[arch], -sizes[arch]))
+
+    wishes = {target: preferred(target) for target in given}
     picked: dict[Arch, None] = {}
     got = dict.fromkeys(given, 0)
 
