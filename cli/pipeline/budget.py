@@ -118,8 +118,9 @@ class Settled:
 
 def best_of(tried: Sequence[Tried]) -> Tried | None:
     """The most accurate file that passes, whichever student and precision; of equals the cheaper one."""
-    found = most_accurate(each.candidate for each in tried)
-    return None if found is None else next(each for each in tried if each.candidate == found)
+    candidates = [each.candidate for each in tried]
+    found = most_accurate(candidates)
+    return next((each for each, candidate in zip(tried, candidates, strict=True) if candidate is found), None)
 
 
 def nearest_of(tried: Sequence[Tried]) -> Tried:

@@ -306,7 +306,7 @@ class Pricing:
         for (arch, precision), file in graphs.items():
             bound = roofline(file, target.device, precision, batch, target.power_mode).bound_ms
             size = sum(path.stat().st_size for path in file.parent.glob(f"{file.name}*")) / _MIB
-            if calibration is not None:
+            if calibration is not None and precision in ("fp32", "int8"):
                 said = predict(file, calibration, precision=precision, batch=batch)
                 found[arch, precision] = Figures(
                     precision=precision,

@@ -334,14 +334,16 @@ class Run:
             found = parse_pool(section.archs, spec)
         else:
             like = parse_arch(self.pool_like or next(iter(self.archs)), where="student.arch")
-            choices = {
-                "widths": section.widths,
-                "depths": section.depths,
-                "kernels": section.kernels,
-                "heads": section.heads,
-            }
-            found = family_pool(parse_arch(self.teacher_arch, where="teacher.arch"), spec, like=like, **choices)
-            if self.pool_like is None and not any(choices.values()):
+            found = family_pool(
+                parse_arch(self.teacher_arch, where="teacher.arch"),
+                spec,
+                like=like,
+                widths=section.widths,
+                depths=section.depths,
+                kernels=section.kernels,
+                heads=section.heads,
+            )
+            if self.pool_like is None and not any((section.widths, section.depths, section.kernels, section.heads)):
                 # a pool of our own choice is for the students that the recipe has
                 own = (parse_arch(arch, where="student.arch") for arch in self.archs)
                 found += tuple(arch for arch in own if kind_of(arch) == kind_of(like) and arch not in found)
