@@ -1,9 +1,10 @@
 """What a device takes for the work that `profiles.timing_model` counts: fitted on measurements of models, and stored.
 
 The fit has two steps. The runtime's profiler gives the time of every node of every model, from which the times per
-quantity of each class of nodes follow; but a profiled run is slower than a plain one, so the measured medians of whole
-models then set three factors: what a query costs before any node, what a node costs beside its work, and how much of
-the profiled work a plain run takes. All times are non-negative, so that more work never makes a prediction shorter.
+quantity of each class of nodes follow. But a profiled run is slower than a plain one, so the measured medians of whole
+models then set five factors: what a query costs before any node, what a node costs, how much of its profiled constant a
+plain run takes, and how much of the profiled work, for convolutions and matrix products and for the rest. All times are
+non-negative, so that more work never makes a prediction shorter.
 """
 
 from __future__ import annotations
@@ -249,24 +250,33 @@ def fit_times(observations: Sequence[Observation]) -> Times:
     whole = [{"query": 1.0, **_parts(observation.nodes, profiled)} for observation in observations]
     factors = _fit(whole, [1e3 * observation.p50_ms for observation in observations])
 
-    def plain(times: Mapping[str, float]) -> dict[str, float]:
-        scaled = {name: factors["work"] * value for name, value in times.items() if name != "nodes"}
+    def plain(times: Mapping[str, float], factor: float) -> dict[str, float]:
+        scaled = {name: factor * value for name, value in times.items() if name != "nodes"}
         return {"nodes": factors["constant"] * times.get("nodes", 0.0) + factors["nodes"], **scaled}
 
     return Times(
-        query=factors["query"], kinds={kind: plain(times) for kind, times in kinds.items()}, other=plain(other)
+        query=factors["query"],
+        kinds={kind: plain(times, factors[_share(kind)]) for kind, times in kinds.items()},
+        other=plain(other, max(factors["matrix"], factors["work"])),
     )
 
 
 def _parts(nodes: Iterable[PricedNode], times: Times) -> dict[str, float]:
     """What the nodes of a model take: constants and work apart, in microseconds, and how many nodes there are."""
-    count = constant = work = 0.0
+    parts = {"nodes": 0.0, "constant": 0.0, "matrix": 0.0, "work": 0.0}
     for node in nodes:
         fitted, quantities = _of(node, times)
-        count += 1
-        constant += fitted.get("nodes", 0.0)
-        work += sum(fitted.get(name, 0.0) * value for name, value in quantities.items() if name != "nodes")
-    return {"nodes": count, "constant": constant, "work": work}
+        parts["nodes"] += 1
+        parts["constant"] += fitted.get("nodes", 0.0)
+        parts[_share(node.kind)] += sum(
+            fitted.get(name, 0.0) * value for name, value in quantities.items() if name != "nodes"
+        )
+    return parts
+
+
+def _share(kind: str) -> str:
+    """The factor that turns the profiled work of a class into that of a plain run."""
+    return "matrix" if kind.removeprefix("q").startswith(("conv", "gemm")) else "work"
 
 
 def _of(node: PricedNode, times: Times) -> tuple[Mapping[str, float], Mapping[str, float]]:

@@ -123,7 +123,7 @@ def calibrate(
     from cli.pipeline.calibrate import error_rows
     from profiles.calibration import save_calibration
 
-    found = measure_and_fit(name, console.make_progress(), threads=threads)
+    found = measure_and_fit(name, console.make_progress(), threads=threads).calibration
     place = save_calibration(found)
     if as_json:
         console.emit_json({"file": str(place), **found.model_dump(mode="json")})

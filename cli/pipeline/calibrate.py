@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -53,9 +53,17 @@ class Effort:
     probes: int = 4
 
 
+class Calibrated(NamedTuple):
+    """A calibration, the measurements behind it, and why they cannot be trusted (None: the machine was quiet)."""
+
+    calibration: Calibration
+    observations: list[Observation]
+    busy: str | None
+
+
 def calibrate(
     name: str, progress: Progress, *, threads: int = 1, effort: Effort | None = None, refuse_busy: bool = True
-) -> Calibration:
+) -> Calibrated:
     """Measures this machine and fits what its work takes; nothing is stored.
 
     Args:
@@ -84,7 +92,7 @@ def calibrate(
                 fix="stop other work and calibrate again; what was stored before is unchanged",
             )
         efficiency = _efficiency(sampled, models, observations, device)
-    return fit(
+    calibration = fit(
         observations,
         device=device,
         stack=device.stacks[0],
@@ -92,6 +100,7 @@ def calibrate(
         seconds=time.monotonic() - began,
         efficiency=efficiency,
     )
+    return Calibrated(calibration, observations, reason)
 
 
 def this_machine(name: str) -> Device:
