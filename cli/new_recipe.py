@@ -303,7 +303,18 @@ def _data(data: OwnData, task: Task, base: Path) -> list[str]:
 def _student(data: OwnData) -> list[str]:
     words = {"text": "a small network for texts", "conv": "a small convolutional network for images"}
     family = "text" if data.is_text else "conv"
-    return ["", "[student]", *_key("family", family, f"{words[family]}; each target's device decides its size")]
+    return [
+        "",
+        "[student]",
+        *_key("family", family, f"{words[family]}; each target's device decides its size"),
+        *_key(
+            "pool",
+            family,
+            "or: the most accurate of many sizes that is within the limits of its target, found by trying and "
+            "measuring; every target then needs latency_ms, memory_mib or file_size_mib",
+            off=True,
+        ),
+    ]
 
 
 def _target(name: str, given: str, device: Device, limits: Limits) -> list[str]:

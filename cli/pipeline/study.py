@@ -52,6 +52,7 @@ from cli.pipeline.teachers import (
     check_strategy,
     coach,
     inherit,
+    plain_student,
     plain_values,
     pool_kind,
     pool_like,
@@ -393,7 +394,7 @@ class Study:
         """Hash of everything in the recipe that decides data, teacher and cache of a base run."""
         recipe = run.recipe
         return artifact.content_key(
-            recipe.data, plain_values(recipe.teacher), recipe.train, recipe.student, recipe.seed
+            recipe.data, plain_values(recipe.teacher), recipe.train, plain_student(recipe.student), recipe.seed
         )
 
     def _jobs(self, cells: Sequence[Cell]) -> list[Job]:
@@ -565,7 +566,7 @@ class Study:
             list(recipe.objective),
             section.model_dump(mode="json", exclude={"checkpoint_every", "tensorboard"}),
             recipe.data.augment,
-            recipe.student,
+            plain_student(recipe.student),
             self._untrained(combination, seed).key,
             seed,
             recipe.seed,
@@ -612,11 +613,11 @@ class Study:
         recipe, run = combination.recipe, self.base(combination)
         base = run.recipe
         # the arch that these stand for depends on the kind of data besides, which follows from the section
-        student = (recipe.student, recipe.target[0].arch, run.targets[0].size_class)
+        student = (plain_student(recipe.student), recipe.target[0].arch, run.targets[0].size_class)
         return artifact.content_key(
             *(_FORM, TRAINING_FORM, recipe.data, base.data, plain_values(recipe.teacher), *student),
             list(recipe.objective),
-            *(_train_section(combination), base.train, base.student, recipe.seed, seed),
+            *(_train_section(combination), base.train, plain_student(base.student), recipe.seed, seed),
             # only where there is one, so that all other cells keep theirs
             *([recipe.explore.hashed] if combination.explores else []),
         )

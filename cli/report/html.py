@@ -16,6 +16,7 @@ from cli.report.words import (
     SHOT_HEADING,
     VERDICT_WORDS,
     bound_words,
+    choice_rows,
     date,
     duration,
     engine_words,
@@ -291,6 +292,10 @@ def _details(report: Report) -> str:
     if candidates:
         title = f"Every candidate, {escape(metric_title(report.metric))} on the validation split"
         parts.append(f"<details open><summary>{title}</summary>{candidates}</details>")
+    for row in report.targets:
+        if row.selection is not None:
+            title = f"Students for {escape(row.name)}, {escape(metric_title(report.metric))} on the validation split"
+            parts.append(f"<details><summary>{title}</summary>{_students(row, report.metric)}</details>")
     parts.append(f"<details><summary>Measurements</summary>{_measurements(report)}</details>")
     if report.training or report.stages:
         parts.append(f"<details open><summary>Training and stages</summary>{_cost(report)}</details>")
@@ -337,6 +342,23 @@ def _candidates(report: Report) -> str:
             rows.append(f"<tr>{''.join(cells)}</tr>")
     heads = [("Target", ""), ("Precision", ""), ("MiB", "number"), (metric_head, "number"), ("ms", "number")]
     return _table([*heads, ("bound", "number"), ("", "")], rows) if rows else ""
+
+
+def _students(row: TargetRow, metric: str) -> str:
+    """Every student that a target might have got, and what became of it."""
+    head = f"{metric_title(metric)} %"
+    rows = []
+    for arch, file, value, latency, fate, reason in choice_rows(row.selection) if row.selection is not None else ():
+        cells = [
+            _cell(escape(arch), look="name"),
+            _cell(escape(file)),
+            _cell(value, head, "number"),
+            _cell(latency, "ms", "number"),
+            _cell(f"<strong>{fate}</strong>" if fate == "chosen" else fate),
+            _cell(escape(reason)),
+        ]
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    return _table([("Student", ""), ("File", ""), (head, "number"), ("ms", "number"), ("", ""), ("", "")], rows)
 
 
 def _measurements(report: Report) -> str:
