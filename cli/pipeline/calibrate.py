@@ -41,7 +41,8 @@ class Effort:
     """How much is measured.
 
     families: kinds of architectures. per_family: architectures of each kind. layers: graphs of layers. runs: profiled
-    queries of a model. queries and seconds: of a model, at most. probes: every how many-th model's memory is measured.
+    queries of a model. queries and seconds: of a model, at most. probes: every how many-th file's memory is measured;
+    an odd number, so that both precisions have their turn.
     """
 
     families: tuple[str, ...] = FAMILIES
@@ -50,7 +51,7 @@ class Effort:
     runs: int = 60
     queries: int = 704
     seconds: float = 1.5
-    probes: int = 4
+    probes: int = 5
 
 
 class Calibrated(NamedTuple):

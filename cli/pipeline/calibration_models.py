@@ -292,7 +292,7 @@ class _Lines:
         return self.add("Relu", [value])
 
     def _clip(self, value: str) -> str:
-        low, high = self._constant(np.float32(0).reshape(())), self._constant(np.float32(6).reshape(()))
+        low, high = self._constant(np.asarray(0, np.float32)), self._constant(np.asarray(6, np.float32))
         return self.add("Clip", [value, low, high])
 
     def embedding(self, name: str, spec: InputSpec) -> tuple[str, int]:
@@ -332,7 +332,7 @@ class _Lines:
         query, key, held = (self.add("Reshape", [self.linear(value, columns, columns), split]) for _ in range(3))
         query, held = (self.add("Transpose", [each], perm=[0, 2, 1, 3]) for each in (query, held))
         key = self.add("Transpose", [key], perm=[0, 2, 3, 1])
-        scale = self._constant(np.float32((columns // heads) ** -0.5).reshape(()))
+        scale = self._constant(np.asarray((columns // heads) ** -0.5, np.float32))
         scores = self.add("Mul", [self.add("MatMul", [query, key]), scale])
         mixed = self.add("MatMul", [self.add("Softmax", [scores], axis=-1), held])
         joined = self.add("Transpose", [mixed], perm=[0, 2, 1, 3])

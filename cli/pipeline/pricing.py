@@ -306,8 +306,9 @@ class Pricing:
         for (arch, precision), file in graphs.items():
             bound = roofline(file, target.device, precision, batch, target.power_mode).bound_ms
             size = sum(path.stat().st_size for path in file.parent.glob(f"{file.name}*")) / _MIB
-            if calibration is not None and precision in ("fp32", "int8"):
-                said = predict(file, calibration, precision=precision, batch=batch)
+            if calibration is not None:
+                # this machine's processor computes in no other one
+                said = predict(file, calibration, precision="int8" if precision == "int8" else "fp32", batch=batch)
                 found[arch, precision] = Figures(
                     precision=precision,
                     file_mib=size,
@@ -404,9 +405,13 @@ def _tail(pool: Any, scope: str, percentile: float) -> float:
         for figures in member:
             clock = figures.clocks.get(scope)
             median = clock.percentiles["50"] if clock is not None else None
-            high = clock.percentiles[f"{percentile:g}"] if clock is not None else None
-            if median and high is not None:
-                ratios.append(high / median)
+            if clock is None or not median:
+                continue
+            # a short measurement has too few samples for the highest ones
+            known = [
+                value for name, value in clock.percentiles.items() if value is not None and float(name) <= percentile
+            ]
+            ratios.append(max(known) / median)
     return statistics.median(ratios) if ratios else 1.0
 
 

@@ -20,7 +20,8 @@ from cli.report.terminal import render_text
 from distill.students.arch import parse_arch
 from distill.students.choose import Option
 from distill.students.pool import Cost
-from tests.cli.budget_cases import FITS_ALL, FITS_NONE, SMALL, WIDE, make_data, target, write_recipe
+from profiles.device import detect
+from tests.cli.budget_cases import FITS_ALL, FITS_NONE, SMALL, WIDE, calibrate, make_data, target, write_recipe
 
 TARGETS = (
     target("here", FITS_ALL, precision="auto")
@@ -206,6 +207,23 @@ def test_a_conditioned_teacher_ranks_its_pool_by_shared_weights(place: Path) -> 
     assert {(row.arch, row.by) for row in selection.ranked} == {(SMALL, "supernet"), (WIDE, "supernet")}
     assert found.targets[0].arch == selection.ranked[0].arch
     assert not (place / "generic" / "choice" / "trials").exists()
+
+
+def test_a_calibrated_device_is_priced_by_its_calibration(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGESTILL_CONFIG", str(tmp_path))
+    calibrate(detect().stacks[0].runtime_version)
+    run = Run(
+        load_recipe(str(write_recipe(place, target("here", FITS_ALL, more='latency_scope = "compute"')))), tmp_path
+    )
+    assert run.budgets is not None
+    fits, _ = run.budgets.priced()
+    costs = {str(option.arch): option.cost for option in fits["here"]}
+    assert {cost.source for cost in costs.values()} == {"calibrated"}
+    assert (costs[SMALL].latency_ms or 0) < (costs[WIDE].latency_ms or 0)
+    assert costs[SMALL].memory_mib == pytest.approx(60.0)
+    assert run.budgets.pricing.missing(run.budgets.pool) == 0
 
 
 # -- the choice between files, by itself ------------------------------------------------------------------------------

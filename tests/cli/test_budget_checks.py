@@ -10,10 +10,8 @@ import pytest
 from cli.pipeline import Run
 from cli.recipe import load_recipe
 from cli.study_grid import build_grid
-from profiles.calibration import Calibration, HeldOut, Times, processor, save_calibration
-from profiles.device import detect
 from profiles.errors import InputError
-from tests.cli.budget_cases import FITS_ALL, SMALL, make_data, target, write_recipe
+from tests.cli.budget_cases import FITS_ALL, SMALL, calibrate, make_data, target, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -98,29 +96,7 @@ def test_a_study_of_a_pool(place: Path) -> None:
 
 def test_a_calibration_of_another_runtime_version(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EDGESTILL_CONFIG", str(tmp_path))
-    device = detect()
-    times = Times(query=5.0, kinds={}, other={"nodes": 1.0, "bytes": 0.001})
-    held = HeldOut(models=30, median_error=0.05, p90_error=0.1, rank_correlation=0.99)
-    save_calibration(
-        Calibration(
-            device=device.name,
-            processor=processor(device),
-            runtime="onnxruntime",
-            runtime_version="1.0.0",
-            threads=1,
-            batch=(1,),
-            date="2026-11-01T00:00:00+00:00",
-            versions={},
-            times={"fp32": times, "int8": times},
-            tail=1.2,
-            copying_ms=0.01,
-            memory={},
-            held_out={"fp32": held},
-            spread=0.02,
-            models=60,
-            seconds=200.0,
-        )
-    )
+    calibrate("1.0.0")
     error = refusal(place, target("here", FITS_ALL))
     assert "1.0.0" in (error.evidence or "")
     assert (error.fix or "").startswith("edgestill devices calibrate")

@@ -23,7 +23,7 @@ from profiles.progress import Silent, Task
 from profiles.runtimes.onnxruntime import run_model
 from tests.cli.cli_runner import edgestill
 
-SMALL = Effort(families=("conv", "textc"), per_family=1, layers=2, runs=8, queries=64, seconds=0.3, probes=4)
+SMALL = Effort(families=("conv", "textc"), per_family=1, layers=2, runs=8, queries=64, seconds=0.3, probes=3)
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,7 @@ def test_the_command_prints_a_table_or_json(calibration: Calibration, monkeypatc
 
 def test_a_busy_machine_is_refused_and_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("profiles.calibration.MAX_SPREAD", -1.0)
-    few = Effort(per_family=0, layers=1, runs=4, queries=64, seconds=0.2, probes=2)
+    few = Effort(per_family=0, layers=1, runs=4, queries=64, seconds=0.2, probes=3)
     with pytest.raises(EdgestillError, match="not quiet enough") as caught:
         calibrate("this-machine", Silent(), effort=few)
     assert "spread by" in (caught.value.evidence or "")
