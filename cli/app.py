@@ -34,6 +34,7 @@ COMMANDS: dict[str, LazyCommand] = {
     "init": LazyCommand("cli.commands.init", "Write a commented recipe for your own data."),
     "distill": LazyCommand("cli.commands.distill", "Only train the students of a run."),
     "export": LazyCommand("cli.commands.export", "Only export: a run's students, or a model of yours."),
+    "check": LazyCommand("cli.commands.check", "What a device would refuse in any ONNX file, before building."),
     "bench": LazyCommand("cli.commands.bench", "Only measure: a run's exports, or any ONNX file, on this machine."),
     "study": LazyCommand("cli.commands.study", "Which method is best on your data, with intervals."),
     "report": LazyCommand("cli.commands.report", "Print a run's report, or write it as HTML, CSV, Markdown or JSON."),

@@ -1,0 +1,215 @@
+"""What the file holds: validity, external data, weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import numpy as np
+import onnx
+from onnx import TensorProto, numpy_helper
+
+from export.preflight.finding import Case, Finding, named, note, refused, rule
+from export.preflight.graph import external, tensor_bytes
+
+_PROTOBUF_BYTES = 2**31 - 1
+_PROTOBUF_SOURCE = "Protocol Buffers: a serialised message ends at 2 GiB"
+_EXTERNAL_SOURCE = "ONNX, docs/ExternalData.md"
+_FP16_MAX = 65504.0
+_FP16_MIN = 2.0**-24
+_FP16_SOURCE = "IEEE 754 binary16"
+_UNDERFLOW_SHARE = 0.01
+_REAL = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+
+
+@rule("invalid-graph", "onnx.checker takes the graph")
+def invalid_graph(case: Case) -> Iterator[Finding]:
+    model = case.graph.model
+    if sum(tensor_bytes(tensor) for _, tensor in case.graph.weights if not external(tensor)) > _PROTOBUF_BYTES:
+        return  # cannot be handed to the checker; another rule says so
+    try:
+        onnx.checker.check_model(model)
+    except (onnx.checker.ValidationError, ValueError) as error:
+        # what lies beside the file is looked at by the rules of external data, from the file's own folder
+        if not re.search(r"external data|data_location|Data of TensorProto|\.data", str(error)):
+            said = re.sub(r"\s+", " ", str(error).partition("==> Context")[0]).strip()
+            yield refused(
+                "the graph is not valid ONNX",
+                f"onnx.checker of onnx {onnx.__version__}: {said[:300]}",
+                "export it again; a graph edited by hand needs onnx.checker.check_model before it is saved",
+            )
+
+
+@rule("external-data-outside", "external data lies in the file's own folder")
+def external_data_outside(case: Case) -> Iterator[Finding]:
+    outside = [name for name, place in _places(case).items() if _escapes(place)]
+    if outside:
+        places = named(f'"{_places(case)[name]}"' for name in outside)
+        yield refused(
+            "external data points out of the model's folder",
+            f"{places}; a location must be relative, without .. ({_EXTERNAL_SOURCE})",
+            'onnx.save_model(model, path, save_as_external_data=True, location="model.onnx.data")',
+            outside,
+        )
+
+
+@rule("external-data-missing", "external data is there and long enough")
+def external_data_missing(case: Case) -> Iterator[Finding]:
+    if case.graph.path is None:
+        return
+    missing: dict[str, list[str]] = {}
+    short: dict[str, list[str]] = {}
+    for name, tensor in case.graph.weights:
+        place = _location(tensor)
+        if not external(tensor) or _escapes(place):
+            continue
+        file = case.graph.path.parent / place
+        if not file.is_file():
+            missing.setdefault(place, []).append(name)
+        elif file.stat().st_size < _number(tensor, "offset") + (_number(tensor, "length") or tensor_bytes(tensor)):
+            short.setdefault(place, []).append(name)
+    for place, names in missing.items():
+        yield refused(
+            f'the external data "{place}" is missing',
+            f"{len(names)} tensors lie in it ({_EXTERNAL_SOURCE})",
+            f"copy {place} beside {case.graph.path.name}",
+            names,
+        )
+    for place, names in short.items():
+        yield refused(
+            f'the external data "{place}" is too short',
+            f"{len(names)} tensors reach beyond its end ({_EXTERNAL_SOURCE})",
+            f"copy {place} again, together with {case.graph.path.name}",
+            names,
+        )
+
+
+@rule("weights-inline", "weights above 2 GiB lie in external data")
+def weights_inline(case: Case) -> Iterator[Finding]:
+    inline = sum(tensor_bytes(tensor) for _, tensor in case.graph.weights if not external(tensor))
+    if inline > _PROTOBUF_BYTES:
+        yield refused(
+            "the weights do not fit one ONNX file",
+            f"{inline / 2**30:.1f} GiB inside the file ({_PROTOBUF_SOURCE})",
+            "onnx.save_model(model, path, save_as_external_data=True)",
+        )
+
+
+@rule("weights-not-finite", "no weight is NaN or infinite")
+def weights_not_finite(case: Case) -> Iterator[Finding]:
+    broken, endless = [], []
+    for name, values in _real_weights(case):
+        if np.isnan(values).any():
+            broken.append(name)
+        elif not np.isfinite(values).all():
+            endless.append(name)
+    if broken:
+        yield refused(
+            "weights are NaN",
+            f"{named(broken)}; every output that depends on them is NaN (IEEE 754)",
+            "train again, or export an earlier checkpoint",
+            broken,
+        )
+    if endless:
+        yield note(
+            "weights are infinite",
+            f"{named(endless)}; masks are written like this, weights that overflowed look the same (IEEE 754)",
+            "a mask: -1e4 serves as well and survives FP16; a weight: export in FP32 or BF16",
+            endless,
+        )
+
+
+@rule("fp16-overflow", "weights fit the range of FP16")
+def fp16_overflow(case: Case) -> Iterator[Finding]:
+    if case.device.why_not("fp16") is not None:
+        return
+    large: dict[str, float] = {}
+    for name, values in _real_weights(case):
+        highest = float(np.max(np.abs(values), initial=0.0, where=np.isfinite(values)))
+        if highest > _FP16_MAX and values.ndim:
+            large[name] = highest
+    if large:
+        worst = max(large.values())
+        yield note(
+            "weights beyond the range of FP16",
+            f"{named(large)}: up to {worst:.3g}; FP16 ends at {_FP16_MAX:.0f} ({_FP16_SOURCE})",
+            "keep their nodes in FP32, or use BF16",
+            large,
+        )
+
+
+@rule("fp16-underflow", "weights do not vanish in FP16")
+def fp16_underflow(case: Case) -> Iterator[Finding]:
+    if case.device.why_not("fp16") is not None:
+        return
+    vanishing: list[str] = []
+    for name, values in _real_weights(case):
+        size = np.abs(values[values != 0])
+        if size.size > 1 and np.mean(size < _FP16_MIN / 2) > _UNDERFLOW_SHARE:
+            vanishing.append(name)
+    if vanishing:
+        yield note(
+            "weights that FP16 rounds to zero",
+            f"{named(vanishing)}: more than 1 % of their values are below {_FP16_MIN / 2:.1g} ({_FP16_SOURCE})",
+            "scale them, keep their nodes in FP32, or use BF16",
+            vanishing,
+        )
+
+
+@rule("duplicate-output", "every output is listed once, and every input is used")
+def duplicate_output(case: Case) -> Iterator[Finding]:
+    names = [entry.name for entry in case.graph.model.graph.output]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        yield note(
+            "an output is listed twice",
+            f"{named(twice)}; runtimes bind outputs by name (ONNX, docs/IR.md: names are unique)",
+            "remove one, or give it its own Identity node",
+            twice,
+        )
+
+
+@rule("unused-input", "every input is used")
+def unused_input(case: Case) -> Iterator[Finding]:
+    outputs = {entry.name for entry in case.graph.model.graph.output}
+    unused = [name for name in case.graph.inputs if name not in case.graph.consumers and name not in outputs]
+    if unused:
+        yield note(
+            "an input is not used",
+            f"{named(unused)}; no node reads it, and some runtimes drop it (read from the graph)",
+            "remove it from the exported arguments",
+            unused,
+        )
+
+
+def _real_weights(case: Case) -> Iterator[tuple[str, np.ndarray]]:
+    """Real-valued weights whose bytes are in the file, as NumPy arrays of at least FP32."""
+    for name, tensor in case.graph.weights:
+        if tensor.data_type not in _REAL or external(tensor):
+            continue
+        try:
+            values = np.asarray(numpy_helper.to_array(tensor))
+        except (ValueError, TypeError):
+            continue  # a tensor without its bytes is the checker's to describe
+        yield name, values if values.dtype in (np.float32, np.float64) else values.astype(np.float32)
+
+
+def _location(tensor: TensorProto) -> str:
+    return next((str(entry.value) for entry in tensor.external_data if entry.key == "location"), "")
+
+
+def _number(tensor: TensorProto, key: str) -> int:
+    text = next((str(entry.value) for entry in tensor.external_data if entry.key == key), "")
+    return int(text) if text.isdigit() else 0
+
+
+def _places(case: Case) -> dict[str, str]:
+    return {name: _location(tensor) for name, tensor in case.graph.weights if external(tensor)}
+
+
+def _escapes(place: str) -> bool:
+    """Absolute on any system, empty, or leading out of the folder."""
+    windows = PureWindowsPath(place)
+    parts = PurePosixPath(place.replace("\\", "/")).parts
+    return not place or Path(place).is_absolute() or bool(windows.drive or windows.root) or ".." in parts
