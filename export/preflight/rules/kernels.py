@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from export.preflight.finding import EVERYWHERE, TENSORRT, Case, Finding, Groups, named, note, refused, rule
 from export.preflight.graph import Graph, Node, type_name
-from export.preflight.operators import KERNEL_SOURCE, TENSORRT_SOURCE, kernels_of, schema_of, tensorrt_has
+from export.preflight.operators import KERNEL_SOURCE, TENSORRT_SOURCE, Kernels, kernels_of, schema_of, tensorrt_has
 
 _HANDLED_BY_TYPE = {"float16": "float"}
 """ONNX Runtime puts casts around a node that has no FP16 kernel."""
@@ -75,26 +76,27 @@ def kernel(case: Case) -> Iterator[Finding]:
         if node.domain or node.op == "Constant" or _is_function(case.graph, node):
             continue
         schema = schema_of(node.op, case.graph.opset)
-        if schema is None or schema.has_function or schema.has_context_dependent_function:
-            continue  # without a kernel ONNX Runtime puts the operator's own definition in its place
+        if schema is None:
+            continue  # the checker's to describe
         if not table.has(node.op, "", schema.since_version):
-            missing.add(f"{node.op} of opset {schema.since_version}", node.name)
+            # without a kernel ONNX Runtime puts the operator's own definition in its place, where it has one
+            if not (schema.has_function or schema.has_context_dependent_function):
+                missing.add(f"{node.op} of opset {schema.since_version}", node.name)
         elif not node.function:
             for kind in _unserved(case.graph, node, schema, table):
                 types.add(f"{node.op} on {kind}", node.name)
-    for groups, what in ((missing, "no kernel for"), (types, "no kernel for")):
-        for name, nodes in groups:
-            yield refused(
-                f"{case.runtime} has {what} {name}",
-                f"{named(nodes)}; the CPU provider does not list it ({KERNEL_SOURCE} in {table.release})",
-                "export in FP32" if "bfloat16" in name else f"another operator than {name.split()[0]}, or another type",
-                nodes,
-            )
+    for name, nodes in (*missing, *types):
+        yield refused(
+            f"{case.runtime} has no kernel for {name}",
+            f"{named(nodes)}; the CPU provider does not list it ({KERNEL_SOURCE} in {table.release})",
+            "export in FP32" if "bfloat16" in name else f"another operator than {name.split()[0]}, or another type",
+            nodes,
+        )
 
 
-def _unserved(graph: Graph, node: Node, schema: object, table: object) -> Iterator[str]:
+def _unserved(graph: Graph, node: Node, schema: Any, table: Kernels) -> Iterator[str]:
     """Types of the node's inputs that no kernel takes."""
-    formal = list(schema.inputs)  # type: ignore[attr-defined]
+    formal = list(schema.inputs)
     seen = set()
     for position, name in enumerate(node.inputs):
         kind = type_name(graph.value(name).dtype).lower() if name and graph.value(name).dtype else ""
@@ -102,7 +104,7 @@ def _unserved(graph: Graph, node: Node, schema: object, table: object) -> Iterat
             continue
         parameter = formal[min(position, len(formal) - 1)].type_str
         seen.add(parameter)
-        served = table.types(node.op, schema.since_version, parameter)  # type: ignore[attr-defined]
+        served = table.types(node.op, schema.since_version, parameter)
         if served is None:
             continue
         if kind not in served and _HANDLED_BY_TYPE.get(kind) not in served:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
 from export.preflight.finding import EVERYWHERE, TENSORRT, Case, Finding, Groups, named, note, refused, rule
 from export.preflight.graph import Node
 
@@ -144,7 +146,7 @@ def resize(case: Case) -> Iterator[Finding]:
 def topk(case: Case) -> Iterator[Finding]:
     def asked(node: Node) -> int | None:
         found = case.graph.constant(node.inputs[1]) if len(node.inputs) > 1 else node.attribute("k")
-        return None if found is None or getattr(found, "size", 1) != 1 else int(found)
+        return None if found is None or np.size(found) != 1 else int(np.ravel(found)[0])
 
     yield from _each(
         case,

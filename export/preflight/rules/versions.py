@@ -91,7 +91,7 @@ def turing_fp32(case: Case) -> Iterator[Finding]:
         yield refused(
             "FP32 convolutions and matrix products on Turing",
             f"compute capability {case.device.compute_capability}; TensorRT-RTX 1.7.1's builder says "
-            '"FP32 GEMM is not supported"',
+            '"FP32 GEMM is not supported" (found by building)',
             "export in FP16; with INT8, let the rest be FP16 as well",
             wide,
         )
