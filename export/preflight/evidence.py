@@ -15,12 +15,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from export.preflight.graph import printable
 from profiles.device import Device, Stack
 from profiles.section import Section
 
 _SECONDS = 300
 _LARGEST = 2**30
 _LINES = 3
+_LETTERS = 600
 
 
 class Evidence(Section):
@@ -100,11 +102,11 @@ def _ask(kind: str, path: Path, tool: str, *, decides: bool) -> Evidence:
         refusal = answer["refusal"]
     except (IndexError, ValueError, KeyError, TypeError):
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        detail = f"exit status {done.returncode}" + (f": {lines[-1].strip()}" if lines else "")
+        detail = f"exit status {done.returncode}" + (f": {printable(lines[-1].strip(), _LETTERS)}" if lines else "")
         return Evidence(tool=tool, verdict="stopped", detail=detail)
     if refusal is None:
         return Evidence(tool=tool, verdict="takes it", decides=decides)
-    return Evidence(tool=tool, verdict="refuses it", detail=refusal, decides=decides)
+    return Evidence(tool=tool, verdict="refuses it", detail=printable(refusal, _LETTERS), decides=decides)
 
 
 def _answer(kind: str, path: Path) -> str | None:

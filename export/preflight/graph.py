@@ -265,10 +265,10 @@ def type_name(data_type: int) -> str:
         return f"type {data_type}"
 
 
-def printable(text: str) -> str:
+def printable(text: str, longest: int = _LONGEST) -> str:
     """Text out of a file as it may be shown: without line breaks and what steers a terminal, and not endless."""
     clean = "".join(letter if letter.isprintable() else "?" for letter in text)
-    return clean if len(clean) <= _LONGEST else clean[: _LONGEST - 3] + "..."
+    return clean if len(clean) <= longest else clean[: longest - 3] + "..."
 
 
 def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
