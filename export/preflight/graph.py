@@ -246,7 +246,7 @@ def tensor_bytes(tensor: TensorProto) -> int:
     bits = {TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.FLOAT4E2M1: 4}.get(tensor.data_type)
     if bits is None:
         bits = 8 * itemsize(tensor.data_type)
-    return (math.prod(tensor.dims) * bits + 7) // 8
+    return (int(math.prod(tensor.dims)) * bits + 7) // 8
 
 
 def itemsize(data_type: int) -> int:
