@@ -32,6 +32,8 @@ from profiles.progress import Progress
 from profiles.timing_model import priced_graph
 
 _ROWS = 8
+_MANY = 6
+"""Models from which on starting processes, which import everything again, pays."""
 _SPARE_CORES = 0.2
 """What other work may take of the cores that the measuring needs."""
 
@@ -124,18 +126,23 @@ def this_machine(name: str) -> Device:
 def export_all(
     sampled: Sequence[Sampled], device: Device, folder: Path, progress: Progress
 ) -> dict[str, dict[str, Path]]:
-    """The models' files by name and precision. Exported by two processes where there are two cores."""
+    """The models' files by name and precision. Many are exported by two processes, where there are two cores."""
     found: dict[str, dict[str, Path]] = {}
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(2, device.cores or 1, len(sampled)), mp_context=context, initializer=_start)
-    try:
-        with progress.task("exporting models", len(sampled), "models") as task:
+    with progress.task("exporting models", len(sampled), "models") as task:
+        if len(sampled) < _MANY:
+            for one in sampled:
+                found[one.name] = build(one, device, folder)
+                task.advance(note=one.name)
+            return found
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(min(2, device.cores or 1), mp_context=context, initializer=_start)
+        try:
             running = {pool.submit(build, one, device, folder): one for one in sampled}
             for done in as_completed(running):
                 found[running[done].name] = done.result()
                 task.advance(note=running[done].name)
-    finally:
-        pool.shutdown(cancel_futures=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
     return found
 
 

@@ -135,6 +135,14 @@ def test_the_sample_spans_every_family_and_repeats_itself() -> None:
     assert not set(drawn) & {one.arch for one in sample_architectures(6, seed=4, without=drawn)}
 
 
+@pytest.mark.slow
+def test_many_models_are_exported_by_processes(tmp_path: Path) -> None:
+    sampled = sample_layers(6, seed=9)
+    found = module.export_all(sampled, detect(), tmp_path, Silent())
+    assert set(found) == {one.name for one in sampled}
+    assert all(file.is_file() for files in found.values() for file in files.values())
+
+
 @pytest.mark.parametrize("position", range(6))
 def test_graphs_of_layers_run_in_both_precisions(position: int, tmp_path: Path) -> None:
     sampled = sample_layers(6, seed=2)[position]
