@@ -177,6 +177,7 @@ def write(
         *(line for key in teacher.keys for line in _key(*key)),
         *_strategy(teacher),
         *_student(data),
+        *_explore(data, teacher),
         "",
         "[train]",
         *_key("epochs", 30, "passes over the training data; more take longer, and help until they stop helping"),
@@ -217,6 +218,39 @@ def _strategy(teacher: Teacher) -> list[str]:
     )
 
 
+def _explore(data: OwnData, teacher: Teacher) -> list[str]:
+    """What the student could learn on besides, switched off; nothing for a teacher that cannot be asked."""
+    if next(value for key, value, _ in teacher.keys if key == "kind") in ("none", "array"):
+        return []
+    kind, around = ("real", "unlabelled") if data.is_text else ("random", "train")
+    lines = [
+        "",
+        *_table("explore", "few labels: the student learns from the teacher on further inputs, too"),
+        *_key(
+            "kind",
+            kind,
+            "real: unlabelled inputs as they are; random: made near real ones by a generator"
+            + (", which needs a masked language model" if data.is_text else "; more")
+            + ": edgestill methods TGT",
+            off=True,
+        ),
+        *_key(
+            "around",
+            around,
+            "which inputs: train, unlabelled, or both; the last two need [data.unlabelled] above",
+            off=True,
+        ),
+    ]
+    if not data.is_text:
+        lines += _key("sigma", 0.5, "how far from the real images; look at explored/explored.png afterwards", off=True)
+    return lines
+
+
+def _table(name: str, comment: str) -> list[str]:
+    """A wrapped comment and under it the head of a table, switched off."""
+    return [*(f"# {line}" for line in textwrap.wrap(comment, _WIDTH)), f"# [{name}]"]
+
+
 def _data(data: OwnData, task: Task, base: Path) -> list[str]:
     lines = ["", "[data]", *_key("source", data.source, f"the kind of data; found here: {data.seen}")]
     if data.path is not None:
@@ -245,6 +279,9 @@ def _data(data: OwnData, task: Task, base: Path) -> list[str]:
         made = "share of the samples that is set aside, where the data has no such split of its own"
         lines += _key("validation_fraction", 0.15, f"{made}: to choose the best epoch and precision")
         lines += _key("test_fraction", 0.15, f"{made}: to tell the accuracy, used once at the end")
+    if task == "multiclass":
+        tail = "makes a long tail of balanced data, to try methods on: the first class keeps 100 times the training"
+        lines += _key("imbalance", "exp:100", f"{tail} samples of the last", off=True)
     if data.path is not None and not data.is_text:
         lines += [
             "",
@@ -252,13 +289,32 @@ def _data(data: OwnData, task: Task, base: Path) -> list[str]:
             *_key("crop", 2, "shift images by up to this many pixels while training; 0: never"),
             *_key("flip", False, "also mirror them left-right; leave it off where left and right mean something"),
         ]
+    source, path = ("lines", "more.txt") if data.is_text else ("imagefolder", "more-images")
+    what = "a text file, one text per line" if data.is_text else "any folder of images"
+    lines += [
+        "",
+        *_table("data.unlabelled", "few labels: further inputs without labels, for [explore] below"),
+        *_key("source", source, f"{what}; others: a table, or rest, what train_size leaves over", off=True),
+        *_key("path", path, "where they are", off=True),
+    ]
     return lines
 
 
 def _student(data: OwnData) -> list[str]:
     words = {"text": "a small network for texts", "conv": "a small convolutional network for images"}
     family = "text" if data.is_text else "conv"
-    return ["", "[student]", *_key("family", family, f"{words[family]}; each target's device decides its size")]
+    return [
+        "",
+        "[student]",
+        *_key("family", family, f"{words[family]}; each target's device decides its size"),
+        *_key(
+            "pool",
+            family,
+            "or: the most accurate of many sizes that is within the limits of its target, found by trying and "
+            "measuring; every target then needs latency_ms, memory_mib or file_size_mib",
+            off=True,
+        ),
+    ]
 
 
 def _target(name: str, given: str, device: Device, limits: Limits) -> list[str]:

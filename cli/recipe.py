@@ -180,7 +180,7 @@ def _problem(values: dict[str, Any], detail: Any) -> tuple[str, str, str | None]
             return '"kind" is missing', key, f"valid: {', '.join(valid)}" if valid != [""] else 'add kind = "kd"'
         return f'unknown kind "{given}"', key, nearest(given, valid)
     if kind == "value_error":
-        return detail["msg"].removeprefix("Value error, "), key, None
+        return detail["msg"].removeprefix("Value error, "), key, getattr(detail["ctx"]["error"], "fix", None)
     given = detail["input"]
     message = detail["msg"][0].lower() + detail["msg"][1:]
     if kind == "literal_error" and isinstance(given, str):

@@ -326,7 +326,13 @@ def _copy(value: Any) -> Any:
 
 
 def _check_training(combination: Combination) -> None:
-    """What is known without data: the weight of the ground truth, mixup."""
+    """What is known without data: the weight of the ground truth, mixup, and that there is one student."""
+    if combination.recipe.student.pool is not None:
+        raise InputError(
+            "a study compares methods on one student, and this recipe chooses its own",
+            where="student.pool",
+            fix='student.arch = "conv-w16-d1-k3" and no pool, in the recipe or by --set',
+        )
     try:
         resolve_hard_weight(combination.recipe.objective, combination.hard_weight)
         check_mixup(combination.recipe.objective, combination.recipe.train.mixup)

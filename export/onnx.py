@@ -69,16 +69,6 @@ def choose_opset(asked: int | None, stack: Stack) -> int:
     return asked
 
 
-def check_stack(model: onnx.ModelProto, stack: Stack) -> str | None:
-    """The fact by which the stack cannot read the graph (opset or IR version), or None."""
-    opset = graph_opset(model)
-    if opset > stack.max_opset:
-        return f"opset {opset}; {stack.runtime} {stack.runtime_version} reads up to {stack.max_opset}"
-    if model.ir_version > stack.max_ir:
-        return f"IR version {model.ir_version}; {stack.runtime} {stack.runtime_version} reads up to {stack.max_ir}"
-    return None
-
-
 def graph_opset(model: onnx.ModelProto) -> int:
     """Version of the default operator set."""
     return next((int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)

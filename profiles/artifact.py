@@ -110,6 +110,30 @@ def read_manifest(folder: Path, kind: str) -> Manifest:
     return manifest
 
 
+def open_array(folder: Path, manifest: Manifest, name: str, *, title: str) -> np.ndarray[Any, Any] | None:
+    """The array `<name>.npy` of a finished artefact, memory-mapped; None where the artefact has no such file.
+
+    Args:
+        title: of the artefact, for the message: "teacher cache".
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    path = folder / f"{name}.npy"
+    if path.name not in manifest.files:
+        return None
+    try:
+        opened: np.ndarray[Any, Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"damaged {title}: {path.name}",
+            where=str(path),
+            evidence=str(error),
+            fix=f"delete {folder}; it is made anew",
+        ) from error
+    return opened
+
+
 def current(folder: Path, kind: str, key: str) -> Manifest | None:
     """The manifest when `folder` holds a finished artefact made from exactly `key`, else None."""
     if not (folder / MANIFEST).is_file():

@@ -309,10 +309,10 @@ def measure(
             sessions[name] = runtime.load(model, threads=section.threads)
             _check_outputs(sessions[name], batches, clock, model)
         started = {
-            name: _probe(runtime.name, model, batches[0], section.threads) if fresh_process else _NOT_PROBED
+            name: probe(runtime.name, model, batches[0], section.threads) if fresh_process else _NOT_PROBED
             for name, model in candidates.items()
         }
-        queries = {name: _querying(session, batches, clock, section.idle_gap_ms) for name, session in sessions.items()}
+        queries = {name: querying(session, batches, clock, section.idle_gap_ms) for name, session in sessions.items()}
         before, use_before = agent.read(), agent.CpuUse()
         warm: dict[str, WarmUp] = {}
         with progress.task("warming up", len(queries), "models") as task:
@@ -404,7 +404,7 @@ def sweep(
     note = "largest batch size of the sweep"
     with (progress or Silent()).task("batch sweep", None, "batch sizes") as task:
         for batch in batches:
-            query = _querying(session, query_batches(inputs, batch), clock, 0.0)
+            query = querying(session, query_batches(inputs, batch), clock, 0.0)
             try:
                 warm = warm_up(
                     query, clock, percentile=50, scope="end_to_end", max_seconds=min(section.warmup_seconds, 3.0)
@@ -544,18 +544,20 @@ def model_hash(model: Path) -> str:
     return hashlib.sha256("".join(file_hash(path) for path in files).encode()).hexdigest()
 
 
-class _Started(NamedTuple):
+class Started(NamedTuple):
+    """What a fresh process that loads one model and runs it told."""
+
     load_ms: float | None
     first_inference_ms: float | None
     memory: Memory
 
 
-_NOT_PROBED = _Started(
+_NOT_PROBED = Started(
     None, None, Memory(peak_mib=None, before_load_mib=None, how="n/a: no fresh process was asked for")
 )
 
 
-def _probe(runtime_name: str, model: Path, inputs: Mapping[str, Array], threads: int) -> _Started:
+def probe(runtime_name: str, model: Path, inputs: Mapping[str, Array], threads: int) -> Started:
     """Load time, first inference and peak memory, from a process that does nothing else."""
     root = str(Path(__file__).resolve().parent.parent)
     # -P keeps the working folder, which may hold a `profiles` of the user's, off the path
@@ -579,12 +581,14 @@ def _probe(runtime_name: str, model: Path, inputs: Mapping[str, Array], threads:
                 last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
                 found = {"error": f"the fresh process failed: {last[0]}"}
     if "error" in found:
-        return _Started(None, None, Memory(peak_mib=None, before_load_mib=None, how=f"n/a: {found['error']}"))
+        return Started(None, None, Memory(peak_mib=None, before_load_mib=None, how=f"n/a: {found['error']}"))
     memory = Memory(peak_mib=found["peak_mib"], before_load_mib=found["before_load_mib"], how=found["how"])
-    return _Started(found["load_ms"], found["first_inference_ms"], memory)
+    return Started(found["load_ms"], found["first_inference_ms"], memory)
 
 
-def _querying(session: Session, batches: list[dict[str, Array]], clock: Clock, idle_gap_ms: float) -> Query:
+def querying(session: Session, batches: list[dict[str, Array]], clock: Clock, idle_gap_ms: float) -> Query:
+    """Queries of a session that take the batches in turn, each after a pause."""
+
     def query(index: int) -> Timed:
         if idle_gap_ms:
             clock.sleep(idle_gap_ms / 1e3)

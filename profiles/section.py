@@ -14,6 +14,19 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+class Unfit(ValueError):
+    """What a validator refuses, with the value or command that would be right.
+
+    Args:
+        message: what is wrong, one sentence.
+        fix: as that of `profiles.errors.EdgestillError`.
+    """
+
+    def __init__(self, message: str, fix: str) -> None:
+        super().__init__(message)
+        self.fix = fix
+
+
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
     """Refuses numbers that a stored recipe and a hash of it cannot hold: JSON has neither infinity nor NaN."""
     for place, value in _numbers("", values):

@@ -21,6 +21,7 @@ app = typer.Typer(
         "edgestill devices show jetson-orin-nano",
         "edgestill devices show jetson-orin-nano --toml > my-board.toml",
         "edgestill devices add my-board.toml",
+        "edgestill devices calibrate",
     ),
 )
 
@@ -104,6 +105,38 @@ def add(
         console.emit(f'added {device.name} ({place})\nuse it in a recipe: device = "{device.name}"')
 
 
+@app.command(epilog=examples("edgestill devices calibrate", "edgestill devices calibrate this-machine --threads 2"))
+def calibrate(
+    name: Annotated[
+        str, typer.Argument(help="The device. Only this machine can be measured.", autocompletion=complete.devices)
+    ] = "this-machine",
+    threads: Annotated[int, typer.Option("--threads", min=1, max=1024, help="Threads inside an operator.")] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how long this machine takes for its work, so that students can be chosen by predicted latency.
+
+    Exports about fifty small models, measures them against each other, fits, and stores the result with its errors on
+    models that the fit did not see. It takes some minutes on a quiet machine; on a busy one it refuses. Ctrl-C leaves
+    what was stored before.
+    """
+    from cli.pipeline.calibrate import calibrate as measure_and_fit
+    from cli.pipeline.calibrate import error_rows
+    from profiles.calibration import save_calibration
+
+    found = measure_and_fit(name, console.make_progress(), threads=threads).calibration
+    place = save_calibration(found)
+    if as_json:
+        console.emit_json({"file": str(place), **found.model_dump(mode="json")})
+        return
+    console.emit(f"calibrated {found.device} ({found.processor}) on {found.threads} thread(s) in {found.seconds:.0f} s")
+    headers = ("Precision", "Architectures", "Median error", "90 % below", "Rank correlation")
+    console.emit(plain_table(headers, error_rows(found), right=(1, 2, 3, 4)))
+    console.emit(
+        f"errors of predicted medians on architectures that the fit did not see; {found.models} models measured, "
+        f"spread {found.spread:.1%}\n{place}"
+    )
+
+
 def _print_list(as_json: bool) -> None:
     from profiles.device import list_devices, load_device
 
@@ -183,7 +216,7 @@ def _print_device(device: Device, as_json: bool) -> None:
         plain_table(("Software", "System", "Runtime", "Python", "Opset up to", "INT8 form"), stacks, right=(4,))
     )
     console.emit("")
-    console.emit(facts(_origins(device)))
+    console.emit(facts([*_calibrations(device), *_origins(device)]))
 
 
 def _short(value: float | None) -> str:
@@ -220,6 +253,23 @@ def _hardware(device: Device) -> list[tuple[str, str]]:
             continue
         evidence = _EVIDENCE.get(device.evidence.get(fact, ""), "")
         rows.append((title, number(value, unit) + (f" ({evidence})" if value is not None and evidence else "")))
+    return rows
+
+
+def _calibrations(device: Device) -> list[tuple[str, str]]:
+    """What was stored by `devices calibrate`: a row per number of threads; for this machine also that there is none."""
+    from profiles.calibration import stale, stored_calibrations
+    from profiles.device import THIS_MACHINE
+
+    rows = []
+    for found in stored_calibrations():
+        if found.device == device.name:
+            errors = ", ".join(f"{name.upper()} {entry.median_error:.1%}" for name, entry in found.held_out.items())
+            reason = stale(found, device, device.stacks[0], found.threads)
+            state = f"out of date ({reason})" if reason else f"median error {errors}"
+            rows.append(("calibration", f"{found.date[:10]}, {found.threads} thread(s): {state}"))
+    if not rows and device.name == THIS_MACHINE:
+        rows.append(("calibration", "none; edgestill devices calibrate"))
     return rows
 
 

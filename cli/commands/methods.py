@@ -49,15 +49,19 @@ def methods(
         if as_json:
             console.emit_json(found[0] if len(found) == 1 else found)
             return
-        for position, entry in enumerate(found):
+        explored = [entry for entry in found if isinstance(entry, ExploreDescription)]
+        others = [entry for entry in found if not isinstance(entry, ExploreDescription)]
+        for position, entry in enumerate(others):
             if position:
                 console.emit("")
             if isinstance(entry, StrategyDescription):
                 _print_strategy(entry)
-            elif isinstance(entry, ExploreDescription):
-                _print_exploration(entry)
             else:
                 _print_one(entry)
+        if explored:
+            if others:
+                console.emit("")
+            _print_explorations(explored)
         return
     teachers, students, architectures = _teachers(), _students(), _architectures()
     if as_json:
@@ -179,24 +183,36 @@ def _print_strategy(entry: StrategyDescription) -> None:
         console.emit(plain_table(("Setting", "Default", "Meaning"), rows))
 
 
-def _print_exploration(entry: ExploreDescription) -> None:
-    console.emit(f"{entry.title}{' (control: there to be compared with)' if entry.control else ''}")
-    console.emit(
-        facts(
-            [
-                ("in a recipe", f'explore.kind = "{entry.kind}"'),
-                ("what it does", entry.summary),
-                ("needs", entry.needs),
-                ("while training", entry.cost),
-                ("on the device", "none: nothing of it is in the exported student"),
-                ("source", entry.source),
-            ]
+def _print_explorations(entries: Sequence[ExploreDescription]) -> None:
+    """Each one, and below them their settings: those that all of them have once, the others by kind."""
+    for position, entry in enumerate(entries):
+        if position:
+            console.emit("")
+        console.emit(f"{entry.title}{' (control: there to be compared with)' if entry.control else ''}")
+        console.emit(
+            facts(
+                [
+                    ("in a recipe", f'explore.kind = "{entry.kind}"'),
+                    ("what it does", entry.summary),
+                    ("needs", entry.needs),
+                    ("while training", entry.cost),
+                    ("on the device", "none: nothing of it is in the exported student"),
+                    ("source", entry.source),
+                ]
+            )
         )
-    )
-    if entry.parameters:
-        console.emit("")
-        rows = [(f"explore.{each.name}", _toml(each.default), each.meaning) for each in entry.parameters]
-        console.emit(plain_table(("Setting", "Default", "Meaning"), rows))
+    shared = [each for each in entries[0].parameters if all(each in entry.parameters for entry in entries)]
+    several = len(entries) > 1
+    tables = [("Setting", shared)]
+    if several:
+        tables[0] = (f"Setting ({', '.join(entry.kind for entry in entries)})", shared)
+        own = [(entry.kind, [each for each in entry.parameters if each not in shared]) for entry in entries]
+        tables += [(f"Setting ({kind} alone)", settings) for kind, settings in own]
+    for heading, settings in tables:
+        if settings:
+            console.emit("")
+            rows = [(f"explore.{each.name}", _toml(each.default), each.meaning) for each in settings]
+            console.emit(plain_table((heading, "Default", "Meaning"), rows))
 
 
 def _meaning(parameter: Parameter, entry: Description) -> str:

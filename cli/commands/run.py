@@ -26,7 +26,7 @@ def run(
         ),
     ] = False,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Also show every candidate and why it was not chosen.")
+        bool, typer.Option("--explain", help="Also show every student and file, and why it was not chosen.")
     ] = False,
     require_measured: Annotated[
         bool, typer.Option("--require-measured", help="Exit 4 when a target was not measured on its device.")
@@ -36,6 +36,8 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """The whole way: data, teacher, students, exports, measurement, report. Resumable: the same command goes on.
+
+    With [student] pool = "conv" and a limit per target, the students are chosen for their devices.
 
     Exit status: 0 nothing failed, 1 edgestill could not do it, 2 wrong input, 3 a limit failed, 4 inconclusive,
     130 interrupted.

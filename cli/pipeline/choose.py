@@ -100,14 +100,17 @@ def _fastest_measured(
     why: list[str] = []
     for option, option_ms in ranked[1:]:
         difference = differences.get((option.name, best.name))
-        share = abs(option_ms / best_ms - 1)
+        # the difference is of the time in which both were sampled; when the medians of all samples point the other way,
+        # the machine changed meanwhile, and nothing is known
+        faster = difference is not None and difference.high < 0 and option_ms < best_ms
+        slower = difference is not None and difference.low > 0 and option_ms > best_ms
+        share = abs(difference.value) / best_ms if difference is not None else 0.0
         points = (option.validation.value - best.validation.value) * 100
-        if difference is not None and difference.high < 0:
+        if faster:
             rejected[best.name] = f"{option.name} is {share:.0%} faster and keeps the metric"
             why.append(f"{option.name}, not {best.name}: {share:.0%} faster, {points:+.1f} pt on validation")
             best, best_ms = option, option_ms
         else:
-            slower = difference is not None and difference.low > 0
             rejected[option.name] = f"{share:.0%} slower than {best.name}" if slower else f"not faster than {best.name}"
             why.append(f"{best.name}, not {option.name}: {option.name} is {rejected[option.name]}")
     return Choice(best.name, rejected, tuple(why))

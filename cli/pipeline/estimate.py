@@ -17,8 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import nn
 
+from cli.pipeline.advice import few_steps, unit_of
+from cli.pipeline.budget import Budgets
 from cli.pipeline.exploration import (
     check_explored,
     explores,
@@ -36,8 +39,9 @@ from cli.pipeline.run import (
     needs_teacher,
     weights_mib,
 )
-from cli.pipeline.teachers import Variant, check_held_out, check_strategy, coach, start_of
+from cli.pipeline.teachers import RECALIBRATED, Variant, check_held_out, check_strategy, coach, start_of
 from cli.recipe import Recipe, load_recipe, to_toml
+from cli.report.words import wrap
 from distill.data import Dataset, load_dataset
 from distill.data.dataset import subset
 from distill.data.load import open_dataset
@@ -52,6 +56,7 @@ from distill.objectives.compose import build_objective, head_size
 from distill.objectives.section import AnyObjective
 from distill.strategy import Strategy
 from distill.students import Student, build_student, teacher_arch
+from distill.students.halving import planned
 from distill.teachers import ModuleTeacher, Teacher
 from distill.teachers.section import TeacherSection
 from distill.training import train
@@ -59,12 +64,16 @@ from profiles import artifact
 from profiles.errors import InputError
 from profiles.progress import Silent, Task
 from profiles.section import Section
+from profiles.shots import long_tailed
 
 _WARM_STEPS = 2
 _TIMED_SECONDS = 1.0
 _MIB = 2**20
+_WIDTH = 100
 _EXPORT_SECONDS = 12.0
 """Graphs, quantisation and parity of one small student; measured on two cores."""
+_PRICE_SECONDS = 4.0
+"""Export, quantisation and a short measurement of one graph with fresh weights; measured on two cores."""
 _MEASURE_SECONDS = 10.0
 """Warm-up, samples and the separate process of one attached target with two candidates, when the verdict is clear."""
 
@@ -80,11 +89,17 @@ class PlannedStage(Section):
 
 
 class Estimate(Section):
-    """What `run --dry-run` tells. `recipe`: the resolved recipe as TOML. explores: what students learn on besides."""
+    """What `run --dry-run` tells. `recipe`: the resolved recipe as TOML. explores: what students learn on besides.
+
+    class_sizes: training samples by class, where `data.imbalance` decides them or they differ tenfold; else empty.
+    few_steps: that the students' training is short, where it is.
+    """
 
     recipe: str
     folder: str
     explores: str | None = None
+    class_sizes: dict[str, int] = Field(default_factory=dict)
+    few_steps: str | None = None
     stages: tuple[PlannedStage, ...]
     seconds: float
     disk_mib: float
@@ -148,13 +163,16 @@ def estimate(run: Run) -> Estimate:
             run.check()
         else:  # the rest is only known when the teacher is loaded
             check_strategy(run.recipe)
+            run.check_budgets()
             check_explored(run.recipe, dataset)
             check_held_out(run.recipe.teacher, dataset, run.recipe.seed)
         stages = [_stage("data", time.perf_counter() - started, _data_mib(dataset), stored is not None)]
         stages += _teacher_stages(run, dataset, earlier)
         further = _Further(run, dataset, earlier, Path(temporary)) if explores(run.recipe) else None
         stages += further.stages if further is not None else []
-        for arch in run.archs:
+        if run.budgets is not None:
+            stages += _choice_stages(run, run.budgets, dataset, earlier, further)
+        for arch in run.archs if run.budgets is None else run.budgets.named:
             roles: list[tuple[str, str, tuple[str, ...]]] = [("student", "", _EXPLORED)]
             if run.has_plain_students:
                 roles.append(("plain student", PLAIN, _STUDENT))
@@ -163,15 +181,20 @@ def estimate(run: Run) -> Estimate:
                 stages.append(_student_stage(run, dataset, arch, role, done, further))
         for target in run.targets:
             done = earlier.finished(f"bundles/{target.name}", *_TARGET)
-            stages.append(_stage(f"export {target.name}", _EXPORT_SECONDS, 0.0, done))
+            chooses = run.budgets is not None and run.budgets.chooses(target)
+            times = run.recipe.student.choice.finalists if chooses else 1
+            most = f" (at most {times} students)" if times > 1 else ""
+            stages.append(_stage(f"export {target.name}{most}", times * _EXPORT_SECONDS, 0.0, done))
             if target.is_this_machine:
-                done = earlier.finished(f"measurements/{target.name}", *_TARGET)
-                stages.append(_stage(f"measure {target.name}", _MEASURE_SECONDS, 0.0, done))
+                done = done if chooses else earlier.finished(f"measurements/{target.name}", *_TARGET)
+                stages.append(_stage(f"measure {target.name}{most}", times * _MEASURE_SECONDS, 0.0, done))
     left = [stage for stage in stages if not stage.finished]
     return Estimate(
         recipe=to_toml(run.recipe),
         folder=str(run.folder),
         explores=in_words(run.recipe.explore) if explores(run.recipe) else None,
+        class_sizes=_class_sizes(run.recipe, dataset),
+        few_steps=few_steps(run.recipe.train, len(dataset.train), unit_of(dataset)),
         stages=tuple(stages),
         seconds=sum(stage.seconds or 0.0 for stage in left),
         disk_mib=sum(stage.disk_mib for stage in left),
@@ -181,7 +204,12 @@ def estimate(run: Run) -> Estimate:
 def render(found: Estimate, run: Run) -> str:
     """The estimate as text."""
     lines = [found.recipe.rstrip(), "", f"run folder {found.folder}"]
-    lines += [f"explores: {found.explores}", ""] if found.explores is not None else [""]
+    lines += [f"explores: {found.explores}"] if found.explores is not None else []
+    if found.class_sizes:
+        sizes = ", ".join(f"{name} {count:,}" for name, count in found.class_sizes.items())
+        lines += wrap(f"training samples of each class: {sizes}", _WIDTH, indent="  ")
+    lines += wrap(f"note: {found.few_steps}", _WIDTH, indent="  ") if found.few_steps is not None else []
+    lines.append("")
     width = max(len(stage.name) for stage in found.stages)
     for stage in found.stages:
         seconds = "      ?" if stage.seconds is None else f"{stage.seconds:5.0f} s"
@@ -192,6 +220,16 @@ def render(found: Estimate, run: Run) -> str:
     if any(stage.seconds is None for stage in found.stages):
         lines.append("? is not in the sum: a network of this kind is only known when it is loaded")
     return "\n".join(lines)
+
+
+def _class_sizes(recipe: Recipe, dataset: Dataset) -> dict[str, int]:
+    """Training samples by class, where they are worth a line."""
+    if dataset.task != "multiclass":
+        return {}
+    counts = np.bincount(dataset.train.labels, minlength=len(dataset.classes))
+    if recipe.data.imbalance is None and not long_tailed(counts):
+        return {}
+    return dict(zip(dataset.classes, counts.tolist(), strict=True))
 
 
 def _stage(name: str, seconds: float | None, disk_mib: float, finished: bool) -> PlannedStage:
@@ -228,7 +266,7 @@ def _teacher_stages(run: Run, dataset: Dataset, earlier: _Earlier) -> list[Plann
     # a pool also depends on which targets can carry what
     decisive = (*_TEACHER, "target") if section.strategy == "generic" else _START
     stages = []
-    for variant in dict.fromkeys(run.variant(objectives, arch) for arch in run.archs):
+    for variant in dict.fromkeys(run.variant(objectives, arch) for arch in run.possible):
         outputs = (
             len(dataset.classes)
             if variant.subclasses is None
@@ -281,7 +319,7 @@ class _Further:
         if self.section.generates:
             self.stages.append(self._make_generator(earlier.finished("generator", "seed", "data", GENERATOR)))
         if self.section.versions is not None:
-            for variant in dict.fromkeys(run.variant(run.recipe.objective, arch) for arch in run.archs):
+            for variant in dict.fromkeys(run.variant(run.recipe.objective, arch) for arch in run.possible):
                 name = "generated" + variant.folder.removeprefix("teacher")
                 self.stages.append(self._make_fixed(variant, earlier.finished(name, *_EXPLORED)))
 
@@ -308,7 +346,7 @@ class _Further:
         few = subset(dataset, np.arange(min(len(dataset.train), _GENERATOR_STEPS * section.batch)))
         watch, started = _Stopwatch(unlimited=True), time.perf_counter()
         self.generator = make_generator(
-            section.model_copy(update={"epochs": 1}),
+            section.model_copy(update={"epochs": 1, "min_steps": None}),
             dataset if section.kind == "torch" else few,
             self.unlabelled if section.kind == "torch" else None,
             self.folder / "generator",
@@ -320,7 +358,7 @@ class _Further:
         seconds = time.perf_counter() - started
         if len(watch.times) > 1:  # it was trained
             count = len(dataset.train) + (0 if self.unlabelled is None else len(self.unlabelled))
-            seconds = watch.per_sample() * count * section.passes
+            seconds = watch.per_sample() * count * section.passes(count)
         return _stage(name, seconds, weights_mib(self.generator.network), finished)
 
     def _make_fixed(self, variant: Variant, finished: bool) -> PlannedStage:
@@ -383,6 +421,56 @@ class _Further:
             unlabelled=self.around,
             subclasses=subclasses_of(variant),
         )
+
+
+def _choice_stages(
+    run: Run, budgets: Budgets, dataset: Dataset, earlier: _Earlier, further: _Further | None
+) -> list[PlannedStage]:
+    """What choosing takes at most: the pool's costs, telling its members apart, and the full trainings."""
+    section, missing = budgets.section, budgets.pricing.missing(budgets.pool)
+    done = all(earlier.finished(f"choice/{target.name}", *_TARGET) for target in budgets.targets)
+    stages = []
+    if budgets.pricing.attached:
+        name = f"price the pool ({len(budgets.pool)} students)"
+        stages.append(_stage(name, missing * _PRICE_SECONDS, 0.0, missing == 0))
+    archs = budgets.likely()
+    if not archs:
+        return stages
+    tried = budgets.candidates(archs) if budgets.rank == "trials" else budgets.largest(archs)
+    words = list(dict.fromkeys(arch for given in tried.values() for arch in given))
+    full = {arch: _student_stage(run, dataset, str(arch), "student", False, further) for arch in words}
+    seconds = [stage.seconds for stage in full.values()]
+    known = [each for each in seconds if each is not None]
+    if budgets.rank == "trials":
+        rungs = planned(tried, finalists=section.finalists, share=section.trial_share)
+        # who is in the later ones is not known yet, so the mean of all stands for them
+        mean = sum(known) / len(known) if known else None
+        epochs = run.recipe.train.resolved(len(dataset.train)).epochs
+        cost = (
+            None
+            if mean is None
+            else sum(each.trainings * mean * budgets.trial_epochs(each.share) / epochs for each in rungs)
+        )
+        if rungs:
+            disk = sum(rung.trainings for rung in rungs) * max(stage.disk_mib for stage in full.values())
+            stages.append(_stage(f"trials ({sum(rung.trainings for rung in rungs)} at most)", cost, disk, done))
+    elif budgets.rank == "supernet":
+        student = _student(run, dataset, str(words[-1]), len(dataset.classes))
+        _, forward = _timed(student, dataset, run.recipe.train.batch_size)
+        samples = RECALIBRATED + len(dataset.validation)
+        members = {arch for given in archs.values() for arch in given}
+        stages.append(_stage("rank by shared weights", forward * samples * len(members), 0.0, done))
+    count = min(len(words), sum(min(section.finalists, len(given)) for given in tried.values()))
+    most = sorted(full.values(), key=lambda stage: -(stage.seconds or 0.0))[:count]
+    for role in ["students"] + ["plain students"] * run.has_plain_students:
+        # every target keeps one student, and only those have a plain twin
+        kept = most if role == "students" else most[: len(archs)]
+        total = sum(known) if len(known) == len(seconds) else None
+        if total is not None:
+            total = sum(stage.seconds or 0.0 for stage in kept)
+        name = f"{role} (at most {len(kept)} in full)"
+        stages.append(_stage(name, total, sum(stage.disk_mib for stage in kept), done))
+    return stages
 
 
 def _student_stage(

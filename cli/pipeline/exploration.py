@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from distill.exploration.generated import LEARNED, GeneratedSet, build_generated
 from distill.exploration.generator import ImageGenerator, TextGenerator
 from distill.exploration.make import make_image_generator
 from distill.exploration.masked_lm import make_text_generator
+from distill.exploration.pictures import one_per_class
 from distill.exploration.section import KEYS_OF_GENERATOR, ExploreSection, GeneratorKind, GeneratorSection, given
 from distill.objectives.section import AnyObjective, KDSection
 from distill.strategy import Strategy, Together
@@ -32,6 +33,7 @@ from profiles.progress import Progress
 if TYPE_CHECKING:
     from cli.pipeline.run import Run, Trained
     from cli.pipeline.teachers import Variant
+    from distill.strategies.coached import Coached
 
 Array = np.ndarray[Any, Any]
 Generator = ImageGenerator | TextGenerator
@@ -39,7 +41,7 @@ PICTURED = frozenset({"random", "gradient"})
 """Kinds with a radius, of which there is a picture at three of them."""
 PICTURE_KIND = "explored"
 _PICTURE = "explored.png"
-_FORM = 1
+_FORM = 2
 """Raise when the picture changes, so that older ones are drawn anew."""
 
 
@@ -138,7 +140,8 @@ def make_generator(
     allow_code: bool,
     progress: Progress | None = None,
 ) -> Generator:
-    """The generator of `folder`, made where it is missing: from all training inputs and all unlabelled ones.
+    """The generator of `folder`, made where it is missing: from all inputs of `dataset`'s training split and all
+    unlabelled ones.
 
     Raises:
         InputError, EdgestillError: see `make_image_generator` and `make_text_generator`.
@@ -155,6 +158,7 @@ def make_generator(
             allow_code=allow_code,
             device=device,
             progress=progress,
+            shown=one_per_class(dataset.train.labels, dataset.classes) if dataset.task == "multiclass" else None,
         )
     texts = (*(dataset.train.texts or ()), *((unlabelled.texts or ()) if unlabelled is not None else ()))
     return make_text_generator(section, texts, folder, seed=seed, base=base, device=device, progress=progress)
@@ -177,6 +181,7 @@ def open_exploration(
     unlabelled: Unlabelled | None,
     subclasses: int | None,
     generated: GeneratedSet | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Exploration:
     """What one student explores; see `Exploration`.
 
@@ -188,6 +193,7 @@ def open_exploration(
         generator, unlabelled: None where the section needs none.
         subclasses: per class, of a teacher whose logits are those of subclasses.
         generated: the fixed set; None: new inputs in every step.
+        say: is told what a filter keeps, once.
     """
     return Exploration(
         section,
@@ -198,6 +204,7 @@ def open_exploration(
         tau=tau_of(objectives),
         subclasses=subclasses,
         generated=generated,
+        say=say,
     )
 
 
@@ -244,6 +251,15 @@ def left_over(data: DataSection, whole: Dataset, unlabelled: Unlabelled | None, 
         texts = None if texts is None else (*(unlabelled.texts or ()), *texts)
         keys.append(unlabelled.key)
     return Unlabelled(inputs, texts, artifact.content_key("left over", *keys), f"rest of {whole.name}")
+
+
+def seen_by_generator(data: DataSection, rows: Array | None) -> Array | None:
+    """Rows of the training split that the generator of a part of it learns from; None: all of them.
+
+    Those of the part. Where everything that the part leaves over is unlabelled data, its generator learns from that,
+    too, which together is the whole split for every part.
+    """
+    return None if _takes_rest(data) else rows
 
 
 def _takes_rest(data: DataSection) -> bool:
@@ -347,7 +363,7 @@ def open_explored(
     if explored.generator is not None:
         generator = make_generator(
             section.generator,
-            whole,
+            whole if seen_by_generator(explored.data, explored.rows) is None else dataset,
             unlabelled,
             explored.generator,
             seed=explored.seed,
@@ -435,27 +451,37 @@ class Explorer:
             if asked and found is None and not (part and _takes_rest(data)):
                 raise nothing_left(data, whole, rows)
         if section.generates and section.generator.kind == "torch":
-            self.generator(section)
+            self.generator(section, rows)
 
-    def generator_folder(self, section: ExploreSection) -> Path:
-        """Where the generator of an exploration lies: "generator", and in a study those of others beside it."""
+    def generator_folder(self, section: ExploreSection, rows: Array | None = None) -> Path:
+        """Where the generator of an exploration lies: "generator"; in a study those of others beside it, and those of
+        parts of the training split, by their size. rows: as for `generator`."""
         dataset = self.run.dataset
         own = whole_generator(self.run.recipe.explore.generator, dataset.input.kind)
         asked = whole_generator(section.generator, dataset.input.kind)
-        return self.run.folder / ("generator" if asked == own else f"generator-{artifact.content_key(asked)[:8]}")
+        seen = seen_by_generator(self.run.recipe.data, rows)
+        words = ["generator"] if seen is None else ["generator", "of", str(len(seen))]
+        return self.run.folder / "-".join(words if asked == own else [*words, artifact.content_key(asked.hashed)[:8]])
 
-    def generator(self, section: ExploreSection) -> Generator | None:
-        """Makes the inputs of an exploration; None where no generator does."""
+    def generator(self, section: ExploreSection, rows: Array | None = None) -> Generator | None:
+        """Makes the inputs of an exploration; None where no generator does.
+
+        Args:
+            section: the recipe's `[explore]`.
+            rows: sorted int64, the part of the training split that is learned on, by generator and student alike; None:
+                all of it. Parts of one size are one part.
+        """
         if not section.generates:
             return None
-        run, folder = self.run, self.generator_folder(section)
+        run, folder = self.run, self.generator_folder(section, rows)
         if folder not in self._generators:
             unlabelled = self.unlabelled
             kind = whole_generator(section.generator, run.dataset.input.kind).kind
+            seen = seen_by_generator(run.recipe.data, rows)
             with run.made(f"generator ({kind})", folder):
                 self._generators[folder] = make_generator(
                     section.generator,
-                    run.dataset,
+                    run.dataset if seen is None else subset(run.dataset, seen),
                     unlabelled,
                     folder,
                     seed=run.recipe.seed,
@@ -487,12 +513,18 @@ class Explorer:
         return run.folder / f"{name}-{artifact.content_key(mine, dataset.key)[:8]}"
 
     def generated(
-        self, section: ExploreSection, teacher: Teacher, variant: Variant, dataset: Dataset, around: Unlabelled | None
+        self,
+        section: ExploreSection,
+        teacher: Teacher,
+        variant: Variant,
+        dataset: Dataset,
+        generator: Generator | None,
+        around: Unlabelled | None,
     ) -> GeneratedSet | None:
         """The fixed set with the teacher's outputs; None where new inputs are made in every step."""
         if section.versions is None:
             return None
-        run, generator = self.run, self.generator(section)
+        run = self.run
         folder = self.generated_folder(section, variant, dataset)
         if folder in self._generated:
             return self._generated[folder]
@@ -525,17 +557,18 @@ class Explorer:
         """
         if section.kind == "none":
             return None
-        run = self.run
+        run, generator, around = self.run, self.generator(section), self.around(section)
         run.say_once(f"explores: {in_words(section)}")
         return open_exploration(
             section,
             teacher,
             run.dataset,
             objectives,
-            generator=self.generator(section),
-            unlabelled=self.around(section),
+            generator=generator,
+            unlabelled=around,
             subclasses=subclasses_of(variant),
-            generated=self.generated(section, teacher, variant, run.dataset, self.around(section)),
+            generated=self.generated(section, teacher, variant, run.dataset, generator, around),
+            say=run.say_once,
         )
 
     def explored(self, section: ExploreSection, teacher: Teacher, variant: Variant, rows: Array | None) -> Explored:
@@ -546,17 +579,17 @@ class Explorer:
             rows: sorted int64, the part of the training split that is learned on; None: all of it.
         """
         run = self.run
-        generator = self.generator(section)
+        generator = self.generator(section, rows)
         dataset = run.dataset if rows is None else subset(run.dataset, rows)
         around = None
         if section.around != "train":
             around = left_over(run.recipe.data, run.dataset, self.unlabelled, rows)
-        found = self.generated(section, teacher, variant, dataset, around)
+        found = self.generated(section, teacher, variant, dataset, generator, around)
         read = self.unlabelled if section.generates or around is not None else None
         keys = [None if each is None else each.key for each in (around, generator, found)]
         return Explored(
             unlabelled=None if read is None else run.folder / "unlabelled",
-            generator=None if generator is None else self.generator_folder(section),
+            generator=None if generator is None else self.generator_folder(section, rows),
             generated=None if found is None else self.generated_folder(section, variant, dataset),
             data=run.recipe.data,
             seed=run.recipe.seed,
@@ -565,12 +598,16 @@ class Explorer:
             key=artifact.content_key(*keys),
         )
 
-    def picture(self, exploration: Exploration, trained: Trained) -> Path | None:
+    def picture(
+        self, exploration: Exploration, trained: Trained, coached: tuple[Coached, Path] | None = None
+    ) -> Path | None:
         """Draws explored samples at three radii around the same real ones, once; None where there is nothing to draw.
 
         Args:
             exploration: of the student, after its training.
             trained: the student.
+            coached: how its teacher learned along, and the student's artefact, which has that teacher: where the
+                artefact was only loaded, the teacher of `coached` is as it started.
         """
         run, section = self.run, exploration.section
         if section.kind not in PICTURED or run.dataset.input.kind != "image" or not run.is_main:
@@ -578,6 +615,9 @@ class Explorer:
         folder = run.folder / "explored"
         key = artifact.content_key(PICTURE_KIND, _FORM, trained.key, exploration.key)
         if artifact.current(folder, PICTURE_KIND, key) is None:
+            if coached is not None:
+                strategy, student = coached
+                strategy.load(student)
             with artifact.create(folder, PICTURE_KIND, key, {"student": trained.student.arch}) as temporary:
                 exploration.picture(temporary / _PICTURE, trained.student, trained.objective)
         run.say_once(f"explored samples at three radii: {folder / _PICTURE}")

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from cli.report.schema import LimitVerdict
+from typing import cast, get_args
+
+from cli.report.schema import LimitName, LimitVerdict
 from cli.report.verdict import Verdict
+from distill.students.choose import Miss
 from profiles.device import TargetSection
 from profiles.measurement import Measurement
 from profiles.metrics import Difference, Metric
 
 NOT_HERE = "the device is not this machine, and nothing ran on it"
+NOT_MADE = "no student was made for it"
+HOW_KNOWN = {
+    "measured": "measured with fresh weights",
+    "calibrated": "predicted by the device's calibration",
+    "assumed": "expected, by an assumed efficiency",
+    "bound": "at least",
+}
+"""How a cost is known before anything is trained."""
 
 
 def judge(
@@ -55,6 +66,22 @@ def judge(
         verdicts.append(_floor(section.metric_floor, metric, on_device))
     if section.max_metric_drop is not None:
         verdicts.append(_drop(section.max_metric_drop, drop, on_device))
+    return tuple(verdicts)
+
+
+def missed(section: TargetSection, miss: Miss) -> tuple[LimitVerdict, ...]:
+    """The verdicts of limits that no member of a pool meets, by the one that comes nearest; nothing was trained."""
+    over = {excess.limit: excess for excess in miss.excesses}
+    verdicts = []
+    for name in get_args(LimitName):
+        limit = getattr(section, name)
+        if name in over:
+            reason = f"{miss.option}, {HOW_KNOWN[over[name].source]}"
+            verdicts.append(LimitVerdict(name=name, limit=limit, value=over[name].needs, verdict="fail", reason=reason))
+        elif limit is not None:
+            verdicts.append(
+                LimitVerdict(name=cast(LimitName, name), limit=limit, verdict="not measured", reason=NOT_MADE)
+            )
     return tuple(verdicts)
 
 

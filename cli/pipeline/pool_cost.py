@@ -1,6 +1,7 @@
-"""What an architecture costs on every target at least, from facts alone: nothing is trained, exported or measured.
+"""What an architecture costs on every target, from facts alone: nothing is trained, exported or measured.
 
-Every figure is a lower end over the precisions that the target may get, so that only what cannot fit is left out.
+`pool_cost`: a lower end over the precisions that the target may get, so that only what cannot fit is left out.
+`paper_costs`: precision by precision, with the latency that an assumed efficiency makes of the bound.
 """
 
 from __future__ import annotations
@@ -36,6 +37,48 @@ def limits_of(targets: Sequence[Target]) -> dict[str, Limits]:
         for target in targets
     }
     return {} if any(limits == Limits() for limits in found.values()) else found
+
+
+def paper_costs(
+    student: Student, spec: InputSpec, target: Target, *, efficiency: float, overhead_ms: float
+) -> dict[Precision, Cost]:
+    """What a student costs in every precision that the target may get.
+
+    File and memory are lower ends. The latency is expected to be the roofline bound over `efficiency`, and what an
+    empty graph costs there on top; without the device's peak, it is not known.
+
+    Args:
+        student: its weights play no part.
+        spec: one sample's shape.
+        target: one that is not this machine.
+        efficiency: the share of its peaks that a device is taken to reach, 0 to 1.
+        overhead_ms: of one query, whatever the graph.
+    """
+    work = _work(student, spec, target.section.batch)
+    found: dict[Precision, Cost] = {}
+    for precision in precisions_of(target):
+        computed: Precision = "tf32" if precision == "fp32" and "tf32" in target.device.precisions else precision
+        bound = _bound_ms(work, target, computed)
+        expected = None if bound is None else bound / efficiency + overhead_ms
+        found[precision] = Cost(
+            file_mib=work.values * _BYTES[precision] / _MIB,
+            memory_mib=(work.values + work.activations) * _BYTES[precision] / _MIB,
+            latency_bound_ms=bound,
+            latency_ms=expected,
+            source="bound" if expected is None else "assumed",
+        )
+    return found
+
+
+def precisions_of(target: Target) -> tuple[Precision, ...]:
+    """The precisions that a target may get: the one that it asks for, or all that there are exports for."""
+    asked = target.section.precision
+    return available(target.device, target.stack) if asked == "auto" else (asked,)
+
+
+def multiply_adds(student: Student, spec: InputSpec) -> int:
+    """Of one sample, in convolutions and matrix products."""
+    return _work(student, spec, 1).flops // 2
 
 
 def pool_cost(
@@ -98,7 +141,7 @@ def _work(student: Student, spec: InputSpec, batch: int) -> _Work:
 
 def _cost(work: _Work, target: Target) -> Cost:
     asked = target.section.precision
-    stored: tuple[str, ...] = available(target.device, target.stack) if asked == "auto" else (asked,)
+    stored = precisions_of(target)
     # a builder on the device may compute an FP32 file in any precision that the device has
     computed: tuple[Precision, ...] = target.device.precisions if asked == "auto" else (asked,)
     if asked == "fp32" and "tf32" in target.device.precisions:

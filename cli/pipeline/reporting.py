@@ -9,7 +9,8 @@ import time
 from collections.abc import Sequence
 from datetime import datetime
 
-from cli.pipeline.limits import judge
+from cli.pipeline.advice import unit_of, weak_teacher
+from cli.pipeline.limits import judge, missed
 from cli.pipeline.run import Run, Shipped, Trained
 from cli.pipeline.shots import exploration_facts, shots
 from cli.report.schema import (
@@ -30,6 +31,7 @@ from cli.report.schema import (
 )
 from cli.report.schema import Roofline as ReportedRoofline
 from cli.report.verdict import exit_status, overall_verdict
+from cli.report.words import selection_lines
 from export import Candidate
 from profiles import artifact
 from profiles.device import Target
@@ -45,6 +47,9 @@ def build_report(run: Run, shipped: Sequence[Shipped], *, require_measured: bool
     """The document that every renderer reads."""
     dataset = run.dataset
     rows = tuple(_row(run, outcome) for outcome in shipped)
+    references = run.references()
+    # a teacher that learns on beside its students is shown as it started
+    weak = () if run.recipe.teacher.moves else weak_teacher(references, primary_metric(dataset.task))
     return Report(
         name=run.recipe.name,
         created=datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -58,17 +63,18 @@ def build_report(run: Run, shipped: Sequence[Shipped], *, require_measured: bool
         metric=primary_metric(dataset.task),
         classes=len(dataset.classes),
         n_test=len(dataset.test),
-        unit="image" if dataset.input.kind == "image" else "text",
+        unit=unit_of(dataset),
         require_measured=require_measured,
         exit_status=exit_status(rows, require_measured),
         counts=Counts.of(rows),
         targets=rows,
-        references=run.references(),
+        references=references,
         bought=run.bought(),
         stages=tuple(run.stages),
         training=tuple(_training(role, trained) for (role, _), trained in run.trained.items()),
         shots=shots(run, shipped, NOT_THE_DEVICE),
         exploration=exploration_facts(run),
+        sharing=run.budgets.sharing() if run.budgets is not None else None,
         data=DataFacts(
             source=run.recipe.data.source,
             title=dataset.name,
@@ -78,7 +84,7 @@ def build_report(run: Run, shipped: Sequence[Shipped], *, require_measured: bool
             labels=dataset.classes,
             input=f"{dataset.input.dtype} {'x'.join(str(side) for side in dataset.input.shape)}",
         ),
-        notes=tuple(run.notes),
+        notes=(*run.notes, *weak),
     )
 
 
@@ -97,6 +103,8 @@ def _row(run: Run, outcome: Shipped) -> TargetRow:
             drop=outcome.drop,
             on_device=on_device,
         )
+    elif outcome.miss is not None:
+        limits = missed(section, outcome.miss)
     bound = (outcome.rooflines or {}).get(candidate.name) if candidate is not None else None
     why, fixes = _explain(run, outcome, limits)
     return TargetRow(
@@ -108,7 +116,7 @@ def _row(run: Run, outcome: Shipped) -> TargetRow:
         power_mode=target.power_mode.name if target.power_mode is not None else None,
         conditions=_conditions(measurement) if measurement is not None else (),
         arch=outcome.arch,
-        precision=candidate.precision if candidate is not None else section.precision,
+        precision=_precision(outcome),
         compute_precision=(candidate.compute_precision or "") if candidate is not None else "",
         model_file=candidate.file.name if candidate is not None and candidate.file is not None else None,
         bundle=str(outcome.bundle.relative_to(run.folder)) if outcome.bundle is not None else None,
@@ -130,6 +138,7 @@ def _row(run: Run, outcome: Shipped) -> TargetRow:
         engine=_engine(candidate) if candidate is not None and target.stack.runtime != "onnxruntime" else None,
         candidates=tuple(_candidate(entry, outcome) for entry in outcome.plan.candidates) if outcome.plan else (),
         steps=_steps(outcome),
+        selection=outcome.selection,
         why=why,
         fixes=fixes,
         environment=measurement.environment if measurement is not None else {},
@@ -140,6 +149,10 @@ def _explain(run: Run, outcome: Shipped, limits: Sequence[LimitVerdict]) -> tupl
     """Reasons and fixes, a line each."""
     section, measurement = outcome.target.section, outcome.measurement
     why = list(outcome.choice.why) if outcome.choice is not None else []
+    if outcome.selection is not None:
+        why += selection_lines(outcome.selection, outcome.arch)
+    if outcome.miss is not None:
+        return tuple(why), (f"{outcome.miss.fix}, or a pool with smaller students",)
     fixes: list[str] = []
     for limit in limits:
         if limit.name == "latency_ms" and limit.verdict in ("fail", "inconclusive") and measurement is not None:
@@ -148,6 +161,8 @@ def _explain(run: Run, outcome: Shipped, limits: Sequence[LimitVerdict]) -> tupl
             if limit.verdict == "fail":
                 over = (asked.value or asked.maximum) / limit.limit - 1
                 why.append(f"{over:.0%} over the limit after {asked.samples:,} runs")
+                if measurement.warnings:
+                    fixes.append(f"measure again on a quiet machine: edgestill bench {run.folder}")
                 fixes.append(f"latency_ms = {_at_least(decided)}, or a smaller arch")
             else:
                 why.append(limit.reason)
@@ -169,6 +184,13 @@ def _explain(run: Run, outcome: Shipped, limits: Sequence[LimitVerdict]) -> tupl
     if section.memory_mib is not None and measurement is not None and measurement.memory.peak_mib is None:
         why.append(measurement.memory.how)
     return tuple(dict.fromkeys(why)), tuple(dict.fromkeys(fixes))
+
+
+def _precision(outcome: Shipped) -> str:
+    """Of the chosen file, or of the one that comes nearest; else what was asked for."""
+    if outcome.candidate is not None:
+        return outcome.candidate.precision
+    return outcome.target.section.precision if outcome.miss is None else outcome.miss.option.precision
 
 
 def _at_least(value: float) -> str:

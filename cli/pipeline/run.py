@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cli.pipeline.advice import few_steps, unit_of
+from cli.pipeline.budget import Budgets
 from cli.pipeline.choose import Choice, Option, choose, floor_of
 from cli.pipeline.exploration import Explorer, check_explored, check_explored_by, explores, together
 from cli.pipeline.pool_cost import limits_of, pool_cost
@@ -32,7 +34,7 @@ from cli.pipeline.teachers import (
     variant_for,
 )
 from cli.recipe import LoadedRecipe, Recipe, to_toml
-from cli.report.schema import Bought, MetricValue, ReferenceRow, Report, Stage
+from cli.report.schema import Bought, MetricValue, ReferenceRow, Report, Selection, Stage
 from cli.report.schema import Difference as ReportedDifference
 from cli.report.words import metric_title
 from distill.data import Dataset, Split, load_dataset
@@ -60,8 +62,10 @@ from distill.objectives.section import (
 from distill.objectives.split_head import class_logits_of
 from distill.objectives.subclass import retrained_for
 from distill.strategy import Strategy
-from distill.students import Student, build_student, default_arch, parse_arch, teacher_arch
+from distill.students import Student, build_student, default_arch, parse_arch
+from distill.students import teacher_arch as default_teacher
 from distill.students.arch import Arch, check_family
+from distill.students.choose import Miss
 from distill.students.pool import family_pool, kind_of, parse_pool, restrict
 from distill.students.section import StudentSection, torch_word
 from distill.teachers import ModuleTeacher, SubclassCache, Teacher, TeacherCache, build_cache, load_teacher
@@ -78,6 +82,9 @@ from profiles.predict import Roofline, roofline
 from profiles.progress import Progress, Silent
 from profiles.quantspec import QuantSpec
 from profiles.runtimes.onnxruntime import run_model
+
+if TYPE_CHECKING:
+    from distill.strategies.coached import Coached
 
 Array = np.ndarray[Any, Any]
 
@@ -122,7 +129,8 @@ class Shipped:
     """One target's outcome: every candidate, the one that was chosen and what is known of it.
 
     measurements, rooflines: by candidate; nothing was measured where the target is another device. metric, drop: of the
-    chosen file on the test split, `drop` against the FP32 file. error: why there is no bundle.
+    chosen file on the test split, `drop` against the FP32 file. error: why there is no bundle. selection: how the
+    student was chosen, where the recipe has a pool. miss: of that pool, the nearest to limits that nothing meets.
     """
 
     target: Target
@@ -135,6 +143,8 @@ class Shipped:
     drop: Difference | None = None
     bundle: Path | None = None
     error: str | None = None
+    selection: Selection | None = None
+    miss: Miss | None = None
 
     @property
     def candidate(self) -> Candidate | None:
@@ -190,6 +200,7 @@ class Run:
         self._teachers: dict[str, Teacher | None] = {}
         self._caches: dict[str, TeacherCache] = {}
         self.explorer = Explorer(self)
+        self.budgets = Budgets(self) if self.recipe.student.pool is not None else None
 
     @property
     def is_main(self) -> bool:
@@ -208,7 +219,7 @@ class Run:
     # -- stages ------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _stage(self, name: str) -> Iterator[dict[str, bool]]:
+    def timed(self, name: str) -> Iterator[dict[str, bool]]:
         """Times a stage; the block sets `cached` when nothing had to be done."""
         facts = {"cached": False}
         start = time.perf_counter()
@@ -218,7 +229,7 @@ class Run:
     @contextmanager
     def made(self, name: str, folder: Path) -> Iterator[None]:
         """A stage that makes one artefact where it is missing, the main process first."""
-        with self._stage(name) as stage, self._main_first():
+        with self.timed(name) as stage, self._main_first():
             before = _manifest_time(folder)
             yield
             stage["cached"] = before is not None and before == _manifest_time(folder)
@@ -257,7 +268,7 @@ class Run:
 
     def variant(self, sections: tuple[AnyObjective, ...], arch: str | None = None) -> Variant:
         """Which teacher a student of these objectives learns from, or starts to. arch: its own; None: the first's."""
-        return variant_for(self.recipe.teacher, sections, arch or next(iter(self.archs)))
+        return variant_for(self.recipe.teacher, sections, arch or self.possible[0])
 
     def teacher_for(self, sections: tuple[AnyObjective, ...], arch: str | None = None) -> Teacher | None:
         """Who teaches a student of these objectives; None when none of them needs a teacher.
@@ -321,18 +332,24 @@ class Run:
             InputError: an architecture that does not exist or reads other inputs, or none that a target can carry.
         """
         section, spec = self.recipe.teacher.generic, self.dataset.input
+        if self.budgets is not None:
+            found = self.budgets.carried if section.within_limits else self.budgets.pool
+            self._say_pool(found)
+            return found
         if section.archs is not None:
             found = parse_pool(section.archs, spec)
         else:
             like = parse_arch(self.pool_like or next(iter(self.archs)), where="student.arch")
-            choices = {
-                "widths": section.widths,
-                "depths": section.depths,
-                "kernels": section.kernels,
-                "heads": section.heads,
-            }
-            found = family_pool(parse_arch(self._teacher_arch, where="teacher.arch"), spec, like=like, **choices)
-            if self.pool_like is None and not any(choices.values()):
+            found = family_pool(
+                parse_arch(self.teacher_arch, where="teacher.arch"),
+                spec,
+                like=like,
+                widths=section.widths,
+                depths=section.depths,
+                kernels=section.kernels,
+                heads=section.heads,
+            )
+            if self.pool_like is None and not any((section.widths, section.depths, section.kernels, section.heads)):
                 # a pool of our own choice is for the students that the recipe has
                 own = (parse_arch(arch, where="student.arch") for arch in self.archs)
                 found += tuple(arch for arch in own if kind_of(arch) == kind_of(like) and arch not in found)
@@ -341,10 +358,7 @@ class Run:
             self._say_pool(found)
             return found
 
-        def build(arch: Arch) -> Student:
-            return self._build(self._teacher_network(str(arch)), str(arch), (SUPERVISED,))
-
-        kept, exclusions = restrict(found, pool_cost(self.targets, spec, build), limits)
+        kept, exclusions = restrict(found, pool_cost(self.targets, spec, lambda arch: self.fresh(str(arch))), limits)
         if len(kept) < len(found):
             reasons = "; ".join(map(str, exclusions))
             self.say_once(f"the teacher's pool has {len(kept)} of {len(found)} students: {reasons}")
@@ -354,7 +368,8 @@ class Run:
     def _say_pool(self, pool: Sequence[Arch]) -> None:
         """Notes who is in the teacher's pool, and which of the recipe's students are not."""
         self.say_once(f"the teacher's pool: {', '.join(map(str, pool))}")
-        outside = [arch for arch in self.archs if arch not in map(str, pool)]
+        named = self.archs if self.budgets is None else self.budgets.named
+        outside = [arch for arch in named if arch not in map(str, pool)]
         if outside and self.pool_like is None:
             self.say_once(
                 f"not in the teacher's pool: {', '.join(outside)}; it teaches them all the same, and "
@@ -399,20 +414,29 @@ class Run:
     def _teacher_dim(self) -> int:
         """D_t of a teacher with embeddings; one that is to be trained is built for it."""
         if self.recipe.teacher.kind == "train":
-            arch = self._teacher_arch
-            return self._build(self._teacher_network(arch), arch, (SUPERVISED,)).embedding_dim
+            return self.fresh(self.teacher_arch).embedding_dim
         assert self.teacher is not None
         assert self.teacher.embedding_dim is not None
         return self.teacher.embedding_dim
 
     @property
-    def _teacher_arch(self) -> str:
+    def teacher_arch(self) -> str:
         """The architecture of a teacher that is to be trained."""
-        return self.recipe.teacher.arch or teacher_arch(self.recipe.student.family, self.dataset.input)
+        return self.recipe.teacher.arch or default_teacher(self.recipe.student.family, self.dataset.input)
 
     def _teacher_network(self, arch: str) -> StudentSection:
         """What `build_student` makes a teacher from."""
         return self.recipe.student.model_copy(update={"kind": "family", "arch": arch})
+
+    def say_few_steps(self) -> None:
+        """Notes that the students' training is short, where it is."""
+        note = few_steps(self.recipe.train, len(self.dataset.train), unit_of(self.dataset))
+        if note is not None:
+            self.say_once(note)
+
+    def fresh(self, arch: str) -> Student:
+        """A network of the shipped families as it starts, with a head for the classes."""
+        return self._build(self._teacher_network(arch), arch, (SUPERVISED,))
 
     def say_once(self, note: str) -> None:
         if note not in self.notes:
@@ -431,7 +455,7 @@ class Run:
         if section.kind == "none":
             return None
         if section.kind != "train":
-            with self._stage("teacher"):
+            with self.timed("teacher"):
                 return load_teacher(
                     section,
                     self.dataset,
@@ -448,7 +472,7 @@ class Run:
         trained = self._train(
             "teacher",
             variant.folder,
-            self._teacher_arch,
+            self.teacher_arch,
             objectives,
             None,
             {**changes, "hard_weight": None},
@@ -473,7 +497,7 @@ class Run:
             return None
         from distill.strategies.generic import Generic
 
-        teacher = parse_arch(self._teacher_arch, where="teacher.arch")
+        teacher = parse_arch(self.teacher_arch, where="teacher.arch")
         return Generic(self.recipe.teacher.generic, students, teacher, self.dataset, seed=self.recipe.seed)
 
     def shared_weights(self, sections: tuple[AnyObjective, ...], arch: str) -> Path | None:
@@ -484,15 +508,21 @@ class Run:
         if arch not in map(str, self.students_of(variant)):
             self.say_once(f"{arch} is not in the teacher's pool, so it starts from fresh weights")
             return None
-        self._teacher_of(variant)
-        folder = self.folder / variant.start_folder(arch)
-        with self._main_first():
-            metric = pooled_start(self.folder / variant.folder, arch, self.dataset, folder, seed=self.recipe.seed)
+        folder, metric = self.pooled(sections, arch)
         self.say_once(
             f"{arch} starts from the pool: {metric_title(metric.name)} {metric.value:.1%} on validation before its own "
             "training"
         )
         return folder
+
+    def pooled(self, sections: tuple[AnyObjective, ...], arch: str) -> tuple[Path, Metric]:
+        """What a member of the teacher's pool has of its shared weights, and their metric on the validation split."""
+        variant = self.variant(sections, arch)
+        self._teacher_of(variant)
+        folder = self.folder / variant.start_folder(arch)
+        with self._main_first():
+            metric = pooled_start(self.folder / variant.folder, arch, self.dataset, folder, seed=self.recipe.seed)
+        return folder, metric
 
     def cache_of(self, variant: Variant) -> TeacherCache | None:
         """The outputs of a teacher on every sample and view, made once; None where there is no teacher."""
@@ -519,10 +549,15 @@ class Run:
         return cache
 
     def arch_of(self, target: Target) -> str:
-        """The student architecture of a target: its own, the recipe's, or the family's default for its size class."""
+        """The student architecture of a target: its own, the recipe's, or the family's default for its size class.
+
+        Where the recipe has a pool, the one that was chosen, or was nearest to limits that nothing meets.
+        """
         section = self.recipe.student
         if section.kind == "torch":
             return torch_word(section)
+        if self.budgets is not None and self.budgets.chooses(target):
+            return self.budgets.arch_of(target)
         return (
             target.section.arch or section.arch or default_arch(section.family, target.size_class, self.dataset.input)
         )
@@ -532,8 +567,14 @@ class Run:
         """Every distinct student with the targets that it serves, in the order of the recipe."""
         found: dict[str, list[Target]] = {}
         for target in self.targets:
-            found.setdefault(self.arch_of(target), []).append(target)
+            if self.budgets is None or self.budgets.has_student(target):
+                found.setdefault(self.arch_of(target), []).append(target)
         return found
+
+    @property
+    def possible(self) -> tuple[str, ...]:
+        """The students that may come of the recipe: those that it has, or names, and the members of its pool."""
+        return tuple(self.archs) if self.budgets is None else self.budgets.possible
 
     def check(self) -> None:
         """Refuses what cannot work before the teacher is trained; builds every student once.
@@ -548,7 +589,10 @@ class Run:
         check_mixup(self.recipe.objective, self.recipe.train.mixup)
         check_strategy(self.recipe)
         check_explored(self.recipe)
+        if self.budgets is not None:
+            self.budgets.check_recipe()
         check_explored(self.recipe, self.dataset)
+        self.check_budgets()
         self.check_teacher_strategy()
         self.check_objectives(self.recipe.objective)
         self.check_explored_teacher(self.recipe)
@@ -574,8 +618,18 @@ class Run:
                     fix='leave arch out, or student.kind = "family"',
                 )
             check_family(parse_arch(target.section.arch, where=where).family, self.dataset.input, where=where)
-        students = [self._build(student, arch, self.recipe.objective) for arch in self.archs]
+        students = [self._build(student, arch, self.recipe.objective) for arch in self.possible]
         self.check_objectives(self.recipe.objective, min((each.embedding_dim for each in students), default=None))
+
+    def check_budgets(self) -> None:
+        """Refuses pools and limits that nothing could be chosen from or by; trains nothing.
+
+        Raises:
+            InputError: names the recipe key.
+        """
+        if self.budgets is not None:
+            self.budgets.check_recipe()
+            self.budgets.check()
 
     def check_explored_teacher(self, recipe: Recipe) -> None:
         """Refuses what only a given teacher itself tells about an exploration; trains nothing.
@@ -600,34 +654,53 @@ class Run:
         section = self.recipe.teacher
         check_held_out(section, self.dataset, self.recipe.seed)
         if section.strategy in CONDITIONED:
-            check_boundaries(parse_arch(self._teacher_arch, where="teacher.arch"), self.dataset.input, section.strategy)
-            for word in (arch,) if arch is not None else self.archs:
+            check_boundaries(parse_arch(self.teacher_arch, where="teacher.arch"), self.dataset.input, section.strategy)
+            for word in (arch,) if arch is not None else self.possible:
                 self.students_of(self.variant(self.recipe.objective, word))
         if section.moves and section.kind != "train":
-            coach(section, self.start_for(self.recipe.objective, next(iter(self.archs))), self.dataset)
+            coach(section, self.start_for(self.recipe.objective, self.possible[0]), self.dataset)
 
     def student(self, arch: str) -> Trained:
         """The distilled student of that architecture."""
-        cache, strategy, exploration = self._lesson(arch)
+        trained, exploration, coached = self._distilled("student", arch, arch, {}, "student")
+        pictured = self.budgets is None or self.budgets.is_done
+        if exploration is not None and pictured and arch == next(iter(self.archs)):
+            place = self.folder / "students" / arch
+            self.explorer.picture(exploration, trained, None if coached is None else (coached, place))
+        return trained
+
+    def trial(self, arch: str, epochs: int) -> Trained:
+        """The student of that architecture after a short training of its own, judged at its end."""
+        changes = {"epochs": epochs, "min_steps": None, "validations": 1}
+        name = f"{arch}--{epochs}"
+        title = f"trial ({epochs} epoch{'' if epochs == 1 else 's'})"
+        return self._distilled("trial", name, arch, changes, title)[0]
+
+    def _distilled(
+        self, role: str, name: str, arch: str, changes: dict[str, Any], title: str
+    ) -> tuple[Trained, Exploration | None, Coached | None]:
+        """A student of the recipe's objectives, what it explored, and how its teacher learned along.
+
+        changes: to the recipe's `[train]`.
+        """
+        cache, strategy, exploration, coached = self._lesson(arch)
         trained = self._train(
-            "student",
-            arch,
+            role,
+            name,
             arch,
             self.recipe.objective,
             cache,
-            {},
-            title="student",
+            changes,
+            title=title,
             strategy=strategy,
             strategy_name=self.recipe.teacher.strategy,
             exploration_name=self.recipe.explore.kind,
         )
-        if exploration is not None and arch == next(iter(self.archs)):
-            self.explorer.picture(exploration, trained)
-        return trained
+        return trained, exploration, coached
 
-    def _lesson(self, arch: str) -> tuple[TeacherCache | None, Strategy | None, Exploration | None]:
+    def _lesson(self, arch: str) -> tuple[TeacherCache | None, Strategy | None, Exploration | None, Coached | None]:
         """What a student of that architecture learns from: the teacher's outputs, or their shapes alone where a
-        strategy gives them; the strategy; and what of it is exploration."""
+        strategy gives them; the strategy; what of it is exploration; and the teacher that learns along."""
         objectives, section = self.recipe.objective, self.recipe.teacher
         cache = self.cache_for(objectives, arch)
         coached, learner = None, None
@@ -637,14 +710,14 @@ class Run:
             coached = coach(section, self.start_for(objectives, arch), self.dataset)
             learner = coached.learner
         exploration = self.exploration_for(arch, learner)
-        return cache, together(coached, exploration), exploration
+        return cache, together(coached, exploration), exploration, coached
 
     def retrained(self, arch: str, spec: QuantSpec) -> tuple[nn.Module, str]:
         """The distilled student after a quantisation-aware training, as it is exported, and the hash of its weights."""
         from distill.quantized import train_quantized
 
         trained, section, seed = self.student(arch), self.recipe.train, self.recipe.seed
-        cache, strategy, _ = self._lesson(arch)
+        cache, strategy, *_ = self._lesson(arch)
         told = None if self.recipe.teacher.moves else cache
         folder = self.folder / f"students/{arch}--qat-{artifact.content_key(spec)[:8]}"
         title = f"quantisation-aware training {arch}"
@@ -699,10 +772,13 @@ class Run:
         )
 
     def distill(self) -> dict[str, Trained]:
-        """Trains every distinct student, and its plain twin."""
+        """Trains every distinct student, and its plain twin; where the recipe has a pool, chooses them first."""
         self.prepare_folder()
         self.check()
+        self.say_few_steps()
         self.explorer.prepare(self.recipe.explore)
+        if self.budgets is not None:
+            self.budgets.choose()
         trained = {arch: self.student(arch) for arch in self.archs}
         for arch in self.archs:
             self.plain_student(arch)
@@ -736,7 +812,7 @@ class Run:
         dataset = self.dataset
         section = self.recipe.train.model_copy(update=changes)
         student_section = self._teacher_network(arch) if role == "teacher" else self.recipe.student
-        folder = self.folder / (name if role == "teacher" else f"students/{name}")
+        folder = self.folder / {"teacher": name, "trial": f"choice/trials/{name}"}.get(role, f"students/{name}")
 
         student = self._build(student_section, arch, objectives)
         retrained = retrained_for(objectives) if role == "teacher" else None
@@ -751,15 +827,16 @@ class Run:
                 hard_weight=section.hard_weight,
                 seed=self.recipe.seed,
             )
-        moves = role == "student" and self.recipe.teacher.moves
+        is_student = role in ("student", "trial")
+        moves = is_student and self.recipe.teacher.moves
         words = [strategy_name] * moves + [exploration_name] * (exploration_name != "none")
         title = f"{title} {arch}" + (f" ({', '.join(words)})" if words else "")
         told = None if moves else cache
         fingerprint = self.teacher_fingerprint_for(objectives, arch) if told is not None else None
         if told is None and exploration_name != "none" and not moves:
             fingerprint = self.start_for(objectives, arch).fingerprint
-        with self._stage(title) as stage:
-            shared = self.shared_weights(objectives, arch) if role == "student" else None
+        with self.timed(title) as stage:
+            shared = self.shared_weights(objectives, arch) if is_student else None
             if shared is not None:
                 inherit(student, shared)
             before = _manifest_time(folder)
@@ -797,9 +874,15 @@ class Run:
             allow_code=self.allow_code,
         )
 
-    def plan(self, target: Target) -> Plan:
-        """Every candidate file of a target, verified; targets with the same student and dialect share them."""
-        arch = self.arch_of(target)
+    def plan(self, target: Target, arch: str | None = None) -> Plan:
+        """Every candidate file of a target, verified; targets with the same student and dialect share them.
+
+        Args:
+            target: one of the recipe's.
+            arch: the student; None: the target's. Another one is tried for it.
+        """
+        title = f"export {target.name}" + ("" if arch is None else f" {arch}")
+        arch = arch or self.arch_of(target)
         trained = self.student(arch)
         dataset, seed = self.dataset, self.recipe.seed
         validation = dataset.validation
@@ -816,7 +899,7 @@ class Run:
             model, key = self.retrained(arch, spec)
             return model, artifact.content_key(key, dataset.key)
 
-        with self._stage(f"export {target.name}") as stage:
+        with self.timed(title) as stage:
             found = plan(
                 Deployable(trained).eval(),
                 held_out=np.asarray(validation.inputs),
@@ -851,12 +934,22 @@ class Run:
     def export(self) -> dict[str, Plan]:
         """Every target's candidates; empty in the processes of a torchrun that only help training."""
         self.distill()
-        return {target.name: self.plan(target) for target in self.targets} if self.is_main else {}
+        if not self.is_main:
+            return {}
+        budgets = self.budgets
+        return {
+            target.name: self.plan(target) for target in self.targets if budgets is None or budgets.has_student(target)
+        }
 
-    def measurements(self, target: Target, found: Plan, *, fresh: bool = False) -> dict[str, Measurement]:
+    def measurements(
+        self, target: Target, found: Plan, *, arch: str | None = None, fresh: bool = False
+    ) -> dict[str, Measurement]:
         """Latency of every usable candidate, interleaved, on this machine; empty for a target that is another device.
 
         Args:
+            target: one of the recipe's.
+            found: its plan.
+            arch: the student where several are tried for the target, each with measurements of its own.
             fresh: measure although an earlier measurement of the same files under the same section is stored.
         """
         if not target.is_this_machine or target.stack.runtime != "onnxruntime":
@@ -869,8 +962,8 @@ class Run:
             target.device,
             target.stack,
         )
-        folder = self.folder / "measurements" / target.name
-        with self._stage(f"measure {target.name}") as stage:
+        folder = self.folder / "measurements" / (target.name if arch is None else f"{target.name}--{arch}")
+        with self.timed(f"measure {target.name}" + ("" if arch is None else f" {arch}")) as stage:
             if not fresh and artifact.current(folder, "measurements", key) is not None:
                 stored = {name: load_measurement(folder / f"{name}.json").measurement for name in files}
                 # what --strict would refuse is measured anew: the machine may be quiet by now
@@ -905,6 +998,8 @@ class Run:
 
     def ship(self, target: Target) -> Shipped:
         """Exports, measures where the device is attached, chooses on validation, and bundles one target's student."""
+        if self.budgets is not None and self.budgets.chooses(target):
+            return self._ship_chosen(self.budgets, target)
         arch = self.arch_of(target)
         found = self.plan(target)
         section = target.section
@@ -926,7 +1021,6 @@ class Run:
         }
         fp32 = found["fp32"]
         assert fp32.validation is not None
-        assert fp32.file is not None
         choice = choose(
             [
                 Option(
@@ -949,8 +1043,41 @@ class Run:
                 if other.scope == section.latency_scope
             },
         )
-        candidate = found[choice.name]
+        return self._shipped(target, arch, found, choice, measured, rooflines)
+
+    def _ship_chosen(self, budgets: Budgets, target: Target) -> Shipped:
+        """What was chosen from the pool; exported and measured already."""
+        settled = budgets.settled(target)
+        selection, miss = settled.selection, settled.miss
+        arch = budgets.arch_of(target)
+        if settled.error is not None or miss is not None:
+            return Shipped(target, arch, error=settled.error, selection=selection, miss=miss)
+        found, measured = budgets.exported(target, arch)
+        choice = budgets.choice(target)
+        rooflines = {
+            candidate.name: roofline(
+                candidate.file, target.device, candidate.precision, target.section.batch, target.power_mode
+            )
+            for candidate in found.usable
+            if candidate.file is not None
+        }
+        return replace(
+            self._shipped(target, arch, found, choice, measured, rooflines), selection=budgets.selection(target)
+        )
+
+    def _shipped(
+        self,
+        target: Target,
+        arch: str,
+        found: Plan,
+        choice: Choice,
+        measured: dict[str, Measurement],
+        rooflines: dict[str, Roofline],
+    ) -> Shipped:
+        """Scores the chosen candidate on the test split, and bundles it."""
+        candidate, fp32 = found[choice.name], found["fp32"]
         assert candidate.file is not None
+        assert fp32.file is not None
         test = self.dataset.test
         logits = self.outputs(candidate.to_score or candidate.file, test)
         reference = logits if candidate is fp32 else self.outputs(fp32.to_score or fp32.file, test)
@@ -1088,7 +1215,7 @@ class Run:
 
     def _bundle(self, target: Target, found: Plan, candidate: Candidate, metric: Metric) -> Path:
         dataset = self.dataset
-        with self._stage(f"bundle {target.name}"):
+        with self.timed(f"bundle {target.name}"):
             return write_bundle(
                 self.folder / "bundles" / target.name,
                 found,

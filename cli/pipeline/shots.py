@@ -22,14 +22,13 @@ from cli.report.schema import (
     Shots,
 )
 from cli.report.schema import ShotGroup as ReportedGroup
-from distill.exploration.section import CONTROLS, GeneratorSection
+from distill.exploration.section import CONTROLS, KEPT, GeneratorSection
 from distill.objectives.split_head import class_logits_of
 from distill.teachers import SubclassCache, TeacherCache
 from profiles.shots import ShotGroup, group_accuracy, long_tailed, shot_groups
 
 Array = np.ndarray[Any, Any]
 
-_KEPT = "explore/kept/"
 _PICTURES = (
     ("explored/explored.png", "explored samples at three radii"),
     ("generator/reconstructions.png", "real samples, and what the generator makes of them"),
@@ -40,7 +39,7 @@ _PICTURES = (
 
 
 def shots(run: Run, shipped: Sequence[Shipped], not_the_device: MetricPlace) -> Shots | None:
-    """The accuracy on classes with many, some and few training samples: chosen files, teachers, plain students.
+    """The accuracy on classes with many, medium and few training samples: chosen files, teachers, plain students.
 
     Args:
         run: whose models they are.
@@ -158,10 +157,11 @@ def _explored(trained: Trained) -> ExploredStudent:
     """What the epoch that was kept logged."""
     result = trained.result
     logged = result.history[result.best_epoch - 1]
-    by_class = {name.removeprefix(_KEPT): share for name, share in logged.items() if name.startswith(_KEPT)}
+    below = KEPT + "/"
+    by_class = {name.removeprefix(below): share for name, share in logged.items() if name.startswith(below)}
     return ExploredStudent(
         arch=trained.student.arch,
-        kept=logged.get(_KEPT.rstrip("/")),
+        kept=logged.get(KEPT),
         kept_by_class=by_class,
         divergence=logged.get("explore/divergence"),
     )

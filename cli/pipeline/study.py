@@ -4,8 +4,9 @@
     report = Study(load_recipe("quickstart"), Path("runs/quickstart-study"), vary=methods).run()
 
 Data split, teacher and cache are made once, with the recipe's seed, for the recipe's own training split or a larger one
-that is asked for; smaller sizes are nested, class-stratified subsets of it. The seed of a cell changes the student's
-initial weights, the order of the samples and the objectives' parameters, nothing else.
+that is asked for; smaller sizes are nested, class-stratified subsets of it. Every size of a long tail has data and
+teacher of its own. The seed of a cell changes the student's initial weights, the order of the samples and the
+objectives' parameters, nothing else.
 
 A finished cell is used again while its key is the same: a hash of the data, of the teacher's outputs, of the untrained
 student and of everything in the recipe that decides a training.
@@ -51,6 +52,7 @@ from cli.pipeline.teachers import (
     check_strategy,
     coach,
     inherit,
+    plain_student,
     plain_values,
     pool_kind,
     pool_like,
@@ -392,7 +394,7 @@ class Study:
         """Hash of everything in the recipe that decides data, teacher and cache of a base run."""
         recipe = run.recipe
         return artifact.content_key(
-            recipe.data, plain_values(recipe.teacher), recipe.train, recipe.student, recipe.seed
+            recipe.data, plain_values(recipe.teacher), recipe.train, plain_student(recipe.student), recipe.seed
         )
 
     def _jobs(self, cells: Sequence[Cell]) -> list[Job]:
@@ -423,9 +425,10 @@ class Study:
     def base(self, combination: Combination) -> Run:
         """The run that owns data, teacher and cache of a combination.
 
-        They are made for the recipe's own training split, or a larger one that a combination asks for: the student
-        of few samples learns from the teacher that there is. A generic teacher is made once for every kind of students,
-        since a pool holds one kind.
+        They are made for the recipe's own training split, or a larger one that a combination asks for: the student of
+        few samples learns from the teacher that there is. A long tail is thinned out of what train_size leaves and is
+        no part of a larger one, so there every size has a run of its own. A generic teacher is made once for every kind
+        of students, since a pool holds one kind.
         """
         recipe, own = combination.recipe, self.loaded.recipe
         name = _base_key(recipe)
@@ -433,6 +436,8 @@ class Study:
             fitting = [other.recipe for other in self.grid.combinations if _base_key(other.recipe) == name]
             sizes = [each.data.train_size for each in (*fitting, recipe, own)]
             largest = None if None in sizes else max(size for size in sizes if size is not None)
+            if recipe.data.imbalance is not None:
+                largest = recipe.data.train_size
             changes: dict[str, Any] = {
                 "data": recipe.data.model_copy(update={"train_size": largest}),
                 "teacher": start_of(recipe.teacher),
@@ -454,15 +459,7 @@ class Study:
     def _check(self, combination: Combination) -> None:
         """Refuses what cannot work before any teacher is trained."""
         recipe, run = combination.recipe, self.base(combination)
-        dataset, rows = run.dataset, recipe.data.train_size
-        if rows is not None and recipe.data.imbalance is not None:
-            raise InputError(
-                "a study cannot have a train_size of a long-tailed training split",
-                where="data.train_size",
-                evidence=f'data.imbalance = "{recipe.data.imbalance}" thins out what train_size leaves, and a study '
-                "takes every size from one split",
-                fix="leave data.train_size out, or `edgestill run` for this size alone",
-            )
+        dataset, rows = run.dataset, part_size(recipe)
         if rows is not None and rows > len(dataset.train):
             raise InputError(
                 f"train_size = {rows} is more than there is",
@@ -504,7 +501,7 @@ class Study:
     def _chosen(self, combination: Combination) -> np.ndarray[Any, Any] | None:
         """Rows of the training split that a combination learns on, sorted; None: all."""
         run, recipe = self.base(combination), combination.recipe
-        rows = recipe.data.train_size
+        rows = part_size(recipe)
         if rows is None or rows == len(run.dataset.train):
             return None
         return _rows(run.folder / "data", rows, _row_seed(recipe))
@@ -557,7 +554,7 @@ class Study:
         if shared is not None:
             learning += ["inherit", artifact.read_manifest(shared, START_KIND).key]
         if start is not None and explored is not None:
-            learning += ["explore", recipe.explore, start.key, explored.key]
+            learning += ["explore", recipe.explore.hashed, start.key, explored.key]
         section = _train_section(combination).resolved(rows or len(run.dataset.train))
         key = artifact.content_key(
             KIND,
@@ -569,7 +566,7 @@ class Study:
             list(recipe.objective),
             section.model_dump(mode="json", exclude={"checkpoint_every", "tensorboard"}),
             recipe.data.augment,
-            recipe.student,
+            plain_student(recipe.student),
             self._untrained(combination, seed).key,
             seed,
             recipe.seed,
@@ -616,13 +613,13 @@ class Study:
         recipe, run = combination.recipe, self.base(combination)
         base = run.recipe
         # the arch that these stand for depends on the kind of data besides, which follows from the section
-        student = (recipe.student, recipe.target[0].arch, run.targets[0].size_class)
+        student = (plain_student(recipe.student), recipe.target[0].arch, run.targets[0].size_class)
         return artifact.content_key(
             *(_FORM, TRAINING_FORM, recipe.data, base.data, plain_values(recipe.teacher), *student),
             list(recipe.objective),
-            *(_train_section(combination), base.train, base.student, recipe.seed, seed),
+            *(_train_section(combination), base.train, plain_student(base.student), recipe.seed, seed),
             # only where there is one, so that all other cells keep theirs
-            *([recipe.explore] if combination.explores else []),
+            *([recipe.explore.hashed] if combination.explores else []),
         )
 
     def _try_to_build(self, jobs: Sequence[Job]) -> None:
@@ -1116,12 +1113,18 @@ def _interrupt(number: int, frame: Any) -> None:
 
 
 def _base_key(recipe: Recipe) -> str:
-    """Hash of what decides data, teacher and cache, the number of training samples aside."""
-    data = recipe.data.model_dump(mode="json", exclude={"train_size"})
+    """Hash of what decides data, teacher and cache; the number of training samples aside, but for a long tail."""
+    thinned = recipe.data.imbalance is not None and recipe.data.train_size is not None
+    data = recipe.data.model_dump(mode="json", exclude=None if thinned else {"train_size"})
     kind = pool_kind(recipe)
     # only where there is one, so that all other bases keep their folder
     pool = [] if kind is None else [kind]
     return artifact.content_key(data, plain_values(start_of(recipe.teacher)), recipe.seed, *pool)
+
+
+def part_size(recipe: Recipe) -> int | None:
+    """Samples of the part of its base's training split that a combination learns on; None: all of it."""
+    return None if recipe.data.imbalance is not None else recipe.data.train_size
 
 
 def _row_seed(recipe: Recipe) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from cli.pipeline.study import Study
+from cli.pipeline.study import Study, part_size
 from cli.report.words import duration
 from cli.study_grid import Combination
 from profiles.section import Section
@@ -127,7 +127,7 @@ def _seconds(combination: Combination, times: Sequence[_Time]) -> float | None:
     if same:
         return mean(same)
     alike = [found for found in times if found.combination.method == combination.method] or times
-    rows = combination.recipe.data.train_size or max((found.train_samples for found in times), default=0)
+    rows = part_size(combination.recipe) or max((found.train_samples for found in times), default=0)
     if not alike or not rows:
         return None
     per_sample = mean(found.seconds / (found.train_samples * found.epochs) for found in alike)

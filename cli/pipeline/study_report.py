@@ -13,7 +13,7 @@ import torch
 from cli.pipeline.exploration import in_words
 from cli.pipeline.reporting import machine_facts
 from cli.pipeline.run import Run, needs_teacher
-from cli.pipeline.study import Cell, Study
+from cli.pipeline.study import Cell, Study, part_size
 from cli.report.schema import DataFacts
 from cli.report.study_schema import (
     Block,
@@ -221,13 +221,26 @@ def _notes(study: Study, blocks: Sequence[Block], teachers: Sequence[TeacherFact
     comparisons = [row.to_control for block in blocks for row in block.rows if row.to_control is not None]
     if len(study.grid.methods) == 1:
         notes.append("one method: nothing to compare it with; --vary objective=supervised,... names others")
-    whole = len(study.base(study.grid.combinations[0]).dataset.train)
-    if any(block.train_samples < whole for block in blocks):
+    sizes = {one.recipe.data.train_size for one in study.grid.combinations if one.recipe.data.imbalance is not None}
+    if len(sizes) > 1:
+        notes.append(
+            "every train_size of a long-tailed training split has data and teacher of its own, as in a run: its tail "
+            "is thinned out of so many samples"
+        )
+    parts = [one for one in study.grid.combinations if part_size(one.recipe) is not None]
+    whole = max((len(study.base(one).dataset.train) for one in parts), default=0)
+    if any((part_size(one.recipe) or 0) < len(study.base(one).dataset.train) for one in parts):
         notes.append(
             f"smaller training sets are nested parts of the {whole:,} training samples, class shares kept; teacher, "
-            f"{'generator, ' if any(c.recipe.explore.generates for c in study.grid.combinations) else ''}"
             "normalisation and tokenizer are those of all of them"
         )
+        generating = [c.recipe for c in study.grid.combinations if c.recipe.explore.generates]
+        if generating:
+            extended = any(recipe.data.unlabelled is not None for recipe in generating)
+            notes.append(
+                "a generator learns from the same part of the training samples as its students"
+                + (", and from the unlabelled inputs" if extended else "")
+            )
     for block in blocks:
         answer = _guessing(study.base(study.grid.combinations[0]).dataset)
         if answer is not None and block.rows and max(row.mean for row in block.rows) <= answer[1]:

@@ -22,6 +22,7 @@ from distill.objectives.subclass import retrained_for, teacher_section
 from distill.students import Student, save_student
 from distill.students.arch import Arch, parse_arch
 from distill.students.pool import kind_of, stage_boundaries
+from distill.students.section import StudentSection
 from distill.teachers import Teacher, TeacherCache
 from distill.teachers.live import live_teacher
 from distill.teachers.section import TeacherSection
@@ -45,6 +46,7 @@ _START_FORM = 1
 _START_FILE = "student.safetensors"
 _BATCHES = 20
 _BATCH_SIZE = 128
+RECALIBRATED = _BATCHES * _BATCH_SIZE
 """Training samples from which the BatchNorm statistics of a student are taken that starts from a pool."""
 _MODEST = {
     "conv": "conv-w8-d1-k3",
@@ -130,6 +132,11 @@ def plain_values(section: TeacherSection) -> dict[str, Any]:
     """The section's values; what a frozen teacher has no use for is left out, so that keys of older versions hold."""
     unused = {"strategy", "generic", "coached"} if section.strategy == "frozen" else set[str]()
     return section.model_dump(mode="json", exclude=unused)
+
+
+def plain_student(section: StudentSection) -> dict[str, Any]:
+    """The section's values without those of a pool, which no study has, so that keys of older versions hold."""
+    return section.model_dump(mode="json", exclude={"pool", "choice"})
 
 
 def pool_kind(recipe: Recipe) -> str | None:

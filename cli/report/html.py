@@ -16,6 +16,7 @@ from cli.report.words import (
     SHOT_HEADING,
     VERDICT_WORDS,
     bound_words,
+    choice_rows,
     date,
     duration,
     engine_words,
@@ -185,7 +186,7 @@ def _footnotes(report: Report) -> str:
 
 
 def _shots(report: Report) -> str:
-    """Accuracy on the classes with many, some and few training samples, where there are such."""
+    """Accuracy on the classes with many, medium and few training samples, where there are such."""
     shots = report.shots
     if shots is None:
         return ""
@@ -244,7 +245,7 @@ def _picture(picture: Picture, folder: Path | None) -> str:
         content = path.read_bytes() if path.is_file() else b""
     if content.startswith(_PNG):
         source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
-        return f'<figure><img src="{source}" alt="{escape(picture.title)}">{caption}</figure>'
+        return f'<figure><div class="scroll"><img src="{source}" alt="{escape(picture.title)}"></div>{caption}</figure>'
     if content and picture.file.endswith(".txt"):
         text = content.decode("utf-8", errors="replace")
         shown = text[:_LONGEST_TEXT].rpartition("\n")[0] if len(text) > _LONGEST_TEXT else text
@@ -295,6 +296,10 @@ def _details(report: Report) -> str:
     steps = _steps(report)
     if steps:
         parts.append(f"<details><summary>What each step of the precision planner bought</summary>{steps}</details>")
+    for row in report.targets:
+        if row.selection is not None:
+            title = f"Students for {escape(row.name)}, {escape(metric_title(report.metric))} on the validation split"
+            parts.append(f"<details><summary>{title}</summary>{_students(row, report.metric)}</details>")
     parts.append(f"<details><summary>Measurements</summary>{_measurements(report)}</details>")
     if report.training or report.stages:
         parts.append(f"<details open><summary>Training and stages</summary>{_cost(report)}</details>")
@@ -360,6 +365,23 @@ def _steps(report: Report) -> str:
             rows.append(f"<tr>{''.join(cells)}</tr>")
     heads = [("Target", ""), ("Step", ""), ("MiB", "number"), (metric_head, "number"), ("time", "number"), ("", "")]
     return _table(heads, rows) if rows else ""
+
+
+def _students(row: TargetRow, metric: str) -> str:
+    """Every student that a target might have got, and what became of it."""
+    head = f"{metric_title(metric)} %"
+    rows = []
+    for arch, file, value, latency, fate, reason in choice_rows(row.selection) if row.selection is not None else ():
+        cells = [
+            _cell(escape(arch), look="name"),
+            _cell(escape(file)),
+            _cell(value, head, "number"),
+            _cell(latency, "ms", "number"),
+            _cell(f"<strong>{fate}</strong>" if fate == "chosen" else fate),
+            _cell(escape(reason)),
+        ]
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    return _table([("Student", ""), ("File", ""), (head, "number"), ("ms", "number"), ("", ""), ("", "")], rows)
 
 
 def _measurements(report: Report) -> str:

@@ -207,6 +207,112 @@ class PlanStep(Part):
     note: str = ""
 
 
+CostSource = Literal["measured", "calibrated", "assumed", "bound"]
+"""How a cost is known: run on the device; predicted by its calibration; its roofline bound over an assumed efficiency;
+a lower end."""
+
+
+class RankedStudent(Part):
+    """A member of the pool that fits the target, as far as it was told apart from the others."""
+
+    arch: str
+    by: Literal["supernet", "trial", "capacity"]
+    score: Charted = None
+    """The metric on the validation split with shared weights or after the longest trial; multiply-adds."""
+    epochs: float | None = None
+    """Of that trial."""
+    validation: Charted = None
+    """The metric after its full training, in PyTorch; None where it was not trained in full."""
+
+
+class RejectedStudent(Part):
+    """One architecture in one precision that was not chosen, and the limit or the figure that decided."""
+
+    arch: str
+    precision: str
+    reason: str
+    """With the numbers: "latency ~0.61 ms, limit 0.4"; a tilde marks a prediction."""
+    limit: LimitName | None = None
+    """None: it is within the limits, but less accurate."""
+    needs: float | None = None
+    allowed: float | None = None
+    source: CostSource = "bound"
+
+
+class Attempt(Part):
+    """One exported file of a student that was trained in full."""
+
+    arch: str
+    name: str
+    """Of the file: fp32, fp16, int8, int8-fp16."""
+    precision: str
+    metric: float
+    """On the validation split."""
+    latency_ms: float | None = None
+    """The bound that decides where it was measured, else what is expected; see `source`."""
+    source: CostSource
+    passes: bool
+    """Within every limit that is known about it."""
+    problem: str = ""
+    """What it is over, with the numbers."""
+    chosen: bool = False
+
+
+class Selection(Part):
+    """How a target's student was chosen from the pool of `[student]`."""
+
+    pool: int
+    """Architectures in it."""
+    fitting: int
+    """Those that are within the limits in one precision at least, by what was known before any was trained."""
+    source: CostSource
+    """How their costs were known then."""
+    efficiency: float | None = None
+    """The share of its roofline that the device was taken to reach; None where that played no part."""
+    efficiency_from: str = ""
+    ranked: tuple[RankedStudent, ...] = ()
+    """Best first."""
+    attempts: tuple[Attempt, ...] = ()
+    """In the order in which they were made."""
+    rejected: tuple[RejectedStudent, ...] = ()
+    """By their cost, before any training; nearest first."""
+    passing: dict[LimitName, float] = Field(default_factory=dict)
+    """The least limits with which the nearest of the pool would have passed, where nothing does."""
+    shared_with: tuple[str, ...] = ()
+    """Other targets that got the same student."""
+
+    @property
+    def chosen(self) -> Attempt | None:
+        """The file that is shipped; None where no student could be made for the limits."""
+        return next((attempt for attempt in self.attempts if attempt.chosen), None)
+
+
+class SharedTraining(Part):
+    """A network that was trained once, and the targets that it served."""
+
+    role: Literal["teacher", "trial", "student"]
+    arch: str
+    epochs: float
+    seconds: float
+    targets: tuple[str, ...]
+
+
+class Sharing(Part):
+    """What choosing for several targets at once did not do twice."""
+
+    trainings: tuple[SharedTraining, ...]
+
+    @property
+    def seconds(self) -> float:
+        """All trainings, once each."""
+        return sum(training.seconds for training in self.trainings)
+
+    @property
+    def separate_seconds(self) -> float:
+        """The same, had every target been a run of its own."""
+        return sum(training.seconds * len(training.targets) for training in self.trainings)
+
+
 class TargetRow(Part):
     """One target: its device, its artefact, what was measured and what follows."""
 
@@ -248,6 +354,8 @@ class TargetRow(Part):
     candidates: tuple[CandidateRow, ...] = ()
     steps: tuple[PlanStep, ...] = ()
     """What the precision planner tried, in order."""
+    selection: Selection | None = None
+    """None where the recipe names the student."""
     why: tuple[str, ...] = ()
     """Reasons of the choice and the verdict, one line each."""
     fixes: tuple[str, ...] = ()
@@ -315,7 +423,7 @@ class CurvePoint(Part):
 class TrainingRun(Part):
     """What training one network cost and how it went."""
 
-    role: Literal["teacher", "student", "no teacher"]
+    role: Literal["teacher", "student", "trial", "no teacher"]
     arch: str
     objective: str
     strategy: str = "frozen"
@@ -376,7 +484,7 @@ class ShotRow(Part):
 
 
 class Shots(Part):
-    """How the classes with many, some and few training samples fare, where the training split has a long tail."""
+    """How the classes with many, medium and few training samples fare, where the training split has a long tail."""
 
     groups: tuple[ShotGroup, ...]
     """Many first; a group without classes is left out."""
@@ -512,6 +620,8 @@ class Report(Part):
     """None where the classes have similarly many training samples, or several labels per sample."""
     exploration: Exploration | None = None
     """None where the students learned on their data alone."""
+    sharing: Sharing | None = None
+    """None where no student was chosen from a pool."""
     data: DataFacts
     notes: tuple[str, ...] = ()
 

@@ -249,7 +249,7 @@ def to_markdown(report: Report) -> str:
 
 
 def _shots(report: Report) -> list[str]:
-    """The table of the classes with many, some and few training samples, and an empty line; nothing without them."""
+    """The table of the classes with many, medium and few training samples, and an empty line; nothing without them."""
     shots = report.shots
     if shots is None:
         return []

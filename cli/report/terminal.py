@@ -29,6 +29,7 @@ from cli.report.words import (
     SHOT_HEADING,
     VERDICT_WORDS,
     bound_words,
+    choice_rows,
     counts_line,
     date,
     device_words,
@@ -349,7 +350,7 @@ def _footnotes(report: Report, style: Style) -> list[Text]:
 
 
 def _shots(report: Report, style: Style) -> list[Text]:
-    """Accuracy on the classes with many, some and few training samples, where there are such."""
+    """Accuracy on the classes with many, medium and few training samples, where there are such."""
     shots = report.shots
     if shots is None:
         return []
@@ -515,6 +516,19 @@ def _all(report: Report, style: Style) -> list[Text]:
     if limits:
         heads = ["target", "limit of", "value", "interval", "limit", "", ""]
         out += section("Limits", _grid(heads, limits, {0, 1, 5, 6}, style))
+
+    for row in report.targets:
+        if row.selection is not None:
+            students = [(list(cells[:5]), cells[5]) for cells in choice_rows(row.selection)]
+            heads = ["student", "file", f"{metric_title(report.metric)} %", "ms", ""]
+            out += section(f"Students for {style.clean(row.name)}", _grid(heads, students, {0, 1, 4}, style))
+    if report.sharing is not None:
+        shared = [
+            ([each.role, each.arch, plain_number(each.epochs), duration(each.seconds)], ", ".join(each.targets))
+            for each in report.sharing.trainings
+        ]
+        heads = ["trained once", "arch", "epochs", "time"]
+        out += section("Trained once, and for which targets", _grid(heads, shared, {0, 1}, style))
 
     more: list[tuple[list[str], str]] = []
     for row in report.targets:

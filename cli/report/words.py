@@ -10,17 +10,22 @@ from datetime import datetime
 from rich.cells import cell_len
 
 from cli.report.schema import (
+    Attempt,
+    CostSource,
     Difference,
     LatencyValue,
     LimitName,
     LimitVerdict,
     PlanStep,
+    RankedStudent,
     Report,
+    Selection,
     ShotGroup,
     ShotName,
     TargetRow,
 )
 from cli.report.verdict import RowVerdict
+from distill.exploration.section import least_kept, starved_classes
 
 VERDICT_WORDS: dict[RowVerdict, str] = {
     "pass": "PASS",
@@ -216,6 +221,118 @@ def step_figures(step: PlanStep) -> list[str]:
     ]
 
 
+_COSTS: dict[CostSource, str] = {
+    "measured": "measured here with fresh weights",
+    "calibrated": "predicted by the device's calibration",
+    "assumed": "expected",
+    "bound": "known at the least",
+}
+_NEAREST = 3
+"""Students that were not chosen, in a report that does not show all of them."""
+
+
+def selection_lines(selection: Selection, arch: str) -> list[str]:
+    """Why a target got this student: what it stands for, from how many it was chosen, and the nearest of the others.
+
+    Args:
+        selection: how it was chosen.
+        arch: the student; where none could be made, the nearest.
+    """
+    chosen, passing = selection.chosen, [attempt for attempt in selection.attempts if attempt.passes]
+    cost = _COSTS[selection.source]
+    if selection.efficiency is not None:
+        cost += f" at {percent(selection.efficiency, 0)} % of its peaks ({selection.efficiency_from})"
+    fit = f"{selection.fitting} of {selection.pool} students fit, costs {cost}"
+    lines = []
+    if chosen is None and not selection.fitting:
+        lines.append(f"none of the {selection.pool} students of the pool is within the limits, costs {cost}")
+    elif chosen is None:
+        lines.append(fit)
+    else:
+        figures = f"{arch} {chosen.name}: {percent(chosen.metric)} % on validation"
+        if chosen.passes and len(passing) > 1:
+            lines.append(f"{figures}, most accurate of {len(passing)} files within the limits")
+        elif chosen.passes:
+            lines.append(f"{figures}, the only file within the limits")
+        else:
+            lines.append(f"no file of {trained_words(selection)} is within the limits; nearest: {figures}")
+        lines.append(f"{fit}; {trained_words(selection)} trained in full: {ranking_words(selection.ranked)}")
+    others = [f"not {line}" for line in _over(selection) if chosen is None or line != attempt_words(chosen)]
+    lines += others[:_NEAREST]
+    if selection.shared_with:
+        lines.append(f"the same student as {', '.join(selection.shared_with)}")
+    return lines
+
+
+def trained_words(selection: Selection) -> str:
+    """ "2 students": how many were trained in full and exported for the target."""
+    count = len({attempt.arch for attempt in selection.attempts})
+    return f"{count} student{'' if count == 1 else 's'}"
+
+
+def ranking_words(rows: Iterable[RankedStudent]) -> str:
+    """How the candidates were told apart before that."""
+    known = [row for row in rows if row.score is not None]
+    if not known:
+        return "without trials, as no more of them were candidates"
+    if known[0].by == "supernet":
+        return f"best of {len(known)} by their accuracy with shared weights"
+    if known[0].by == "capacity":
+        return f"largest of {len(known)} by multiply-adds"
+    return f"best of {len(known)} in short trainings"
+
+
+def attempt_words(attempt: Attempt) -> str:
+    """One exported file and what is against it: "conv-w24-d1-k3 fp32: latency 0.46 ms, limit 0.4 ms: FAIL"."""
+    return f"{attempt.arch} {attempt.name}: {attempt.problem}"
+
+
+def _over(selection: Selection) -> list[str]:
+    """What was not chosen because of a limit: first what was made, then what was not, nearest first."""
+    made = [attempt_words(attempt) for attempt in selection.attempts if attempt.problem]
+    return made + [f"{row.arch} {row.precision}: {row.reason}" for row in selection.rejected]
+
+
+def choice_rows(selection: Selection) -> list[tuple[str, str, str, str, str, str]]:
+    """All that is known of the students that a target might have got: student, file, metric %, ms, fate, reason.
+
+    What was exported, then what was told apart before any was trained in full, then what was over a limit from the
+    start, nearest first. A tilde marks a latency that was not measured.
+    """
+    rows = []
+    for made in selection.attempts:
+        mark = "" if made.source == "measured" else "~"
+        latency = "-" if made.latency_ms is None else mark + milliseconds(made.latency_ms)
+        fate = "chosen" if made.chosen else "passes" if made.passes else "rejected"
+        rows.append((made.arch, made.name, percent(made.metric), latency, fate, made.problem))
+    exported = {made.arch for made in selection.attempts}
+    for row in selection.ranked:
+        trained = "" if row.validation is None else f"{percent(row.validation)} % after its full training"
+        if row.by == "capacity":
+            figure, how = "-", "" if row.score is None else f"{row.score / 1e6:,.2f} million multiply-adds"
+        else:
+            figure = percent(row.score)
+            how = "with shared weights" if row.by == "supernet" else ""
+            if row.by == "trial":
+                how = "no trial" if row.epochs is None else f"trial of {plain_number(row.epochs)} epochs"
+        fate = "exported" if row.arch in exported else "trained" if row.validation is not None else "fits"
+        rows.append((row.arch, "", figure, "-", fate, "; ".join(part for part in (how, trained) if part)))
+    rows += [(row.arch, row.precision, "-", "-", "rejected", row.reason) for row in selection.rejected]
+    return rows
+
+
+def sharing_note(report: Report) -> str:
+    """What choosing for several targets at once saved; empty where nothing was shared."""
+    sharing = report.sharing
+    if sharing is None or sharing.separate_seconds <= sharing.seconds:
+        return ""
+    saved = sharing.separate_seconds - sharing.seconds
+    return (
+        f"the targets share what was trained: {duration(sharing.seconds)} in all, {duration(sharing.separate_seconds)} "
+        f"in runs of their own ({duration(saved)} saved)"
+    )
+
+
 def bound_sentence(row: TargetRow) -> str:
     """The roofline bound, in words that nobody takes for a measurement; empty when there is none."""
     if row.roofline is None:
@@ -292,31 +409,30 @@ def exploration_notes(report: Report) -> list[str]:
         return []
     parts = [f"students explored: {found.summary}{' (control)' if found.control else ''}"]
     parts += [f"generator: {found.generator}"] if found.generator else []
-    kept = [(student.arch, student.kept) for student in found.students if student.kept is not None]
     which = len(found.students) > 1
-    if kept:
-        words = ", ".join(f"{percent(share, 0)} %{f' ({arch})' if which else ''}" for arch, share in kept)
-        parts.append(f"kept {words}{_least_kept(report)}")
-    return ["; ".join(parts)]
+    starved = []
+    for student in found.students:
+        name = f" ({student.arch})" if which else ""
+        rates = {label: share for label, share in student.kept_by_class.items() if share is not None}
+        if student.kept is not None:
+            least = f", {least_kept(rates)}" if rates else ""
+            parts.append(f"kept {percent(student.kept, 0)} %{least}{name}")
+        if told := starved_classes(rates):
+            fixes = ["a smaller explore.sigma"] * bool(found.sigma)
+            fixes += ["a smaller explore.threshold"] * (found.filter == "confidence")
+            starved.append(f"explore.filter: {told}{name}; {', or '.join([*fixes, 'another filter'])}")
+    return ["; ".join(parts), *starved]
 
 
 def other_notes(report: Report) -> list[str]:
     """The run's notes without those that the exploration's own lines repeat."""
+    shared = [note for note in (sharing_note(report),) if note]
     found = report.exploration
     if found is None:
-        return list(report.notes)
+        return [*report.notes, *shared]
     told = (f"explores: {found.summary}", *(picture.file for picture in found.pictures))
-    return [note for note in report.notes if not note.endswith(told)]
-
-
-def _least_kept(report: Report) -> str:
-    """ ", of Shirt 41.0 %": the class that lost most to the filter."""
-    students = report.exploration.students if report.exploration is not None else ()
-    shares = [(share, name) for each in students for name, share in each.kept_by_class.items() if share is not None]
-    if not shares:
-        return ""
-    share, name = min(shares)
-    return f", least of {name}: {percent(share, 0)} %"
+    kept = (note for note in report.notes if not note.endswith(told) and not note.startswith("explore.filter keeps "))
+    return [*kept, *shared]
 
 
 def wrap(text: str, width: int, first: str = "", indent: str = "") -> list[str]:

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from distill.data.dataset import Dataset, Task
 from distill.exploration.further import Judge, Made, Maker, Pool, Seeds, no_unlabelled
 from distill.exploration.generator import ImageGenerator, TextGenerator
-from distill.exploration.section import GENERATED, SMALLEST_KEEP_RATE, ExploreSection, given
+from distill.exploration.section import (
+    GENERATED,
+    KEPT,
+    SMALLEST_KEEP_RATE,
+    ExploreSection,
+    given,
+    least_kept,
+    starved_classes,
+)
 from distill.exploration.space import Draws, Orders, divergence
 from distill.networks import seeded
 from distill.objectives.base import at_least_float32
@@ -45,7 +53,6 @@ _SMALLEST_SHARE = 2
 _LOOK = 10
 """Every tenth step of an epoch the student is asked in eval mode how far it is from the teacher."""
 _RADII = (0.5, 1.0, 2.0)
-_COLUMNS = 8
 
 
 class _Ready(NamedTuple):
@@ -95,6 +102,7 @@ class Exploration(Strategy):
         subclasses: per class, where the teacher's logits are those of subclasses.
         generated: the fixed set of `versions`; epoch e learns on version e modulo V.
         batch_size: further inputs per step where the section names none; None: as many as real ones.
+        say: is told, after the first epoch, what the filter keeps.
 
     Raises:
         InputError: a teacher that cannot be asked, or without what the section wants of it; nothing to explore around,
@@ -115,12 +123,14 @@ class Exploration(Strategy):
         subclasses: int | None = None,
         generated: GeneratedSet | None = None,
         batch_size: int | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         if section.kind == "none":
             raise ValueError('kind "none" has nothing to explore')
         self.section, self.labeller, self.dataset = section, teacher, dataset
         self.generator, self.unlabelled, self.generated = generator, unlabelled, generated
         self.subclasses, self._batch_size = subclasses, batch_size
+        self._say = say
         self._multilabel = dataset.task == "multilabel"
         knows_classes = labels_classes(teacher, dataset, subclasses)
         self.match: Literal["kd", "objective"] = section.match or ("kd" if knows_classes else "objective")
@@ -404,9 +414,12 @@ class Exploration(Strategy):
             figures["explore/divergence"], gain = (self._looked / self._looks).tolist()
             if self.section.kind == "gradient":
                 figures["explore/gain"] = gain
-        figures |= self.generated.keep_rates if self.generated is not None else self._check_kept("of this epoch's")
+        rates = self.generated.keep_rates if self.generated is not None else self._check_kept("of this epoch's")
+        if rates and self._say is not None:
+            self._say(f"explore.filter {_kept_in_words(self.section, rates)}")
+            self._say = None
         self._forget()
-        return figures
+        return {**figures, **rates}
 
     def _check_kept(self, what: str) -> dict[str, float]:
         """Keep rates by the names that the metrics give them; none without a filter."""
@@ -429,9 +442,11 @@ class Exploration(Strategy):
     def picture(
         self, path: Path, student: Student, objective: Composition, *, radii: Sequence[float] = _RADII, seed: int = 0
     ) -> None:
-        """A PNG: eight real images in its first row, and below what exploration makes of them at other radii.
+        """A PNG: real images in its first row, and below what exploration makes of them at other radii.
 
-        Below each image stands the teacher's word for it, where it has one.
+        Of a training split with classes every class has an image, the rarest first, up to ten; its word stands above.
+        Below each image stands the teacher's word for it, where it has one. The row of the section's own radius has a
+        frame.
 
         Args:
             path: of the PNG.
@@ -440,15 +455,17 @@ class Exploration(Strategy):
             radii: factors of sigma, one row each.
             seed: of the draws, which are the same in all rows.
         """
-        from distill.exploration.pictures import grid
+        from distill.exploration.pictures import grid, one_per_class, spread
 
         device = self.labeller.device if isinstance(self.labeller, NetworkTeacher) else torch.device("cpu")
         place = next(student.parameters()).device
         self._device = device
         pool = Pool(self.section.around, self.dataset, self.unlabelled, device=device)
         maker = Maker(self.section, self.dataset, self.generator, device, seed)
-        count = min(_COLUMNS, len(pool))
-        seeds = pool.take(np.arange(count) * len(pool) // count)
+        shown = spread(len(pool))
+        if self.section.around != "unlabelled" and not self._multilabel:
+            shown = one_per_class(self.dataset.train.labels, self.dataset.classes)
+        seeds = pool.take(shown.rows)
 
         def logits(pixels: Tensor) -> Tensor:
             return objective.class_logits(at_least_float32(student(pixels).head))
@@ -460,14 +477,21 @@ class Exploration(Strategy):
             maker.make(seeds, Draws(seed, 0), step=0, judge=self._judge(logits), sigma=factor * self.section.sigma)
             for factor in radii
         ]
-        words = [self._words(row) for row in rows]
+        words = [row for row in map(self._words, rows) if row is not None]
         student.to(place)
         objective.to(place)
+        if words:
+            words[0] = [f"says {word}" for word in words[0]]
+        own = list(radii).index(1.0) if 1.0 in radii else None
+        titles = [f"sigma {factor * self.section.sigma:g}{' (chosen)' * (factor == 1)}" for factor in radii]
         grid(
             torch.stack([row.inputs.cpu() for row in rows]),
             path,
-            row_titles=["real", *(f"sigma {factor * self.section.sigma:g}" for factor in radii)],
-            captions=None if words[0] is None else [row for row in words if row is not None],
+            row_titles=["real", *titles],
+            captions=words or None,
+            column_titles=shown.titles,
+            heading=shown.heading,
+            marked=None if own is None else 1 + own,
         )
 
     def _words(self, shown: Made | Seeds) -> list[str] | None:
@@ -593,7 +617,15 @@ def check_keep_rates(
             evidence="kept per class: " + ", ".join(f"{name} {100 * rate:.1f} %" for name, rate in rates.items()),
             fix=_smaller(section, 'explore.filter = "none"'),
         )
-    return {"explore/kept": whole, **{f"explore/kept/{name}": rate for name, rate in rates.items()}}
+    return {KEPT: whole, **{f"{KEPT}/{name}": rate for name, rate in rates.items()}}
+
+
+def _kept_in_words(section: ExploreSection, rates: Mapping[str, float]) -> str:
+    """What a filter keeps, in all and of the worst classes. rates: as of `check_keep_rates`."""
+    by_class = {name.removeprefix(KEPT + "/"): rate for name, rate in rates.items() if name != KEPT}
+    words = f"keeps {100 * rates[KEPT]:.0f} % of the further inputs, {least_kept(by_class)}"
+    starved = starved_classes(by_class)
+    return f"{words}; {starved}: {_smaller(section, 'another filter')}" if starved else words
 
 
 def labels_classes(teacher: Teacher, dataset: Dataset, subclasses: int | None) -> bool:

@@ -76,8 +76,8 @@ def fit(
             of (seed, step) before.
         count: samples, at least 1. An epoch takes each once in a new order; the rest of a last, incomplete batch is
             left out (a batch is never larger than `count`).
-        folder: of the artefact to be; checkpoint and metrics are written to `<folder>.partial` after every epoch and at
-            Ctrl-C.
+        folder: of the artefact to be; checkpoint and metrics are written to `<folder>.partial` at Ctrl-C, and after
+            every epoch that ends 50 steps or more after they were last written.
         key: hash of everything that decides the weights; a checkpoint with another key is not taken up.
         epochs, batch_size, learning_rate: as in `[explore.generator]`; `learning_rate` is the peak.
         seed: of order and noise.
@@ -106,8 +106,10 @@ def fit(
                 run.one_step(task)
                 if run.step % run.steps_per_epoch == 0:
                     run.end_epoch()
-                    run.save()
-                elif stop.requested:
+                    # few inputs make short epochs, and writing would take longer than learning
+                    if run.step - run.saved >= _WINDOW or run.step == run.total:
+                        run.save()
+                if stop.requested and run.saved < run.step:
                     run.save()
                 if stop.requested and run.step < run.total:
                     raise Interrupted(
@@ -147,7 +149,7 @@ class _Fit:
             {"params": [p for p in self.parameters if p.dim() <= 1], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, fused=True)
-        self.step = 0
+        self.step = self.saved = 0
         self.order: Tensor | None = None
         self.history: list[dict[str, float]] = []
         self.names: list[str] = []
@@ -167,6 +169,7 @@ class _Fit:
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.history = state["step"], state["history"]
+        self.saved = self.step
         self.names, self.totals, self.window_start = state["names"], state["totals"], state["window_start"]
         self.window = None if state["window"] is None else state["window"].to(self.device)
         if self.step < self.total:
@@ -188,6 +191,7 @@ class _Fit:
         save_checkpoint(self.partial / _CHECKPOINT, state)
         with explain_os_errors(self.partial):
             write_text(self.partial / METRICS, lines(self.history))
+        self.saved = self.step
 
     def one_step(self, task: Task) -> None:
         """One optimiser step; the host never waits for the device here but every 50th time."""

@@ -20,7 +20,7 @@ from distill.exploration.space import Draws
 from distill.objectives.split_head import class_logits_of
 from distill.outputs import TeacherOutput
 from distill.teachers.teacher import NetworkTeacher, Teacher, TeacherBatch
-from profiles.artifact import content_key, create, current, explain_os_errors, read_manifest
+from profiles.artifact import content_key, create, current, explain_os_errors, open_array, read_manifest
 from profiles.errors import InputError
 from profiles.progress import Progress, Silent
 
@@ -142,19 +142,7 @@ def open_generated(folder: Path) -> GeneratedSet:
     manifest = read_manifest(folder, KIND)
 
     def array(name: str) -> Array | None:
-        path = folder / f"{name}.npy"
-        if path.name not in manifest.files:
-            return None
-        try:
-            opened: Array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"damaged set of generated inputs: {path.name}",
-                where=str(path),
-                evidence=str(error),
-                fix=f"delete {folder}; it is made anew",
-            ) from error
-        return opened
+        return open_array(folder, manifest, name, title="set of generated inputs")
 
     inputs, keep = array("inputs"), array("keep")
     if inputs is None or keep is None:

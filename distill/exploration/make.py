@@ -13,7 +13,7 @@ from distill.data.dataset import InputSpec
 from distill.distribution import default_device
 from distill.exploration.fit import METRICS, clear, fit, lines
 from distill.exploration.generator import ImageGenerator
-from distill.exploration.pictures import grid
+from distill.exploration.pictures import Columns, grid, spread
 from distill.exploration.section import GeneratorSection
 from distill.exploration.torch_generator import TorchGenerator
 from distill.exploration.vae import VAE, VAEGenerator
@@ -54,6 +54,7 @@ def make_image_generator(
     allow_code: bool = False,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
+    shown: Columns | None = None,
 ) -> ImageGenerator:
     """The generator of a recipe with images: trained (kind "vae"), or loaded and tried (kind "torch").
 
@@ -72,6 +73,7 @@ def make_image_generator(
         allow_code: the user allowed importing code that the recipe names.
         device: where it learns and then runs; None: the first GPU where there is one, else the CPU.
         progress: shows the training, and says how good the reconstructions are.
+        shown: the inputs that reconstructions.png has, with their words; None: some, evenly spread.
 
     Raises:
         InputError: a kind or inputs that do not fit, or a user's generator that cannot be used (where =
@@ -95,8 +97,8 @@ def make_image_generator(
             fix='around = "both", with [data.unlabelled]',
         )
     if section.kind == "torch":
-        return _torch_generator(section, inputs, folder, seed, base, allow_code, place, progress)
-    return _vae(section, inputs, spec, folder, seed, place, progress)
+        return _torch_generator(section, inputs, folder, seed, base, allow_code, place, progress, shown)
+    return _vae(section, inputs, spec, folder, seed, place, progress, shown)
 
 
 def _vae(
@@ -107,10 +109,12 @@ def _vae(
     seed: int,
     device: torch.device,
     progress: Progress,
+    shown: Columns | None,
 ) -> VAEGenerator:
     rate = _LEARNING_RATE if section.learning_rate == "auto" else section.learning_rate
     settings = section.model_dump(mode="json", include={"latent", "width", "beta"})
-    settings |= {"epochs": section.passes, "batch_size": section.batch}
+    epochs = section.passes(len(inputs))
+    settings |= {"epochs": epochs, "batch_size": section.batch}
     key = content_key(KIND, "vae", _FORM, settings, rate, list(spec.shape), spec.mean, spec.std, seed, inputs)
     with seeded(seed):
         network = VAE(spec, section.latent, section.width)
@@ -120,7 +124,7 @@ def _vae(
         return VAEGenerator(network.to(device), _read_std(folder))
 
     def loss(rows: Tensor) -> dict[str, Tensor]:
-        images = torch.from_numpy(np.asarray(inputs[rows.numpy()])).to(device)
+        images = _copied(inputs[rows.numpy()]).to(device)
         return network.loss(images, section.beta)
 
     history = fit(
@@ -129,7 +133,7 @@ def _vae(
         len(inputs),
         folder,
         key=key,
-        epochs=section.passes,
+        epochs=epochs,
         batch_size=section.batch,
         learning_rate=rate,
         seed=seed,
@@ -145,13 +149,13 @@ def _vae(
     with create(folder, KIND, key, info) as temporary:
         save_student(network, temporary / _WEIGHTS)
         (temporary / METRICS).write_text(lines(history), encoding="utf-8")
-        info |= _look(generator, mean, inputs, temporary, seed, progress)
+        info |= _look(generator, mean, inputs, temporary, seed, progress, shown)
         info["latents_in_use"] = int((std > _IN_USE).sum())
     clear(folder)
     if info["rmse"] > _NO_BETTER * info["rmse_of_the_mean"]:
         progress.note(
             "the generator's images show little of their originals: look at "
-            f"{folder / 'reconstructions.png'}; {_WHERE}.epochs above {section.passes} or a smaller beta helps"
+            f"{folder / 'reconstructions.png'}; {_WHERE}.epochs above {epochs} or a smaller beta helps"
         )
     return generator
 
@@ -165,8 +169,9 @@ def _torch_generator(
     allow_code: bool,
     device: torch.device,
     progress: Progress,
+    shown: Columns | None,
 ) -> TorchGenerator:
-    examples = torch.from_numpy(np.asarray(inputs[_spread(len(inputs), _SHOWN)]))
+    examples = _copied(inputs[_spread(len(inputs), _SHOWN)])
     generator = TorchGenerator(section, examples, base=base, seed=seed, device=device, allow_code=allow_code)
     key = content_key(KIND, "torch", _FORM, generator.identity, seed, inputs)
     if current(folder, KIND, key) is not None:
@@ -176,7 +181,7 @@ def _torch_generator(
     generator.set_latent_std(std)
     info: dict[str, Any] = {"kind": "torch"}
     with create(folder, KIND, key, info) as temporary:
-        info |= _look(generator, mean, inputs, temporary, seed, progress)
+        info |= _look(generator, mean, inputs, temporary, seed, progress, shown)
         info["latents_in_use"] = int((std > _SMALLEST_STD).sum())
     return generator
 
@@ -189,10 +194,10 @@ def _moments(generator: ImageGenerator, inputs: Array) -> tuple[Tensor, Tensor]:
     """
     sums: list[Tensor] = []
     # around the first sample, so that a large mean takes no digits from the deviations
-    shift = generator.encode(torch.from_numpy(np.asarray(inputs[:1]))).cpu().double()
+    shift = generator.encode(_copied(inputs[:1])).cpu().double()
     broken = 0
     for first in range(0, len(inputs), _CHUNK):
-        latents = generator.encode(torch.from_numpy(np.asarray(inputs[first : first + _CHUNK]))).cpu().double()
+        latents = generator.encode(_copied(inputs[first : first + _CHUNK])).cpu().double()
         broken += int((~latents.isfinite()).any(1).sum())
         away = latents - shift
         sums.append(torch.stack([away.sum(0), away.square().sum(0)]))
@@ -204,7 +209,13 @@ def _moments(generator: ImageGenerator, inputs: Array) -> tuple[Tensor, Tensor]:
 
 
 def _look(
-    generator: ImageGenerator, mean: Tensor, inputs: Array, folder: Path, seed: int, progress: Progress
+    generator: ImageGenerator,
+    mean: Tensor,
+    inputs: Array,
+    folder: Path,
+    seed: int,
+    progress: Progress,
+    shown: Columns | None,
 ) -> dict[str, float]:
     """Writes both pictures; says and returns how far reconstructions are off, in grey levels.
 
@@ -212,15 +223,23 @@ def _look(
         InputError: a user's decoder gives values that are not finite.
     """
     rows = _spread(len(inputs), _MEASURED)
-    real = torch.from_numpy(np.asarray(inputs[rows]))
+    real = _copied(inputs[rows])
     made = _images(generator, generator.encode(real))
     exact = real.double()
     info = {
         "rmse": float((made.double() - exact).square().mean().sqrt()),
         "rmse_of_the_mean": float((exact - exact.mean(0)).square().mean().sqrt()),
     }
-    shown = torch.from_numpy(_spread(len(real), _SHOWN))
-    grid(torch.stack([real[shown], made[shown]]), folder / "reconstructions.png", row_titles=["real", "made"])
+    columns = shown or spread(len(inputs))
+    real = _copied(inputs[columns.rows])
+    made = _images(generator, generator.encode(real))
+    grid(
+        torch.stack([real, made]),
+        folder / "reconstructions.png",
+        row_titles=["real", "made"],
+        column_titles=columns.titles,
+        heading=columns.heading,
+    )
     noise = torch.randn(_SAMPLE_ROWS * _SHOWN, len(mean), generator=torch.Generator().manual_seed(seed))
     std = generator.latent_std
     samples = _images(generator, mean.to(std.device) + noise.to(std.device) * std)
@@ -252,6 +271,11 @@ def _refuse_not_finite(generator: ImageGenerator, name: str, broken: int, count:
         evidence=f"for {broken} of {count} samples",
         fix=f"a smaller {_WHERE}.learning_rate",
     )
+
+
+def _copied(images: Array) -> Tensor:
+    """A tensor of its own: what is mapped from disk cannot be written, of which torch warns."""
+    return torch.from_numpy(np.array(images))
 
 
 def _spread(count: int, most: int) -> Array:

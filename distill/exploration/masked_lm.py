@@ -100,7 +100,11 @@ def make_text_generator(
             fix='learn = "auto" trains one on the unlabelled texts',
         )
     rate = _LEARNING_RATE if section.learning_rate == "auto" else section.learning_rate
-    training = [] if learn == "nothing" else [section.passes, section.batch, rate]
+    training: list[Any] = []
+    if learn != "nothing":
+        training = [section.passes(len(texts)), section.batch, rate]
+        if section.min_steps is not None:
+            training.append(section.min_steps)  # fewer texts are learnt from than there are
     key = content_key("masked-lm", _FORM, generator.key, learn, training, list(texts), seed)
     manifest = artifact.current(folder, KIND, key)
     if manifest is not None:
@@ -143,7 +147,7 @@ def make_text_generator(
             len(rows),
             folder,
             key=key,
-            epochs=section.passes,
+            epochs=section.passes(len(rows)),
             batch_size=section.batch,
             learning_rate=rate,
             seed=seed,

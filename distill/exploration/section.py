@@ -12,11 +12,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from profiles.section import Arguments, Section
+from profiles.section import Arguments, Section, Unfit
 
 ExploreKind = Literal["none", "random", "gradient", "reconstructed", "augmented", "real"]
 GeneratorKind = Literal["vae", "torch", "masked-lm"]
@@ -27,6 +28,9 @@ CONTROLS: frozenset[str] = frozenset({"reconstructed", "augmented", "real"})
 """Kinds that are there to be compared with."""
 SMALLEST_KEEP_RATE = 0.05
 """A filter that keeps less than this share leaves nothing to learn from."""
+KEPT = "explore/kept"
+"""The figure of the metrics with the share that a filter kept; by class below it."""
+_WORST, _NAMED = 3, 8
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -41,7 +45,10 @@ class GeneratorSection(Section):
       head for it, such as a sentence encoder's, gets one with tied embeddings that edgestill trains (`learn`).
     """
 
-    kind: GeneratorKind | None = Field(None, description='default: "vae" for images, "masked-lm" for texts')
+    kind: GeneratorKind | None = Field(
+        None,
+        description="vae (trained here) or torch (your own) for images, masked-lm for texts; default: vae or masked-lm",
+    )
     latent: int = Field(32, ge=1, le=4096, description="dimensions of the latent space of the VAE")
     width: int = Field(32, ge=4, le=512, description="channels of the VAE's first layer")
     beta: _Positive = Field(1.0, description="weight of the VAE's KL term; smaller: sharper images, rougher space")
@@ -49,6 +56,12 @@ class GeneratorSection(Section):
         None,
         ge=1,
         description="passes of the generator's own training over the inputs; default: 20 (vae), 3 (masked-lm)",
+    )
+    min_steps: int | None = Field(
+        None,
+        ge=1,
+        description="at least so many steps of the generator's own training: few inputs get more passes for it; "
+        "default: 500 for a VAE whose epochs are not named, else none",
     )
     batch_size: int | None = Field(
         None, ge=1, description="samples per step of the generator's own training; default: 128 (vae), 32 (masked-lm)"
@@ -62,8 +75,8 @@ class GeneratorSection(Section):
     model: str | None = Field(None, description="folder or hub name of the masked language model")
     learn: Literal["auto", "nothing", "head", "all"] = Field(
         "auto",
-        description="what of the masked language model is trained on the texts first; auto: all where the model comes "
-        "without a head for it, else nothing",
+        description="what of the masked language model is trained on the texts first: nothing, head, or all; auto: all "
+        "where the model comes without a head for it, else nothing",
     )
     mask: tuple[_Share, _Share] = Field(
         (0.15, 0.3), description="smallest and largest share of a text's tokens that are masked and refilled"
@@ -75,24 +88,33 @@ class GeneratorSection(Section):
         if self.kind is not None:
             for name in given(self):
                 if name not in KEYS_OF_GENERATOR[self.kind]:
-                    raise ValueError(
+                    owners = " or ".join(f'"{kind}"' for kind, keys in KEYS_OF_GENERATOR.items() if name in keys)
+                    raise Unfit(
                         f'"{name}" does not belong to a generator of kind "{self.kind}"; '
-                        f"its keys: {', '.join(sorted(KEYS_OF_GENERATOR[self.kind] - {'kind'}))}"
+                        f"its keys: {', '.join(sorted(KEYS_OF_GENERATOR[self.kind] - {'kind'}))}",
+                        f"leave explore.generator.{name} out, or explore.generator.kind = {owners}",
                     )
         if self.kind == "torch" and self.factory is None:
-            raise ValueError('a generator of kind "torch" needs "factory"')
+            raise Unfit('a generator of kind "torch" needs "factory"', 'factory = "package.module:name"')
         if self.kind == "masked-lm" and self.model is None:
-            raise ValueError('a generator of kind "masked-lm" needs "model"')
+            raise Unfit('a generator of kind "masked-lm" needs "model"', 'model = "a folder or hub name"')
         if self.mask[0] > self.mask[1]:
-            raise ValueError(f"mask = [{self.mask[0]:g}, {self.mask[1]:g}]: the smallest share first")
+            shown = f"mask = [{self.mask[0]:g}, {self.mask[1]:g}]"
+            raise Unfit(f"{shown}: the smallest share first", f"mask = [{self.mask[1]:g}, {self.mask[0]:g}]")
         return self
 
+    def passes(self, samples: int) -> int:
+        """`epochs`, or the default of the kind, or as many more as `samples` inputs need for `min_steps`."""
+        is_vae = self.model is None
+        own = self.epochs or (20 if is_vae else 3)
+        least = self.min_steps or (_MIN_STEPS if is_vae and self.epochs is None else 1)
+        steps_per_epoch = samples // max(1, min(self.batch, samples)) or 1
+        return max(own, -(-least // steps_per_epoch))
+
     @property
-    def passes(self) -> int:
-        """`epochs`, or the default of the kind."""
-        if self.epochs is not None:
-            return self.epochs
-        return 20 if self.model is None else 3
+    def hashed(self) -> dict[str, Any]:
+        """The values that a hash takes; `min_steps` only where it is given, so that keys of older versions hold."""
+        return self.model_dump(mode="json", exclude={"min_steps"} if self.min_steps is None else None)
 
     @property
     def batch(self) -> int:
@@ -102,7 +124,8 @@ class GeneratorSection(Section):
         return 128 if self.model is None else 32
 
 
-_TRAINED = frozenset({"epochs", "batch_size", "learning_rate"})
+_MIN_STEPS = 500
+_TRAINED = frozenset({"epochs", "min_steps", "batch_size", "learning_rate"})
 KEYS_OF_GENERATOR: dict[GeneratorKind, frozenset[str]] = {
     "vae": frozenset({"kind", "latent", "width", "beta"}) | _TRAINED,
     "torch": frozenset({"kind", "factory", "kwargs", "weights"}),
@@ -142,12 +165,13 @@ class ExploreSection(Section):
         "ones in every step",
     )
     sigma: float = Field(
-        1.0, ge=0, allow_inf_nan=False, description="radius, in standard deviations of the latents (random, gradient)"
+        0.5, ge=0, allow_inf_nan=False, description="radius, in standard deviations of the latents (random, gradient)"
     )
     steps: int = Field(1, ge=1, le=3, description="ascent steps of gradient exploration")
     filter: Literal["none", "confidence", "agreement"] = Field(
         "none",
-        description="keep what the teacher is sure of (threshold), or calls as it calls the real input",
+        description="which inputs to keep: none drops nothing; confidence: those that the teacher is sure of "
+        "(threshold); agreement: those that it calls as it calls the real input",
     )
     threshold: float = Field(0.5, gt=0, lt=1, description="smallest probability of the teacher's class (confidence)")
     generator: GeneratorSection = Field(GeneratorSection(), description="what makes the inputs")
@@ -157,21 +181,40 @@ class ExploreSection(Section):
         for name in given(self):
             if self.kind not in KINDS_OF_KEY.get(name, frozenset({self.kind})):
                 wanted = " or ".join(f'"{kind}"' for kind in sorted(KINDS_OF_KEY[name]))
-                raise ValueError(f'"{name}" belongs to kind {wanted}, this one is "{self.kind}"')
+                kinds = ",".join([max(KINDS_OF_KEY[name] - CONTROLS), self.kind])
+                raise Unfit(
+                    f'"{name}" belongs to kind {wanted}, this one is "{self.kind}"',
+                    f"leave explore.{name} out; or compare kinds, each with the keys that it has: "
+                    f"edgestill study RECIPE --vary explore.kind={kinds}",
+                )
         if self.filter != "confidence" and "threshold" in given(self):
-            raise ValueError('"threshold" belongs to filter = "confidence"')
+            raise Unfit(
+                '"threshold" belongs to filter = "confidence"',
+                'explore.filter = "confidence", or leave explore.threshold out',
+            )
         if self.match == "objective" and self.tau is not None:
-            raise ValueError('"tau" belongs to match = "kd"; an objective has its own')
+            raise Unfit(
+                '"tau" belongs to match = "kd"; an objective has its own',
+                'explore.match = "kd", or leave explore.tau out',
+            )
         if self.kind == "gradient" and self.sigma == 0:
-            raise ValueError('sigma = 0 leaves nothing to explore; kind = "reconstructed" is that control')
+            raise Unfit(
+                "sigma = 0 leaves nothing to explore",
+                'explore.sigma above 0; explore.kind = "reconstructed" is that control',
+            )
         if self.kind == "gradient" and self.generator.kind == "masked-lm":
-            raise ValueError('texts have no gradient to follow; use kind = "random", which refills masked tokens')
+            raise Unfit("texts have no gradient to follow", 'explore.kind = "random", which refills masked tokens')
         return self
 
     @property
     def generates(self) -> bool:
         """Whether a generator makes the inputs."""
         return self.kind in GENERATED
+
+    @property
+    def hashed(self) -> dict[str, Any]:
+        """The values that a hash takes."""
+        return {**self.model_dump(mode="json"), "generator": self.generator.hashed}
 
 
 _ALL_BUT_NONE: frozenset[str] = frozenset({"random", "gradient", "reconstructed", "augmented", "real"})
@@ -185,13 +228,33 @@ KINDS_OF_KEY: dict[str, frozenset[str]] = {
 """Keys that only some kinds read."""
 
 
+_FORMER: dict[str, Any] = {"sigma": 1.0}
+"""Former defaults, which recipes that were stored then spell out."""
+
+
 def given(section: Section) -> list[str]:
     """Keys whose values differ from the default; a stored recipe spells every default out."""
     return [
         name
         for name, field in type(section).model_fields.items()
-        if getattr(section, name) != field.get_default(call_default_factory=True)
+        if getattr(section, name) not in (field.get_default(call_default_factory=True), _FORMER.get(name))
     ]
+
+
+def least_kept(rates: Mapping[str, float]) -> str:
+    """ "least of Shirt: 41 %, Coat: 50 %": the classes that lost most to a filter. rates: shares kept, by class."""
+    worst = sorted(rates.items(), key=lambda entry: entry[1])[:_WORST]
+    return f"least of {', '.join(f'{name}: {100 * rate:.0f} %' for name, rate in worst)}"
+
+
+def starved_classes(rates: Mapping[str, float]) -> str:
+    """ "less than 5 % is kept of Shirt, ...": the classes of which a filter leaves too little; empty without any."""
+    names = [name for name, rate in rates.items() if rate < SMALLEST_KEEP_RATE]
+    if not names:
+        return ""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    listed = ", ".join(names[:_NAMED]) + more
+    return f"less than {100 * SMALLEST_KEEP_RATE:.0f} % is kept of {listed}, too little to learn from"
 
 
 class ExploreParameter(Section):
@@ -280,8 +343,18 @@ def _parameters(kind: ExploreKind) -> tuple[ExploreParameter, ...]:
     names = [name for name in ExploreSection.model_fields if kind in KINDS_OF_KEY.get(name, frozenset())]
     found = [_parameter(name, ExploreSection, name) for name in names if name != "generator"]
     if "generator" in names:
-        found += [_parameter(f"generator.{name}", GeneratorSection, name) for name in GeneratorSection.model_fields]
+        unread = _OF_TEXTS if kind in _OF_IMAGES else frozenset()
+        found += [
+            _parameter(f"generator.{name}", GeneratorSection, name)
+            for name in GeneratorSection.model_fields
+            if name not in unread
+        ]
     return tuple(found)
+
+
+_OF_IMAGES: frozenset[str] = frozenset({"gradient", "reconstructed"})
+_OF_TEXTS = KEYS_OF_GENERATOR["masked-lm"] - KEYS_OF_GENERATOR["vae"] - KEYS_OF_GENERATOR["torch"]
+"""Keys of a generator that kinds which images alone have never read."""
 
 
 def _parameter(name: str, section: type[Section], field: str) -> ExploreParameter:

@@ -27,8 +27,8 @@ class TorchGenerator(ImageGenerator):
     """What the factory returned, frozen, with its latents flattened.
 
     `encode` of the module gets float32 images in 0..1, (N, C, H, W), and returns latents (N, ...), or a tuple that
-    begins with them (mean, log-variance, ...). `decode` gets such latents and returns images in 0..1, (N, C, H, W);
-    what leaves 0..1 is cut off. Both are tried here, on `examples`.
+    begins with them (mean, log-variance, ...). `decode` gets such latents and returns images in 0..1, (N, C, H, W),
+    and nothing beside them; what leaves 0..1 is cut off. Both are tried here, on `examples`.
 
     `latent_std` is all ones until `set_latent_std`.
 
@@ -134,8 +134,12 @@ class TorchGenerator(ImageGenerator):
 
     def _decoded(self, latents: Tensor) -> Tensor:
         found = self._call("decode", latents)
-        if isinstance(found, tuple | list) and found:
-            found = found[0]
+        if isinstance(found, tuple | list):
+            self._refuse(
+                "decode returns several things where the images alone are wanted",
+                f"a {type(found).__name__} of {len(found)}",
+                "return the images, (N, C, H, W) in 0..1, without what stands beside them",
+            )
         if not isinstance(found, Tensor):
             self._refuse("decode returns no tensor", f"a {type(found).__name__}", "return images (N, C, H, W) in 0..1")
         return found.float()

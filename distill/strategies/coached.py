@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from distill.data.dataset import Dataset
 from distill.data.labels import Labels
+from distill.networks import load_state, read_state
 from distill.objectives.base import at_least_float32
 from distill.objectives.kd import binary_kd_loss, kd_loss
 from distill.outputs import StudentOutput, TeacherOutput
@@ -28,6 +29,7 @@ from profiles.metrics import primary_metric
 
 FORM = 1
 """Raise when the way a teacher learns, or which rows are held out, changes, so that older students are made anew."""
+TEACHER_FILE = "teacher.safetensors"
 _STREAM = 0xBA7C
 """Keeps the order of held-out batches apart from other draws of the same seed."""
 
@@ -390,10 +392,19 @@ class Coached(Strategy):
         self._sums = None if state["sums"] is None else state["sums"].to(self.run.device)
 
     def save(self, folder: Path) -> None:
-        """teacher.safetensors: the teacher after the last step, whichever epoch's student is kept."""
+        """TEACHER_FILE: the teacher after the last step, whichever epoch's student is kept."""
         from safetensors.torch import save_file
 
         # copies: the format has no tensors that share memory, as tied embeddings do
         weights = {name: value.detach().cpu().clone() for name, value in self.learner.network.state_dict().items()}
         with explain_os_errors(folder):
-            save_file({name: value.contiguous() for name, value in weights.items()}, folder / "teacher.safetensors")
+            save_file({name: value.contiguous() for name, value in weights.items()}, folder / TEACHER_FILE)
+
+    def load(self, folder: Path) -> None:
+        """Gives the teacher the weights that `save` wrote: it is then as it was after its last step.
+
+        Raises:
+            InputError: a file missing or damaged.
+        """
+        file = folder / TEACHER_FILE
+        load_state(self.learner.network, read_state(file, where=str(file)), file=file, where=str(file))

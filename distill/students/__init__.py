@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distill.students.arch import ConvArch, TextArch, default_arch, family_for, parse_arch, teacher_arch
-    from distill.students.pool import family_pool, parse_pool, restrict
+    from distill.students.pool import family_pool, parse_pool, restrict, student_pool
     from distill.students.section import torch_word
     from distill.students.student import Student, build_student, load_student, save_student
     from distill.students.supernet import Supernet
@@ -25,6 +25,7 @@ _HOMES = {
     "parse_pool": "pool",
     "restrict": "pool",
     "save_student": "student",
+    "student_pool": "pool",
     "teacher_arch": "arch",
     "torch_word": "section",
 }
@@ -42,6 +43,7 @@ __all__ = [
     "parse_pool",
     "restrict",
     "save_student",
+    "student_pool",
     "teacher_arch",
     "torch_word",
 ]

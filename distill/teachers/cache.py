@@ -14,7 +14,7 @@ from distill.data.dataset import Dataset, SplitName
 from distill.data.section import AugmentSection
 from distill.data.views import augment as augment_images
 from distill.teachers.teacher import Teacher, TeacherBatch
-from profiles.artifact import content_key, create, current, explain_os_errors, read_manifest
+from profiles.artifact import content_key, create, current, explain_os_errors, open_array, read_manifest
 from profiles.errors import EdgestillError, InputError
 from profiles.progress import Progress, Silent
 from profiles.section import Section
@@ -229,16 +229,7 @@ def open_cache(folder: Path, parts: CacheParts) -> TeacherCache:
         )
 
     def array(name: str) -> Array | None:
-        path = folder / f"{name}.npy"
-        if path.name not in manifest.files:
-            return None
-        try:
-            opened: Array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"damaged teacher cache: {path.name}", where=str(path), evidence=str(error), fix=f"delete {folder}"
-            ) from error
-        return opened
+        return open_array(folder, manifest, name, title="teacher cache")
 
     arrays = {f"{split}_{quantity}": array(f"{split}_{quantity}") for split in _SPLITS for quantity in _QUANTITIES}
     embedding, logits = arrays["train_embedding"], arrays["train_logits"]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
@@ -30,6 +33,28 @@ _DTYPES = {
 }
 _PROVIDER = "CPUExecutionProvider"
 _ERRORS_ONLY = 3
+_KERNEL = "_kernel_time"
+_SKIPPED_RUNS = 5
+
+
+def _settings(threads: int | None) -> Any:
+    """The session options of every measurement."""
+    settings = ort.SessionOptions()
+    settings.log_severity_level = _ERRORS_ONLY
+    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    settings.inter_op_num_threads = 1
+    settings.intra_op_num_threads = threads or 0
+    return settings
+
+
+def _open(model: Path, settings: Any) -> Any:
+    if not model.is_file():
+        raise InputError("no such model file", where=str(model), fix="name an .onnx file that exists")
+    try:
+        return ort.InferenceSession(str(model), settings, providers=[_PROVIDER])
+    except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
+        raise _load_error(error, model) from error
 
 
 class OnnxRuntimeSession:
@@ -40,18 +65,7 @@ class OnnxRuntimeSession:
 
     def __init__(self, model: Path, threads: int | None) -> None:
         self._model = model
-        settings = ort.SessionOptions()
-        settings.log_severity_level = _ERRORS_ONLY
-        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        settings.inter_op_num_threads = 1
-        settings.intra_op_num_threads = threads or 0
-        if not model.is_file():
-            raise InputError("no such model file", where=str(model), fix="name an .onnx file that exists")
-        try:
-            self._session: Any = ort.InferenceSession(str(model), settings, providers=[_PROVIDER])
-        except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
-            raise _load_error(error, model) from error
+        self._session: Any = _open(model, _settings(threads))
         self.inputs = _specs(self._session.get_inputs(), model)
         self.outputs = _specs(self._session.get_outputs(), model)
         self.options: dict[str, Any] = {
@@ -171,6 +185,72 @@ def run_model(
             collected[name].append(output[:kept])
     session.close()
     return {name: np.concatenate(parts) for name, parts in collected.items()}
+
+
+class TracedNode(NamedTuple):
+    """One node of the optimised graph as the runtime's profiler saw it.
+
+    outputs: (dtype as the runtime writes it, shape) of every output. microseconds: of its kernel, the mean of the runs'
+    middle half.
+    """
+
+    name: str
+    operator: str
+    outputs: tuple[tuple[str, tuple[int, ...]], ...]
+    microseconds: float
+
+
+def trace(
+    model: Path, inputs: Mapping[str, Array], optimised: Path, *, threads: int | None, runs: int = 1
+) -> tuple[TracedNode, ...]:
+    """Runs the model under the runtime's profiler: the nodes in the order in which they ran, with their real shapes.
+
+    Args:
+        model: an ONNX file.
+        inputs: one query, by input name.
+        optimised: where the graph goes that the runtime made of the model and ran; its weights and attributes are not
+            in the trace.
+        threads: threads inside an operator.
+        runs: queries; a few more come before, uncounted, when there are several.
+
+    Raises:
+        InputError: missing or damaged file, inputs that the graph does not take.
+        EdgestillError: the runtime cannot load or run the model.
+    """
+    with tempfile.TemporaryDirectory(prefix="edgestill-") as folder:
+        settings = _settings(threads)
+        settings.optimized_model_filepath = str(optimised)
+        settings.enable_profiling = True
+        settings.profile_file_prefix = str(Path(folder) / "trace")
+        session = _open(model, settings)
+        check_inputs(inputs, _specs(session.get_inputs(), model), model)
+        skipped = _SKIPPED_RUNS if runs > 1 else 0
+        try:
+            for _ in range(skipped + runs):
+                session.run(None, dict(inputs))
+        except Exception as error:
+            raise _run_error(error, model) from error
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    seen: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):
+            seen[event["args"]["node_index"]].append(event)
+    return tuple(_traced(found, skipped) for found in seen.values())
+
+
+def _traced(events: list[dict[str, Any]], skipped: int) -> TracedNode:
+    first = events[0]
+    durations = np.sort([event["dur"] for event in events[skipped:]])
+    quarter = len(durations) // 4
+    return TracedNode(
+        name=first["name"].removesuffix(_KERNEL),
+        operator=first["args"]["op_name"],
+        outputs=tuple(
+            (dtype, tuple(shape)) for entry in first["args"]["output_type_shape"] for dtype, shape in entry.items()
+        ),
+        # the profiler cuts to whole microseconds, which is half of one too little on average
+        microseconds=float(durations[quarter : len(durations) - quarter].mean()) + 0.5,
+    )
 
 
 def random_inputs(

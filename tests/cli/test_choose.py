@@ -52,6 +52,21 @@ def test_a_gain_within_the_noise_does_not_cost_accuracy() -> None:
     assert choose(options, ANY, FP32, {("int8", "fp32"): Gap(-0.02, -0.05, 0.01)}).name == "fp32"
 
 
+@pytest.mark.parametrize("gap", [Gap(-0.02, -0.03, -0.01), Gap(0.02, 0.01, 0.03)])
+def test_a_difference_that_all_samples_contradict_decides_nothing(gap: Gap) -> None:
+    slower_over_all = gap.value < 0
+    int8 = option("int8", 0.895, measured=1.14 if slower_over_all else 0.88)
+    choice = choose([option("fp32", 0.90, measured=1.0), int8], ANY, FP32, {("int8", "fp32"): gap})
+    assert choice.name == "fp32"
+    assert choice.rejected["int8"] == "not faster than fp32"
+
+
+def test_how_much_faster_is_said_by_what_was_measured_interleaved() -> None:
+    options = [option("fp32", 0.90, measured=1.0), option("int8", 0.895, measured=0.6)]
+    choice = choose(options, ANY, FP32, {("int8", "fp32"): Gap(-0.3, -0.31, -0.29)})
+    assert "30% faster" in choice.why[0]
+
+
 def test_without_a_floor_one_hundredth_of_the_metric_may_be_lost() -> None:
     gap = {("int8", "fp32"): Gap(-0.5, -0.6, -0.4)}
     collapsed = [option("fp32", 0.90, measured=1.0), option("int8", 0.88, measured=0.5)]

@@ -106,6 +106,31 @@ def test_published_names_are_found_in_any_case(name: str, kinds: list[str]) -> N
     assert shown.out.count("in a recipe") == len(kinds)
 
 
+def test_what_two_explorations_share_is_told_once_and_values_are_named() -> None:
+    words = " ".join(edgestill("methods", "tgt").out.split())
+    for name in ("explore.weight", "explore.filter", "explore.sigma", "explore.generator.latent"):
+        assert words.count(f"{name} ") == 1, name
+    shared, random, gradient = (
+        words.index(heading)
+        for heading in ("Setting (random, gradient)", "Setting (random alone)", "Setting (gradient alone)")
+    )
+    assert shared < words.index("explore.generator.width") < random
+    assert random < words.index("explore.generator.mask") < gradient < words.index("explore.steps")
+    for value in (
+        "none drops nothing",
+        "agreement:",
+        "confidence:",
+        "vae (",
+        "torch (",
+        "masked-lm for",
+        "head, or all",
+    ):
+        assert value in words, value
+    told = " ".join(edgestill("methods", "gradient").out.split())
+    assert "explore.generator.mask" not in told
+    assert "explore.generator.latent" in told
+
+
 def test_no_two_methods_share_the_name_that_a_recipe_gives_them() -> None:
     document = json.loads(edgestill("methods", "--json").out)
     kinds = [entry["kind"] for group in ("objectives", "strategies", "explorations") for entry in document[group]]

@@ -117,19 +117,27 @@ def test_a_teacher_that_learns_is_not_asked_once_and_for_all(folder: Path) -> No
     [
         ('kind = "rndom"', "explore.kind", 'did you mean "random"'),
         ('kind = "real"\nsigma = 2.0', "explore", '"sigma" belongs to kind "gradient" or "random"'),
+        ('kind = "real"\nsigma = 2.0', "explore", "fix: leave explore.sigma out; or compare kinds"),
         ('kind = "real"\nbatch_size = 1', "explore.batch_size", "greater than or equal to 2"),
         ('kind = "random"\nsteps = 2', "explore", '"steps" belongs to kind "gradient"'),
         ('kind = "gradient"\nversions = 2', "explore", '"versions" belongs to kind'),
         ('kind = "gradient"\nsigma = 0.0', "explore", '"reconstructed" is that control'),
         ('kind = "random"\nsigma = -1.0', "explore.sigma", "greater than or equal to 0"),
         ('kind = "random"\nthreshold = 0.9', "explore", 'belongs to filter = "confidence"'),
+        ('kind = "random"\nthreshold = 0.9', "explore", 'fix: explore.filter = "confidence", or leave'),
         ('kind = "random"\ngenerator = {kind = "torch"}', "explore.generator", 'needs "factory"'),
         ('kind = "random"\ngenerator = {kind = "vae", model = "x"}', "explore.generator", '"model" does not belong'),
+        ('kind = "random"\ngenerator = {kind = "vae", model = "x"}', "explore.generator", 'kind = "masked-lm"'),
         ('kind = "random"\nsigmma = 1.0', "explore.sigmma", 'did you mean "sigma"'),
     ],
 )
 def test_keys_that_do_not_fit_the_kind_name_themselves(folder: Path, explore: str, key: str, words: str) -> None:
     refused(folder, explored(folder, explore), key, words)
+
+
+def test_a_stored_recipe_may_spell_out_what_was_the_default_before(folder: Path) -> None:
+    for kind in ("none", "real"):
+        load_recipe(explored(folder, f'kind = "{kind}"\nsigma = 1.0', name="stored"))
 
 
 def test_a_filter_that_keeps_nearly_nothing_stops_with_the_keep_rates(folder: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from cli.own_data import look_at
+from cli.pipeline.exploration import check_explored
 from cli.recipe import load_recipe
 from profiles.errors import InputError
 from tests.cli.cli_runner import Result, edgestill
@@ -64,8 +65,32 @@ def test_every_key_has_a_comment_above_it(here: Path) -> None:
         if " = " in line and key.isidentifier() and not line.startswith("# '"):
             assert previous.startswith("# "), line
             assert " = " not in previous, line
-    switched_on = "\n".join(line.removeprefix("# ") if " = " in line else line for line in lines)
-    assert tomllib.loads(switched_on)["target"][0]["memory_mib"] == 500.0
+    assert tomllib.loads(switched_on(lines))["target"][0]["memory_mib"] == 500.0
+
+
+def switched_on(lines: list[str]) -> str:
+    """The recipe with every key and table that is only shown."""
+    shown = (" = " in line or line.startswith("# [") for line in lines)
+    return "\n".join(line.removeprefix("# ") if on else line for line, on in zip(lines, shown, strict=True))
+
+
+@pytest.mark.parametrize(("data", "kind"), [("photos", "random"), ("a.csv", "real")])
+def test_what_is_for_few_labels_is_shown_and_valid(here: Path, data: str, kind: str) -> None:
+    images(here / "photos", size=(60, 50))
+    Path("a.csv").write_text("text,label\nhello,x\nhi,y\n")
+    init("--data", data)
+    assert load_recipe("recipe.toml").recipe.explore.kind == "none"
+    Path("all.toml").write_text(switched_on(Path("recipe.toml").read_text().splitlines()))
+    recipe = load_recipe("all.toml").recipe
+    check_explored(recipe)
+    assert recipe.explore.kind == kind
+    assert recipe.data.unlabelled is not None
+    assert recipe.data.imbalance == "exp:100"
+
+
+def test_a_teacher_that_cannot_be_asked_is_shown_no_exploration(here: Path) -> None:
+    init("--teacher", "none")
+    assert "[explore]\n" not in Path("recipe.toml").read_text()
 
 
 TABLES: list[tuple[str, str, dict[str, Any]]] = [

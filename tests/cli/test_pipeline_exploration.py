@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from cli.report.schema import load_report
 from distill.data.section import UnlabelledSection
 from distill.data.unlabelled import open_unlabelled
 from distill.exploration.generated import open_generated
+from distill.exploration.make import make_image_generator
 from profiles.artifact import MANIFEST, verify
 from profiles.errors import InputError, Interrupted
 from tests.cli.cli_runner import edgestill
@@ -177,6 +179,19 @@ def test_a_teacher_that_learns_along_labels_the_further_inputs_as_it_is_then(fol
     assert record["loss/explore/kd"] > 0
     assert "validation/teacher_top1" in record
     assert (out / "students" / SMALL / "teacher.safetensors").is_file()
+
+
+def test_a_picture_that_is_missing_is_drawn_with_the_teacher_that_taught(folder: Path, tmp_path: Path) -> None:
+    """Although the student is loaded, and with it no teacher had to learn."""
+    out = tmp_path / "run"
+    recipe = explored(folder, GRADIENT, teacher='strategy = "online"\n[teacher.coached]\nlearning_rate = 0.03\n')
+    open_run(recipe, out).student(SMALL)
+    drawn = (out / "explored" / "explored.png").read_bytes()
+    shutil.rmtree(out / "explored")
+    again = open_run(recipe, out)
+    again.student(SMALL)
+    assert next(stage for stage in again.stages if stage.name.startswith("student")).cached
+    assert (out / "explored" / "explored.png").read_bytes() == drawn
 
 
 def test_labels_alone_on_the_data_and_a_teacher_on_the_further_inputs(folder: Path, tmp_path: Path) -> None:
@@ -378,7 +393,62 @@ def test_cells_of_a_study_share_fixed_sets_and_take_what_their_part_leaves_over(
     assert left == (0 if most is None else 168 - 90)
     sets = [open_generated(path) for path in sorted(base.glob("generated*"))]
     assert [found.inputs.shape[:2] for found in sets] == [(1, total), (1, total)]
-    assert any("teacher, generator, normalisation" in note for note in report.notes)
+    assert any("the same part of the training samples" in note for note in report.notes)
+    # every part and what it leaves over are all inputs, so one generator serves both
+    assert [path.name for path in sorted(base.glob("generator*"))] == ["generator"]
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["every step", "fixed"])
+def test_a_generator_of_a_study_learns_from_the_part_that_its_students_learn_on(
+    folder: Path, tmp_path: Path, fixed: bool
+) -> None:
+    """One per part, for all seeds and all students of it."""
+    asked = {"explore.kind": ["random", "reconstructed"], "data.train_size": [60, 80, 168]}
+    explore = RANDOM + "versions = 1\n" * fixed
+    study = Study(load_recipe(explored(folder, explore)), tmp_path / "study", vary=asked, seeds=2)
+    jobs = study.prepare()
+    base, run = tmp_path / "study" / "base", study.base(study.grid.combinations[0])
+    found = {path.name: path for path in base.glob("generator*")}
+    assert set(found) == {"generator", "generator-of-60", "generator-of-80"}
+    used = {job.rows: {other.explored.generator for other in jobs if other.rows == job.rows} for job in jobs}  # type: ignore[union-attr]
+    assert used == {None: {found["generator"]}, 60: {found["generator-of-60"]}, 80: {found["generator-of-80"]}}
+    part = next(job.explored.rows for job in jobs if job.rows == 60 and job.explored is not None)
+    alone = make_image_generator(
+        run.recipe.explore.generator,
+        np.array(run.dataset.train.inputs[part]),
+        run.dataset.input,
+        tmp_path / "alone",
+        seed=0,
+        base=tmp_path,
+    )
+    (weights,) = found["generator-of-60"].glob("*.safetensors")
+    assert same(load_file(weights), alone.network.state_dict())
+    stamps = {name: when(path) for name, path in found.items()}
+    report = study.run()
+    assert report.exit_status == 0, report.failed
+    assert {name: when(path) for name, path in found.items()} == stamps
+    assert any("learns from the same part of the training samples" in note for note in report.notes)
+
+
+def test_unlabelled_inputs_of_their_own_are_for_the_generators_of_all_parts(folder: Path, tmp_path: Path) -> None:
+    data = '[data.unlabelled]\nsource = "npz"\npath = "more.npz"\n'
+    recipe = load_recipe(explored(folder, RANDOM, data=data))
+    study = Study(recipe, tmp_path / "study", vary={"data.train_size": [60, 80]}, seeds=1)
+    jobs = study.prepare()
+    run = study.base(study.grid.combinations[0])
+    unlabelled = run.explorer.unlabelled
+    assert unlabelled is not None
+    part = next(job.explored.rows for job in jobs if job.rows == 60 and job.explored is not None)
+    alone = make_image_generator(
+        run.recipe.explore.generator,
+        np.concatenate([run.dataset.train.inputs[part], unlabelled.inputs]),
+        run.dataset.input,
+        tmp_path / "alone",
+        seed=0,
+        base=tmp_path,
+    )
+    (weights,) = (run.folder / "generator-of-60").glob("*.safetensors")
+    assert same(load_file(weights), alone.network.state_dict())
 
 
 def test_what_a_part_leaves_over_is_the_rest_of_the_split_without_what_is_judged_on(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cli.pipeline import Run
+from cli.pipeline import Run, estimate
 from cli.pipeline.shots import class_logits_on_test, exploration_facts, shots
 from cli.recipe import load_recipe
 from cli.report.schema import Report, ShotRow, load_report
@@ -73,6 +74,23 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Report]:
     (folder / "tail.toml").write_text(RECIPE)
     run = Run(load_recipe(str(folder / "tail.toml")), folder / "out")
     return run, run.report()
+
+
+def test_a_dry_run_tells_the_size_of_every_class_and_that_steps_are_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "_TIMED_SECONDS", 0.01)
+    (tmp_path / "tail.toml").write_text(RECIPE)
+    arguments = ("-q", "run", str(tmp_path / "tail.toml"), "--out", str(tmp_path / "out"), "--dry-run")
+    found = json.loads(edgestill(*arguments, "--json").out)
+    sizes = list(found["class_sizes"].values())
+    assert len(sizes) == 10
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == pytest.approx(100 * sizes[-1], rel=0.1)
+    assert "train.min_steps" in found["few_steps"]
+    text = " ".join(edgestill(*arguments).out.split())
+    assert f"training samples of each class: T-shirt/top {sizes[0]:,}, Trouser {sizes[1]:,}" in text
+    assert "hardly trains a student" in text
 
 
 def row_of(report: Report, role: str) -> ShotRow:

@@ -128,7 +128,7 @@ def test_the_report_shows_the_teacher_that_taught_and_the_plain_twin(finished: P
         "teacher (2 subclasses per class) conv-w12-d1-k3",
         "teacher cache",
     ]
-    assert not report.notes
+    assert not [note for note in report.notes if "head" in note]
 
 
 def test_class_logits_are_inside_the_graph_that_ships(finished: Path, folder: Path) -> None:
@@ -231,7 +231,7 @@ def test_a_frozen_teacher_gets_a_new_head_and_the_report_says_so(folder: Path, t
     recipe = write(folder, teacher='kind = "array"\nembeddings = "embedding.npy"', views=1)
     assert edgestill("-q", "run", recipe, "--out", str(tmp_path / "run")) == 0
     report = load_report(tmp_path / "run" / "report.json")
-    assert report.notes == (FROZEN_NOTE,)
+    assert FROZEN_NOTE in report.notes
     assert "only its head was retrained" in report.references[0].note
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(("teacher", "cache--"))]
     run = Run(load_recipe(recipe), tmp_path / "run")

@@ -150,6 +150,8 @@ def test_page_takes_the_runs_pictures_with_it(tmp_path: Path) -> None:
     page = parse(to_html(long_tail(), tmp_path))
     sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
     assert len(sources) == 1  # the other picture is not there
+    # on a phone it keeps its size and is scrolled
+    assert '<figure><div class="scroll"><img ' in to_html(long_tail(), tmp_path)
     start, data = (sources[0] or "").split(",")
     assert start == "data:image/png;base64"
     assert base64.b64decode(data) == picture.read_bytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
+from cli.report.html import to_html
 from cli.report.plot import plot_lines
 from cli.report.schema import LatencyValue, LimitVerdict, Report, TargetRow
+from cli.report.tables import to_markdown
 from cli.report.terminal import Style, print_report, render_text, terminal_width, wants_color
 from cli.report.verdict import overall_verdict
 from cli.report.words import duration, milliseconds, shot_title
@@ -310,12 +313,29 @@ def test_notes_that_the_exploration_repeats_are_left_out_and_others_stay() -> No
     notes = (
         f"explores: {found.exploration.summary}",
         "explored samples at three radii: /elsewhere/runs/shelf-camera/explored/explored.png",
+        "explore.filter keeps 83 % of the further inputs, least of shelf 11: 41 %",
         "2 of 300 unlabelled samples are also in the test split",
     )
     text = render_text(found.model_copy(update={"notes": notes}))
     assert text.count("note: ") == 1
     assert "note: 2 of 300 unlabelled samples" in text
-    assert render_text(example(notes=notes)).count("note: ") == 3
+    assert render_text(example(notes=notes)).count("note: ") == 4
+
+
+def test_classes_of_which_a_filter_keeps_next_to_nothing_are_named_in_every_form() -> None:
+    found = long_tail()
+    assert found.exploration is not None
+    by_class = {"shelf 1": 0.0, "shelf 2": 0.02, "shelf 3": 0.05, "shelf 4": 0.9}
+    student = found.exploration.students[0].model_copy(update={"kept": 0.24, "kept_by_class": by_class})
+    update = {"exploration": found.exploration.model_copy(update={"students": (student,)})}
+    # without a long tail, too
+    for report in (found.model_copy(update=update), found.model_copy(update={**update, "shots": None})):
+        text = " ".join(render_text(report).split())
+        for form in (text, unescape(to_html(report)), to_markdown(report)):
+            assert "kept 24 %, least of shelf 1: 0 %, shelf 2: 2 %, shelf 3: 5 %" in form
+            assert "less than 5 % is kept of shelf 1, shelf 2, too little to learn from" in form
+            assert "a smaller explore.sigma, or a smaller explore.threshold" in form
+    assert "too little to learn from" not in render_text(long_tail())
 
 
 def test_the_exploration_without_filter_says_nothing_of_keeping_and_a_control_is_called_so() -> None:

@@ -29,7 +29,7 @@ from cli.recipe import load_recipe
 from cli.report.study import render_study, to_csv
 from cli.report.study_schema import StudyReport
 from cli.study_grid import build_grid, method_label
-from distill.data.load import open_dataset
+from distill.data.load import load_dataset, open_dataset
 from distill.data.make_fashion_mnist_small import PACKAGED
 from distill.teachers.strategy_section import CoachedSection
 from profiles.errors import EdgestillError, InputError, Interrupted
@@ -257,8 +257,8 @@ set = ["train.hard_weight=0.3", 'objective=[{kind="ec"},{kind="kd"}]']
         (["--vary", "objective=kd", "--vary", "data.train_size=60,9000"], ["9000", "data.train_size"]),
         (["--vary", "objective=kd", "--vary", "data.train_size=2,60"], ["train_size=2", "3 classes"]),
         (
-            ["--vary", "objective=supervised,kd", "--set", "data.train_size=60", "--set", "data.imbalance=exp:4"],
-            ["data.train_size", "exp:4", "leave data.train_size out"],
+            ["--vary", "data.train_size=6,60", "--set", "objective=kd", "--set", "data.imbalance=exp:100"],
+            ["data.imbalance", "without a training sample"],
         ),
         (
             ["--vary", 'objective=supervised,{kind="crd",negatives=100}', "--vary", "data.train_size=60,240"],
@@ -709,6 +709,33 @@ def test_settings_of_data_and_teacher_get_a_base_of_their_own(recipe: Path, tmp_
     assert len(report.blocks) == 2
     plain = [block.rows[0].test for block in report.blocks]
     assert plain[0] == plain[1]  # the plain student does not see the teacher
+
+
+def test_every_size_of_a_long_tail_is_the_data_of_a_run_with_it(recipe: Path, tmp_path: Path) -> None:
+    """train_size first, then the tail is thinned out of it; the base is not a part of another size's."""
+    loaded = load_recipe(str(recipe), ["data.imbalance=exp:4", "train.epochs=1"])
+    vary = {"objective": ["supervised", "kd"], "data.train_size": [60, 120]}
+    study = Study(loaded, tmp_path / "study", vary=vary, seeds=1)
+    report = study.run()
+    assert report.exit_status == 0, report.failed
+    assert len(list((tmp_path / "study").glob("base*/teacher"))) == 2
+    for size in (60, 120):
+        asked = load_recipe(str(recipe), ["data.imbalance=exp:4", f"data.train_size={size}"]).recipe
+        expected = load_dataset(asked.data, seed=asked.seed, base=loaded.base, folder=tmp_path / str(size))
+        counts = np.bincount(expected.train.labels)
+        assert counts[0] // 4 == counts[2]
+        (one,) = (
+            combination for combination in study.grid.combinations if combination.label == f"kd, train_size={size}"
+        )
+        dataset = study.base(one).dataset
+        assert np.array_equal(dataset.train.rows, expected.train.rows)  # type: ignore[arg-type]
+        assert np.array_equal(dataset.test.rows, expected.test.rows)  # type: ignore[arg-type]
+        found = {
+            cell.read().train_samples for cell in study.cells if cell.combination.factors["data.train_size"] == size
+        }
+        assert found == {len(expected.train)}
+    assert any("every train_size of a long-tailed training split has data and teacher" in note for note in report.notes)
+    assert not any("nested parts" in note for note in report.notes)
 
 
 def test_several_labels_are_judged_by_map(recipe: Path, tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ from distill.exploration.explore import (
     leaving_statistics,
 )
 from distill.exploration.further import Maker, Pool
-from distill.exploration.section import ExploreSection
+from distill.exploration.pictures import one_per_class
+from distill.exploration.section import ExploreSection, least_kept, starved_classes
 from distill.exploration.space import Draws, ascend, divergence, radius
 from distill.networks import fingerprint
 from distill.objectives.compose import build_objective
@@ -639,7 +640,7 @@ def test_nan_from_decode_later_stops_the_training_and_names_the_term(kind: str, 
     generator.calls_until_nan = 5
     with pytest.raises(EdgestillError, match="not a number any more: explore/kd") as caught:
         exploring.run(tmp_path / kind, exploration=exploring.build(generator=generator))
-    assert "explore.sigma below 1" in str(caught.value.fix)
+    assert "explore.sigma below 0.5" in str(caught.value.fix)
     assert "another generator" in str(caught.value.fix)
 
 
@@ -686,6 +687,28 @@ def test_keep_rates_per_class_are_told_and_judged() -> None:
         check_keep_rates(section, names, [60, 0, 40], [0, 0, 4], "of this")
     assert caught.value.evidence == "kept per class: cat 0.0 %, owl 10.0 %"
     assert caught.value.fix == 'explore.sigma = 1.5, or explore.filter = "none"'
+
+
+@pytest.mark.parametrize("filtered", [True, False])
+def test_what_a_filter_keeps_is_said_once(filtered: bool, tmp_path: Path) -> None:
+    section = ExploreSection(kind="random", filter="agreement" if filtered else "none")
+    exploring = Exploring(section, Case("kd").with_(epochs=3))
+    said: list[str] = []
+    result, _, _ = exploring.run(tmp_path / "s", exploration=exploring.build(say=said.append))
+    assert len(said) == filtered
+    if filtered:
+        kept = result.history[0]["explore/kept"]
+        assert said[0].startswith(f"explore.filter keeps {100 * kept:.0f} % of the further inputs, least of ")
+
+
+def test_classes_that_a_filter_leaves_nothing_of_are_named() -> None:
+    rates = {"cat": 0.0, "dog": 0.049, "owl": 0.05, "bee": 0.9}
+    assert least_kept(rates) == "least of cat: 0 %, dog: 5 %, owl: 5 %"
+    assert starved_classes(rates) == "less than 5 % is kept of cat, dog, too little to learn from"
+    assert starved_classes({"cat": 0.05}) == ""
+    many = starved_classes({f"c{number}": 0.0 for number in range(20)})
+    assert "c7 and 12 more," in many
+    assert "c8" not in many
 
 
 def test_an_epoch_that_keeps_too_little_stops(tmp_path: Path) -> None:
@@ -881,9 +904,11 @@ def test_the_picture_shows_real_images_above_what_becomes_of_them(kind: str, tas
     # 8 columns and 4 rows of images of 8 pixels, enlarged to at least 64
     assert shown.shape[0] > 4 * 64
     assert shown.shape[1] > 8 * 64
-    first = np.repeat(np.repeat(exploring.data.train.inputs[0].transpose(1, 2, 0), 8, 0), 8, 1)
-    spans = np.lib.stride_tricks.sliding_window_view(shown[:80], (64, 64, 3))[:, :, 0]
-    assert any((spans[y, x] == first).all() for y, x in np.argwhere((shown[:17, :-63] == first[0, 0]).all(2)))
+    labels, names = exploring.data.train.labels, exploring.data.classes
+    row = 0 if task == "multilabel" else one_per_class(labels, names).rows[0]
+    first = np.repeat(np.repeat(exploring.data.train.inputs[row].transpose(1, 2, 0), 8, 0), 8, 1)
+    spans = np.lib.stride_tricks.sliding_window_view(shown[:90], (64, 64, 3))[:, :, 0]
+    assert any((spans[y, x] == first).all() for y, x in np.argwhere((shown[:27, :-63] == first[0, 0]).all(2)))
     assert fingerprint(net) == before
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from distill.data.dataset import InputSpec
 from distill.exploration.fit import clear, fit, partial
 from distill.exploration.make import make_image_generator
-from distill.exploration.pictures import grid
+from distill.exploration.pictures import grid, one_per_class, spread
 from distill.exploration.section import GeneratorSection
 from distill.exploration.torch_generator import TorchGenerator
 from distill.exploration.vae import VAE, VAEGenerator
@@ -405,6 +406,13 @@ def test_constant_images_give_a_positive_latent_std(tmp_path: Path) -> None:
     assert (generator.latent_std > 0).all()
 
 
+def test_images_mapped_from_disk_are_read_without_a_warning(tmp_path: Path) -> None:
+    np.save(tmp_path / "inputs.npy", _blobs(20))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _make(tmp_path / "g", np.load(tmp_path / "inputs.npy", mmap_mode="r"), epochs=1)
+
+
 def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
     tokens = InputSpec("tokens", (16,), vocabulary=10)
     with pytest.raises(InputError, match="texts have no images"):
@@ -417,6 +425,43 @@ def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="at least two images") as caught:
             _make(tmp_path / "g", _blobs(2)[:count])
         assert caught.value.where == "explore.around"
+
+
+def test_few_images_get_more_passes_unless_their_number_is_named() -> None:
+    passes = GeneratorSection().passes
+    assert [passes(count) for count in (2, 100, 128, 200, 256, 1280, 3200)] == [500, 500, 500, 500, 250, 50, 20]
+    assert GeneratorSection(epochs=3).passes(100) == 3
+    assert GeneratorSection(epochs=3, min_steps=10).passes(100) == 10
+    assert GeneratorSection(min_steps=10).passes(100) == 20
+    assert GeneratorSection(model="x").passes(100) == 3
+    assert GeneratorSection(model="x", min_steps=30).passes(100) == 10
+
+
+def test_the_least_number_of_steps_is_in_the_key_only_where_it_binds(tmp_path: Path) -> None:
+    inputs = _blobs(64)
+    keys = []
+    for number, own in enumerate(({}, {"min_steps": 6}, {"min_steps": 7})):
+        _make(tmp_path / str(number), inputs, **own)
+        keys.append(read_manifest(tmp_path / str(number), "generator").key)
+    assert keys[0] == keys[1] != keys[2]
+    history = (tmp_path / "2" / "metrics.jsonl").read_text().splitlines()
+    assert len(history) == 4
+    section = GeneratorSection.model_validate(_SMALL)
+    assert "min_steps" not in section.hashed
+    assert section.model_copy(update={"min_steps": 7}).hashed["min_steps"] == 7
+
+
+def test_short_epochs_are_not_each_written_to_disk(tmp_path: Path) -> None:
+    written = []
+    line = _line()
+
+    def watched(rows: Tensor) -> dict[str, Tensor]:
+        file = tmp_path / "g.partial" / "checkpoint.pt"
+        written.append(file.stat().st_mtime_ns if file.is_file() else 0)
+        return line.loss(rows)
+
+    assert len(_fit(line, tmp_path / "g", watched, epochs=25)) == 25
+    assert len(set(written)) == 3  # none, after 50 steps, after 100
 
 
 # ----------------------------------------------------------------------------------------------- a user's own generator
@@ -499,6 +544,11 @@ class Indices(Halves):
 class Dictionary(Halves):
     def encode(self, images):
         return {"mean": super().encode(images)}
+
+
+class TupleDecoded(Halves):
+    def decode(self, latents):
+        return super().decode(latents), latents
 
 
 class NoneDecoded(Halves):
@@ -625,6 +675,7 @@ def test_trying_a_users_generator_moves_no_random_numbers(tmp_path: Path, code: 
         ("Signed", "decode returns pixels outside 0..1", "from -1 to", "(x + 1) / 2"),
         ("Indices", "encode returns no floating-point latents", "int64", "before they are quantised"),
         ("Dictionary", "encode returns no tensor", "dict", "tuple"),
+        ("TupleDecoded", "decode returns several things", "a tuple of 2", "return the images"),
         ("NoneDecoded", "decode returns no tensor", "NoneType", "0..1"),
         ("Fails", "encode fails", "(10, 1, 12, 12), RuntimeError: mat1 and mat2", "tensor of that shape"),
         ("OnlyEncode", "no method decode", "OnlyEncode", "decode(latents)"),
@@ -681,3 +732,38 @@ def test_titles_and_captions_leave_the_images_whole(tmp_path: Path) -> None:
     assert sheet.shape[1] > plain.shape[1]
     assert (sheet == colour).all(2).sum() == 4 * 70 * 70
     assert (sheet[:, -2:] == 255).all()
+
+
+def test_every_class_has_a_column_the_rarest_first() -> None:
+    labels = np.array([0, 0, 0, 0, 1, 2, 2, 3, 3, 0])
+    shown = one_per_class(labels, ["a", "b", "c", "d", "nowhere"])
+    assert shown.titles == ("b", "c", "d", "a", "c", "d", "a", "a")
+    assert labels[shown.rows].tolist() == [1, 2, 3, 0, 2, 3, 0, 0]
+    assert len(set(shown.rows.tolist())) == 8
+    many = np.repeat(np.arange(30), np.arange(30, 0, -1))
+    assert one_per_class(many, [str(each) for each in range(30)]).titles == tuple(str(29 - each) for each in range(10))
+
+
+def test_inputs_without_classes_are_spread_over_the_picture() -> None:
+    shown = spread(80)
+    assert shown.rows.tolist() == list(range(0, 80, 10))
+    assert shown.titles is None
+    assert spread(3).rows.tolist() == [0, 1, 2]
+
+
+def test_a_marked_row_has_a_frame_and_small_images_make_a_small_file(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (4, 10, 1, 28, 28), dtype=np.uint8)
+    words = [["ankle boot"] * 10] * 4
+    titles = ["real", "sigma 0.25", "sigma 0.5 (chosen)", "sigma 1"]
+    grid(
+        images, tmp_path / "g.png", row_titles=titles, captions=words, column_titles=words[0], heading="class", marked=2
+    )
+    assert (tmp_path / "g.png").stat().st_size < 300_000
+    sheet = np.asarray(Image.open(tmp_path / "g.png"))
+    coloured = (sheet.max(2) != sheet.min(2)).any(1)
+    step = 84 + 14 + 4
+    assert coloured.nonzero()[0].min() > 2 * step
+    assert coloured.nonzero()[0].max() <= 3 * step + 14 + 4
+    small = np.repeat(np.repeat(images[2, 9], 3, 1), 3, 2)[0]
+    top, left = 14 + 4 + 2 * step, sheet.shape[1] - 4 - 84
+    assert (sheet[top : top + 84, left : left + 84, 0] == small).all()

@@ -520,8 +520,8 @@ def test_large_inputs_go_in_parts(folder: Callable[..., Path], monkeypatch: pyte
 
 
 def test_passes_and_batches_have_a_default_of_the_kind() -> None:
-    assert (GeneratorSection().passes, GeneratorSection().batch) == (20, 128)
+    assert (GeneratorSection().passes(10_000), GeneratorSection().batch) == (20, 128)
     texts = GeneratorSection(kind="masked-lm", model="x")
-    assert (texts.passes, texts.batch) == (3, 32)
+    assert (texts.passes(40), texts.batch) == (3, 32)
     chosen = GeneratorSection(model="x", epochs=20, batch_size=128)
-    assert (chosen.passes, chosen.batch) == (20, 128)
+    assert (chosen.passes(10), chosen.batch) == (20, 128)

@@ -22,6 +22,7 @@ from distill.students.pool import (
     parse_pool,
     restrict,
     stage_boundaries,
+    student_pool,
 )
 from profiles.errors import InputError
 
@@ -342,6 +343,127 @@ def test_restriction_agrees_with_asking_every_target_about_every_member(
         with pytest.raises(InputError):
             restrict(POOL, ask, bounds)
     assert asked == list(POOL)
+
+
+def test_a_kind_without_a_teacher_has_the_familys_whole_grid() -> None:
+    for kind, spec, widths in (
+        ("conv", IMAGES, {8, 12, 16, 24, 32, 48, 64}),
+        ("convi", IMAGES, {8, 12, 16, 24, 32, 48, 64}),
+        ("text", TOKENS, {32, 64, 96, 128, 192, 256}),
+        ("textc", TOKENS, {32, 64, 96, 128, 192, 256}),
+    ):
+        pool = student_pool(kind, spec)
+        assert {kind_of(arch) for arch in pool} == {kind}
+        assert {arch.width for arch in pool} == widths
+        assert {arch.depth for arch in pool} == {1, 2, 3, 4}
+        assert len(pool) < 60
+
+
+@given(st.one_of(conv_archs, text_archs))
+def test_a_kind_beside_a_teacher_of_its_family_stays_within_the_teachers_size(teacher: Arch) -> None:
+    spec = spec_of(teacher)
+    for kind in ("conv", "convi") if isinstance(teacher, ConvArch) else ("text", "textc"):
+        expected = family_pool(teacher, spec, like=kind)
+        if len(expected) == 1:  # one narrow transformer layer leaves nothing to choose
+            with pytest.raises(InputError, match="a pool of one"):
+                student_pool(kind, spec, teacher=teacher)
+            continue
+        pool = student_pool(kind, spec, teacher=teacher)
+        assert pool == expected
+        assert all(arch.width <= teacher.width for arch in pool)
+
+
+def test_kinds_and_architectures_may_be_mixed_and_every_choice_is_for_the_kinds_that_have_it() -> None:
+    pool = student_pool(["convi", "conv", "conv-w20-d1-k7"], IMAGES, widths=[16, 8], depths=[1], kernels=[3])
+    assert words(pool) == ["conv-w8-d1-k3", "convi-w8-d1-k3", "conv-w16-d1-k3", "convi-w16-d1-k3", "conv-w20-d1-k7"]
+    texts = student_pool(["text", "textc"], TOKENS, widths=[64], depths=[2], kernels=[5, 7], heads=[4])
+    assert words(texts) == ["text-w64-d2-h4", "textc-w64-d2-k5", "textc-w64-d2-k7"]
+    assert words(student_pool(["conv-w8-d1-k3", "conv-w16-d1-k3", "conv-w8-d1-k3"], IMAGES)) == [
+        "conv-w8-d1-k3",
+        "conv-w16-d1-k3",
+    ]
+
+
+@given(
+    st.lists(st.sampled_from(["conv", "convi", "conv-w8-d1-k3", "convi-w8-d1-k3", "conv-w64-d8-k7"]), min_size=1),
+    st.booleans(),
+)
+def test_pools_that_share_weights_are_of_one_kind(entries: list[str], shared: bool) -> None:
+    kinds = {entry.partition("-")[0] for entry in entries}
+    if shared and len(kinds) > 1:
+        with pytest.raises(InputError, match="cannot share their weights") as caught:
+            student_pool(entries, IMAGES, shared=True)
+        assert f'pool = "{entries[0].partition("-")[0]}"' in (caught.value.fix or "")
+    elif len(set(entries)) > 1 or set(entries) & {"conv", "convi"}:
+        pool = student_pool(entries, IMAGES, shared=shared)
+        assert {kind_of(arch) for arch in pool} == kinds
+        assert {entry for entry in entries if "-" in entry} <= set(words(pool))
+    else:
+        with pytest.raises(InputError, match="a pool of one"):
+            student_pool(entries, IMAGES, shared=shared)
+
+
+@pytest.mark.parametrize(
+    ("pool", "choices", "where", "message", "fix"),
+    [
+        ("conw", {}, "student.pool", '"conw" is neither a kind nor', 'did you mean "conv"?'),
+        (["conv", "vit-w8"], {}, "student.pool[1]", '"vit-w8" is neither', "such as conv-w24-d2-k3"),
+        (["conv", "conv-w9-d1-k3"], {}, "student.pool[1]", "width 9 is out of range", "width 8 is the nearest"),
+        ("text", {}, "student.pool", 'the "text" family reads texts', '"conv" or "convi", or architectures such as'),
+        (["conv", "textc-w64-d2-k5"], {}, "student.pool[1]", "reads texts", '"conv" or "convi"'),
+        ("conv-w8-d1-k3", {}, "student.pool", "a pool of one leaves", 'arch = "conv-w8-d1-k3" in place of the pool'),
+        (["conv-w8-d1-k3"], {}, "student.pool", "a pool of one leaves", 'arch = "conv-w8-d1-k3" in place of the pool'),
+        (
+            "conv",
+            {"widths": [8], "depths": [1], "kernels": [3]},
+            "student.pool",
+            "a pool of one leaves",
+            'arch = "conv-w8-d1-k3" in place of the pool',
+        ),
+        ([], {}, "student.pool", "a pool of none", 'pool = "conv"'),
+        ("conv", {"heads": [2]}, "student.choice.heads", 'kind "conv" have no heads', "kernels = [3, 5]"),
+        ("conv", {"widths": [8, 9]}, "student.choice.widths[1]", "9 is out of range", "8 is the nearest"),
+        (
+            ["conv-w8-d1-k3", "conv-w8-d1-k5"],
+            {"depths": [1]},
+            "student.choice.depths",
+            "one by one",
+            'leave depths out, or pool = "conv"',
+        ),
+        (
+            ["conv", "convi"],
+            {"widths": list(range(4, 260, 4))},
+            "student.choice",
+            "the pool has 1024 architectures",
+            "fewer widths, depths or kernels",
+        ),
+    ],
+)
+def test_pools_of_students_that_cannot_be_are_refused_at_their_key(
+    pool: str | list[str], choices: dict[str, list[int]], where: str, message: str, fix: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        student_pool(pool, IMAGES, **choices)
+    assert caught.value.where == where
+    assert message in caught.value.message
+    assert fix in (caught.value.fix or "")
+
+
+def test_a_kind_of_the_other_input_gets_the_right_kinds_proposed() -> None:
+    with pytest.raises(InputError, match="reads images") as caught:
+        student_pool("convi", TOKENS)
+    assert caught.value.fix == '"text" or "textc", or architectures such as text-w64-d2-h4'
+    with pytest.raises(InputError, match="have no kernels") as caught:
+        student_pool("text", TOKENS, kernels=[3])
+    assert caught.value.where == "student.choice.kernels"
+    assert caught.value.evidence == 'the pool is of kind "text"'
+
+
+def test_too_many_named_architectures_are_refused() -> None:
+    named = [str(ConvArch(width, depth, 3)) for width in range(4, 260, 4) for depth in range(1, 6)]
+    with pytest.raises(InputError, match="the pool has 320") as caught:
+        student_pool(named, IMAGES)
+    assert (caught.value.where, caught.value.fix) == ("student.pool", "name 256 of them")
 
 
 def test_pools_need_no_torch() -> None:

@@ -228,8 +228,8 @@ def test_the_fresh_process_ignores_a_profiles_folder_of_the_users(tmp_path: Path
     (tmp_path / "profiles" / "__init__.py").write_text("raise SystemExit('hijacked')\n")
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from pathlib import Path\nimport numpy as np\nfrom profiles.measure import _probe\n"
-        f"found = _probe('onnxruntime', Path({str(path)!r}), {{'image': np.zeros((1, 1, 8, 8), np.uint8)}}, 1)\n"
+        "from pathlib import Path\nimport numpy as np\nfrom profiles.measure import probe\n"
+        f"found = probe('onnxruntime', Path({str(path)!r}), {{'image': np.zeros((1, 1, 8, 8), np.uint8)}}, 1)\n"
         "print(found.memory.how)\nassert found.load_ms is not None\n"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -1,0 +1,1 @@
+"""How near predicted latencies come to measured ones, on architectures that the fit never saw."""
