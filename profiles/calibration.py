@@ -24,9 +24,9 @@ from profiles import statistics
 from profiles.artifact import explain_os_errors, tool_versions, write_text
 from profiles.device import Device, Stack
 from profiles.errors import InputError
-from profiles.measure import Plan, query_batches, querying, sample
+from profiles.measure import Plan, Query, query_batches, querying, sample
 from profiles.progress import Progress, Silent
-from profiles.runtimes import Clock, Runtime, WallClock, get_runtime
+from profiles.runtimes import Clock, Runtime, Timed, WallClock, get_runtime
 from profiles.section import Section
 from profiles.timing_model import OTHER, PricedNode, priced_graph
 from profiles.user_folder import config_folder
@@ -54,6 +54,15 @@ _LEAST_MS = {"cpu": 0.002, "gpu": 0.01}
 """Launch overheads (K): a call into ONNX Runtime takes some microseconds, a CUDA kernel's launch and the wait for its
 end about ten. Lower ends, since a limit below them is refused."""
 _WARM_QUERIES = 10
+_PULSE = range(800)
+"""What the pulse adds up: ten to twenty microseconds of a core."""
+_PULSE_QUANTILE = 0.05
+_OWN_SPEED = 1.10
+"""Times the quickest pulses that the pulses around a query may take while the machine is taken to be undisturbed."""
+LEAST_UNDISTURBED = 0.15
+"""Share of its queries that half of the models must have had undisturbed."""
+_LEAST_QUERIES = 24
+"""Undisturbed queries that a model's medians need; with fewer, all of its queries count."""
 _ROBUST = 0.15
 """Relative error from which on a node's or a model's weight falls (Huber): a query that was interrupted is no fact."""
 _ITERATIONS = 6
@@ -64,9 +73,11 @@ class Observation(Section):
     """One model that was measured, with the work in it.
 
     model: its name; the precisions of one architecture share it, so that none is held out while the other is seen.
-    family: the kind of architecture, or "layers" for a model that shows layers only and is never held out. spread:
-    interquartile range of the medians of the rounds, relative to their median. p99_ms: None with too few queries.
-    peak_mib: of a fresh process; None where it was not measured.
+    family: the kind of architecture, or "layers" for a model that shows layers only and is never held out. p50_ms,
+    compute_p50_ms: medians of the undisturbed queries, see `observe`; undisturbed: their share of all; whole_p50_ms:
+    the median of all, end to end. spread: interquartile range of the undisturbed medians of the rounds, relative to
+    their median. p99_ms: of all queries; None with too few. peak_mib: of a fresh process; None where it was not
+    measured.
     """
 
     model: str
@@ -80,6 +91,8 @@ class Observation(Section):
     p50_ms: float = Field(gt=0)
     p99_ms: float | None = None
     compute_p50_ms: float = Field(gt=0)
+    whole_p50_ms: float | None = None
+    undisturbed: float = 1.0
     samples: int = 0
     spread: float = 0.0
     peak_mib: float | None = None
@@ -141,6 +154,8 @@ class Calibration(Section):
     """By precision."""
     spread: float
     """Median over the models of `Observation.spread`."""
+    undisturbed: float = 1.0
+    """Median over the models of `Observation.undisturbed`."""
     models: int
     seconds: float
     efficiency: float | None = None
@@ -165,6 +180,11 @@ def observe(
 ) -> dict[str, dict[str, float | int | None]]:
     """Measures models against each other, each in turn a little, as `profiles.measure` does.
 
+    A core that is shared (with the other thread of the same core, whoever it works for) falls to half of its speed for
+    milliseconds at a time, without a word from the system. So a fixed computation of some microseconds, the pulse, runs
+    before and after every query, and medians are taken over the queries around which it was as quick as it can be. The
+    tail is that of all queries, since it is what the device's user sees.
+
     Args:
         models: model files by name.
         inputs: by model name, its inputs (N, ...) by their names; every query takes one row.
@@ -184,31 +204,61 @@ def observe(
     """
     runtime, clock, progress = runtime or get_runtime("onnxruntime"), clock or WallClock(), progress or Silent()
     sessions = {}
+    pulses: dict[str, list[int]] = {name: [] for name in models}
     try:
         asked, typical = {}, {}
         for name, model in models.items():
             sessions[name] = runtime.load(model, threads=threads)
-            asked[name] = querying(sessions[name], query_batches(inputs[name], 1), clock, 0.0)
-            warm = [asked[name](index).end_to_end_ns for index in range(_WARM_QUERIES)]
+            query = querying(sessions[name], query_batches(inputs[name], 1), clock, 0.0)
+            warm = [query(index).end_to_end_ns for index in range(_WARM_QUERIES)]
             typical[name] = statistics.percentile(warm, 50)
+            asked[name] = _felt(query, clock, pulses[name])
         plan = Plan((queries,), 0.99, None, 99.0, "end_to_end", seconds)
         with progress.task("measuring models", None, "queries") as task:
             sampled = sample(asked, typical, plan, clock, task)
     finally:
         for session in sessions.values():
             session.close()
+    quick = _OWN_SPEED * float(
+        np.quantile(np.concatenate([np.asarray(each) for each in pulses.values()]), _PULSE_QUANTILE)
+    )
     found: dict[str, dict[str, float | int | None]] = {}
     for name, taken in sampled.items():
         whole = np.asarray(taken.end_to_end_ns, dtype=np.float64) / 1e6
+        compute = np.asarray(taken.compute_ns, dtype=np.float64) / 1e6
+        own = np.asarray(pulses[name])[taken.issued] <= quick
+        share = float(own.mean())
+        if own.sum() < _LEAST_QUERIES:
+            own[:] = True
         enough = len(whole) >= statistics.samples_needed(99)
         found[name] = {
-            "p50_ms": statistics.percentile(whole, 50),
+            "p50_ms": statistics.percentile(whole[own], 50),
             "p99_ms": statistics.percentile(whole, 99) if enough else None,
-            "compute_p50_ms": statistics.percentile(taken.compute_ns, 50) / 1e6,
+            "compute_p50_ms": statistics.percentile(compute[own], 50),
+            "whole_p50_ms": statistics.percentile(whole, 50),
+            "undisturbed": share,
             "samples": len(whole),
-            "spread": _spread(whole),
+            "spread": _spread(whole[own]),
         }
     return found
+
+
+def _felt(query: Query, clock: Clock, pulses: list[int]) -> Query:
+    """The query between two pulses; `pulses` gets the longer of the two, in nanoseconds, one entry for each query."""
+
+    def felt(index: int) -> Timed:
+        before = _pulse(clock)
+        timed = query(index)
+        pulses.append(max(before, _pulse(clock)))
+        return timed
+
+    return felt
+
+
+def _pulse(clock: Clock) -> int:
+    start = clock.now()
+    sum(_PULSE)
+    return clock.now() - start
 
 
 def _spread(values: Floats) -> float:
@@ -221,7 +271,12 @@ def _spread(values: Floats) -> float:
 def busy(observations: Sequence[Observation]) -> str | None:
     """Why a calibration from these would not be trusted: the machine was not quiet. None: it was."""
     spreads = [observation.spread for observation in observations]
-    middle = float(np.median(spreads))
+    middle, share = float(np.median(spreads)), float(np.median([one.undisturbed for one in observations]))
+    if share < LEAST_UNDISTURBED:
+        return (
+            f"in {1 - share:.0%} of the queries something slowed the core down (half of {len(spreads)} models; at most "
+            f"{1 - LEAST_UNDISTURBED:.0%} is accepted)"
+        )
     if middle <= MAX_SPREAD:
         return None
     return (
@@ -403,6 +458,7 @@ def fit(
         memory=_fit_memory(observations),
         held_out={precision: errors(*map(list, held_out(found))) for precision, found in by_precision.items()},
         spread=float(np.median([observation.spread for observation in observations])),
+        undisturbed=float(np.median([observation.undisturbed for observation in observations])),
         models=len(observations),
         seconds=seconds,
         efficiency=efficiency,

@@ -94,6 +94,8 @@ class Sampled:
 
     compute_ns: list[int] = field(default_factory=list)
     end_to_end_ns: list[int] = field(default_factory=list)
+    issued: list[int] = field(default_factory=list)
+    """Which of all the candidate's queries each sample is; the others came after a change of candidates."""
     spent_ns: int = 0
     looks: int = 0
     verdict: Outcome | None = None
@@ -201,6 +203,7 @@ def sample(
                 start = clock.now()
                 for _ in range(block):
                     timed = queries[name](issued[name])
+                    result.issued.append(issued[name])
                     issued[name] += 1
                     result.compute_ns.append(timed.compute_ns)
                     result.end_to_end_ns.append(timed.end_to_end_ns)
