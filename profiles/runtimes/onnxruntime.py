@@ -36,7 +36,7 @@ _PROVIDER = "CPUExecutionProvider"
 _ERRORS_ONLY = 3
 _KERNEL = "_kernel_time"
 _SKIPPED_RUNS = 5
-_FASTEST = 3
+_FASTEST = 4
 
 
 def _settings(threads: int | None) -> Any:
@@ -193,7 +193,7 @@ class TracedNode(NamedTuple):
     """One node of the optimised graph as the runtime's profiler saw it.
 
     outputs: (dtype as the runtime writes it, shape) of every output. microseconds: of its kernel, the mean of the runs
-    that were the fastest third as a whole: in the others something else took its share of the core.
+    that were the fastest quarter as a whole: in the others something else took its share of the core.
     """
 
     name: str
