@@ -3,7 +3,7 @@
     python -m tests.benchmarks.prediction [--per-family 9] [--threads 1]
 
 Calibrates this machine as `edgestill devices calibrate` does (nothing is stored), then exports and measures other
-architectures of every family, and writes results/prediction.json, .md and .png beside this folder. About ten minutes
+architectures of every family, and writes results/prediction.json, .md and .png beside this folder. About seven minutes
 on two quiet cores; a busy machine is refused.
 
 --quick: two architectures of two families, in a folder of its own and written there only, also on a busy machine: shows
@@ -71,6 +71,8 @@ def _compared(one: Observation, file: Path, calibrated: Calibrated, without: dic
         predicted_mib=found.memory_mib,
         measured_mib=one.peak_mib,
         spread=one.spread,
+        undisturbed=one.undisturbed,
+        whole_ms=one.whole_p50_ms or one.p50_ms,
         left_out_ms=without[one.model, one.precision],
     )
 
