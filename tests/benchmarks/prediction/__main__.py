@@ -32,7 +32,9 @@ from profiles.progress import Progress
 from tests.benchmarks.prediction.report import Compared, left_out, markdown, scatter, tables
 
 RESULTS = Path(__file__).parents[1] / "results"
-QUICK = Effort(families=("conv", "textc"), per_family=1, layers=2, runs=8, queries=64, seconds=0.3, probes=1)
+QUICK = Effort(
+    families=("conv", "textc"), per_family=1, layers=2, runs=8, profiles=1, queries=64, seconds=0.3, probes=1
+)
 _SEED = 1
 
 
