@@ -45,7 +45,7 @@ class Sizes:
     )
     train_size: int | None = None
     test: int | None = None
-    epochs: int = 20
+    epochs: int = 12
     teacher_epochs: int = 12
     teacher: str = "conv-w32-d1-k3"
     choice: Mapping[str, Any] = field(default_factory=dict)
