@@ -721,7 +721,7 @@ class Run:
         told = None if self.recipe.teacher.moves else cache
         folder = self.folder / f"students/{arch}--qat-{artifact.content_key(spec)[:8]}"
         title = f"quantisation-aware training {arch}"
-        with self._stage(title) as stage:
+        with self.timed(title) as stage:
             before = _manifest_time(folder)
             objective = copy.deepcopy(trained.objective)
             student, result = train_quantized(
