@@ -238,14 +238,15 @@ def trace(
         if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):
             seen[event["args"]["node_index"]].append(event)
     once = [[event["dur"] for event in found] for found in seen.values() if len(found) == skipped + runs]
-    fastest = np.argsort(np.sum(once, axis=0)[skipped:], kind="stable")[: math.ceil(runs / _FASTEST)] if once else []
+    totals = np.sum(once, axis=0)[skipped:] if once else np.empty(0)
+    fastest = [int(run) for run in np.argsort(totals, kind="stable")[: math.ceil(runs / _FASTEST)]]
     return tuple(_traced(found[skipped * len(found) // (skipped + runs) :], fastest, runs) for found in seen.values())
 
 
 def _traced(events: list[dict[str, Any]], fastest: Sequence[int], runs: int) -> TracedNode:
     first = events[0]
     # a node of a subgraph may run several times, or not in every run
-    chosen = [events[run] for run in fastest] if len(events) == runs and len(fastest) else events
+    chosen = [events[run] for run in fastest] if len(events) == runs and fastest else events
     return TracedNode(
         name=first["name"].removesuffix(_KERNEL),
         operator=first["args"]["op_name"],
