@@ -28,7 +28,7 @@ from profiles.errors import EdgestillError, InputError
 
 INSTALL_RTX = "pip install 'edgestill[tensorrt-rtx]'"
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
-"""What TensorRT-RTX 1.7 builds for; 7.5 takes FP16 only (found by building)."""
+"""What TensorRT-RTX 1.7 builds for; 7.5 takes FP16 and INT8 with an FP16 remainder, no FP32 (found by building)."""
 OLDEST = 10
 """First major version of TensorRT whose networks can be strongly typed all through, which the adapter relies on."""
 _MIB = 1 << 20
