@@ -1230,6 +1230,7 @@ class Run:
                 metric=metric,
                 tokenizer=dataset.tokenizer,
                 licence=dataset.licence,
+                section=self.recipe.export,
             )
 
 
