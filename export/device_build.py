@@ -153,7 +153,7 @@ def _words(inputs: Sequence[Mapping[str, Any]], flags: Mapping[str, int]) -> str
 
 def _cases() -> str:
     """The table as the tests of an `if` chain, newest first: `version` is major * 100 + minor."""
-    lines = []
+    lines: list[str] = []
     for dialect in reversed(DIALECTS):
         major, minor = dialect.since.split(".")
         settings = {

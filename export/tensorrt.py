@@ -443,7 +443,7 @@ def _layer_times(adapter: Adapter, engine: Any, context: Any) -> dict[str, float
         count = max(1, torch.Size(shape).numel()) * engine.get_tensor_dtype(name).itemsize
         buffers.append(torch.zeros(int(count), dtype=torch.uint8, device="cuda"))
         context.set_tensor_address(name, buffers[-1].data_ptr())
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     for _ in range(3):
         context.execute_async_v3(stream.cuda_stream)
     stream.synchronize()
