@@ -93,7 +93,8 @@ class Comparison(Part):
     metric: str = ""
     gates: tuple[str, ...] = ()
     confidence: float = CONFIDENCE
-    """Of all decisions together: 1 in 20 comparisons of runs that do not differ may claim a difference."""
+    """Of all decisions together: with 0.95, 1 in 20 comparisons of equal runs may claim a difference. Less where only
+    the bounds of the reports are there, and these are less sure."""
     decisions: int
     """How many intervals share the error probability."""
     rows: tuple[ComparedRow, ...]
@@ -157,6 +158,8 @@ def compare(a: Side, b: Side, gates: Sequence[Gate] = (), *, show_all: bool = Fa
         for pair, plan in zip(pairs, planned, strict=True)
     )
     _refuse_strangers(rows, a, b)
+    deciding = [change for row in rows for change in row.changes if change.gate is not None or not gates]
+    wrong = sum(1 - change.confidence for change in deciding if change.confidence is not None)
     verdicts = [_Judged(change.verdict) for row in rows for change in row.changes if change.verdict is not None]
     if gates and only_a:
         verdicts.append(_Judged("inconclusive"))
@@ -165,6 +168,7 @@ def compare(a: Side, b: Side, gates: Sequence[Gate] = (), *, show_all: bool = Fa
         b=ComparedRun(path=b.path, name=b.name, created=b.created, versions=b.versions),
         metric=a.metric,
         gates=tuple(str(gate) for gate in gates),
+        confidence=min(CONFIDENCE, max(0.0, math.floor(round(1000 * (1 - wrong), 6)) / 1000)),
         decisions=decisions,
         rows=rows,
         only_a=tuple(only_a),
@@ -225,8 +229,10 @@ class _Planned:
     def notes(self) -> tuple[str, ...]:
         """What a reader must know beside the figures."""
         a, b = self.a, self.b
-        notes = [f"{which}: {each.error}" for which, each in (("A", a), ("B", b)) if each.error]
-        notes += [f"{which}: {warning}" for which, each in (("A", a), ("B", b)) for warning in each.warnings]
+        said_a, said_b = ([*([each.error] if each.error else []), *each.warnings] for each in (a, b))
+        notes = [f"A and B: {note}" for note in said_a if note in said_b]
+        notes += [f"A: {note}" for note in said_a if note not in said_b]
+        notes += [f"B: {note}" for note in said_b if note not in said_a]
         if a.latency is not None and b.latency is not None:
             if a.host and b.host and a.host != b.host:
                 notes.append(f"measured on two machines of one kind: {a.host} and {b.host}")

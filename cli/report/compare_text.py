@@ -13,6 +13,7 @@ from cli.report.compare import Change, ComparedRow, ComparedRun, Comparison, Out
 from cli.report.tables import escape_markdown
 from cli.report.terminal import (
     MIN_WIDTH,
+    SHORT_WORDS,
     Style,
     as_text,
     sides,
@@ -66,8 +67,7 @@ def render_comparison(comparison: Comparison, width: int = 80, color: bool = Fal
     head = Text(style.clean(summary(comparison)), style="bold")
     lines = sides(head, Text(f"exit status {comparison.exit_status}", style="dim"), style.width)
     lines += [_run(letter, run, style) for letter, run in (("A", comparison.a), ("B", comparison.b))]
-    for row in comparison.rows:
-        lines += [Text(), *_row(row, comparison, style)]
+    lines += _rows(comparison, style)
     lines += [Text(), *(line for note in notes(comparison) for line in _note(note, style))]
     return as_text(lines, style, color)
 
@@ -126,31 +126,41 @@ def figures(change: Change, metric: str) -> tuple[str, str, str, str, str]:
     return title, write(change.a), write(change.b), moved, interval
 
 
-def _row(row: ComparedRow, comparison: Comparison, style: Style) -> list[Text]:
-    lines = [Text(style.cut(style.clean(row_title(row)), style.width), style="bold")]
-    gated = any(change.gate for change in row.changes)
+def _rows(comparison: Comparison, style: Style) -> list[Text]:
+    """Every row as a small table of its own, the columns of all in line."""
+    gated = bool(comparison.gates)
     heads = ["", "A", "B", "change", f"{plain_number(comparison.confidence * 100)} %"] + ["gate"] * gated
-    table = [[*figures(change, comparison.metric), *([change.gate or ""] if gated else [])] for change in row.changes]
-    widths = [max(cell_len(cells[i]) for cells in [heads, *table]) for i in range(len(heads))]
+    tables = [
+        [[*figures(change, comparison.metric), *([change.gate or ""] * gated)] for change in row.changes]
+        for row in comparison.rows
+    ]
+    widths = [
+        max(cell_len(cells[i]) for cells in [heads, *(line for table in tables for line in table)])
+        for i in range(len(heads))
+    ]
     head = "  ".join(_place(cell, widths[i], i == 0) for i, cell in enumerate(heads))
-    lines.append(Text(f"    {head}", style="dim"))
     marks = _ASCII_MARKS if style.ascii else _MARKS
-    for change, cells in zip(row.changes, table, strict=True):
-        text = Text(f"  {marks.get(change.outcome, '-')} ", style=_LOOKS.get(change.outcome, ""))
-        text.append("  ".join(_place(cell, widths[i], i == 0) for i, cell in enumerate(cells)))
-        text.append("  ")
-        if change.verdict is not None:
-            text.append(VERDICT_WORDS[change.verdict], _LOOKS[change.verdict])
-            text.append(f", {_WORDS[change.outcome]}" if change.outcome in ("noise", "refused", "unknown") else "")
-        else:
-            text.append(_WORDS[change.outcome], _LOOKS.get(change.outcome, ""))
-        if cell_len(text.plain) > style.width:
-            word = VERDICT_WORDS[change.verdict] if change.verdict is not None else _WORDS[change.outcome]
-            text = Text(text.plain[: style.width - len(word) - 1].rstrip()) + Text(f" {word}")
-        lines.append(text)
-    reasons = [f"{change.title}: {change.reason}" for change in row.changes if change.reason]
-    for reason in [*dict.fromkeys(reasons), *row.notes]:
-        lines += wrapped(style.clean(reason), style.width, "    ", "      ", "dim")
+    lines: list[Text] = []
+    for row, table in zip(comparison.rows, tables, strict=True):
+        lines += [Text(), Text(style.cut(style.clean(row_title(row)), style.width), style="bold")]
+        lines.append(Text(f"    {head}", style="dim"))
+        for change, cells in zip(row.changes, table, strict=True):
+            text = Text(f"  {marks.get(change.outcome, '-')} ", style=_LOOKS.get(change.outcome, ""))
+            text.append("  ".join(_place(cell, widths[i], i == 0) for i, cell in enumerate(cells)) + "  ")
+            word = _WORDS[change.outcome]
+            if change.verdict is None:
+                text.append(word, _LOOKS.get(change.outcome, ""))
+            else:
+                verdict = VERDICT_WORDS[change.verdict]
+                if text.cell_len + len(verdict) > style.width:
+                    verdict = SHORT_WORDS[change.verdict]
+                text.append(verdict, _LOOKS[change.verdict])
+                more = f", {word}" if change.outcome not in ("same", "not measured") else ""
+                text.append(more if text.cell_len + len(more) <= style.width else "", "dim")
+            lines.append(text)
+        reasons = [f"{change.title}: {change.reason}" for change in row.changes if change.reason]
+        for reason in [*dict.fromkeys(reasons), *row.notes]:
+            lines += wrapped(style.clean(reason), style.width, "    ", "      ", "dim")
     return lines
 
 

@@ -69,6 +69,9 @@ CSV_COLUMNS = (
     "load_ms",
     "first_inference_ms",
     "peak_memory_mib",
+    "energy_mj",
+    "energy_low_mj",
+    "energy_high_mj",
     "limit_latency_ms",
     "limit_memory_mib",
     "limit_file_size_mib",
@@ -122,6 +125,9 @@ def to_csv(report: Report) -> str:
                 "latency_samples": row.latency.samples,
                 "latency_stable": row.latency.stable,
             }
+        if row.energy is not None:
+            ends = {"energy_mj": row.energy.value, "energy_low_mj": row.energy.low, "energy_high_mj": row.energy.high}
+            fields |= ends
         for name in _LIMITS:
             limit = row.limit(name)
             fields[f"limit_{name}"] = None if limit is None else limit.limit
