@@ -428,9 +428,10 @@ def metric_interval(
     if kept_a is None or kept_b is None or not _same_samples(kept_a, kept_b):
         return _independent(_of_metric(a, confidence), _of_metric(b, confidence), confidence, "both intervals")
     n = len(kept_a.predictions.labels)
-    if kept_a.model_key == kept_b.model_key:
-        return Interval(0.0, 0.0, 0.0, 0.0, 1.0, "the same file")
     first, second = kept_a.predictions, kept_b.predictions
+    # one file may answer differently on two devices
+    if kept_a.model_key == kept_b.model_key and np.array_equal(first.answers, second.answers):
+        return Interval(0.0, 0.0, 0.0, 0.0, 1.0, "the same file and answers")
     if primary_metric(task) == "top1":
         right_a, right_b = first.answers == first.labels, second.answers == second.labels
         only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
@@ -440,9 +441,7 @@ def metric_interval(
         found = difference(task, second.answers, first.answers, first.labels, first.mask, confidence=confidence)
         low, high = found.low, found.high
         how = f"paired bootstrap over {n:,} samples"
-    base = a.value or math.nan
-    relative = (low / base, high / base) if a.value else (None, None)
-    return Interval(low, high, *relative, confidence, how)
+    return _interval(low, high, a.value, confidence, how)
 
 
 def _same_samples(a: Stored, b: Stored) -> bool:
@@ -485,8 +484,14 @@ def _independent(a: _Spread, b: _Spread, confidence: float, how: str) -> Interva
         return Interval(None, None, None, None, confidence, how)
     value = b.value - a.value
     low, high = value - math.hypot(b.down, a.up), value + math.hypot(b.up, a.down)
-    relative = (low / a.value, high / a.value) if a.value > 0 else (None, None)
-    return Interval(low, high, *relative, confidence, how)
+    return _interval(low, high, a.value, confidence, how)
+
+
+def _interval(low: float, high: float, base: float, confidence: float, how: str) -> Interval:
+    """With the relative change, where the first figure is more than nothing."""
+    if base <= 0:
+        return Interval(low, high, None, None, confidence, how)
+    return Interval(low, high, low / base, high / base, confidence, how)
 
 
 def _known(energy: EnergyValue | None) -> bool:

@@ -45,12 +45,12 @@ class Stored(NamedTuple):
 
 
 def save_predictions(folder: Path, predictions: Predictions, *, test_key: str, model_key: str) -> None:
-    """Writes them as an artefact, unless the same model's are there already.
+    """Writes them as an artefact, unless they are there already.
 
     Raises:
         EdgestillError: the disk is full or the folder cannot be written.
     """
-    key = artifact.content_key(test_key, model_key)
+    key = artifact.content_key(test_key, model_key, predictions.answers)
     if artifact.current(folder, PREDICTIONS, key) is not None:
         return
     info = {"test_key": test_key, "model_key": model_key}

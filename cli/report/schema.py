@@ -61,6 +61,21 @@ class MetricLike(Protocol):
     def method(self) -> str: ...
 
 
+class EnergyLike(Protocol):
+    """What `EnergyValue.of` reads: a measured energy of one inference."""
+
+    @property
+    def millijoules(self) -> float | None: ...
+    @property
+    def low(self) -> float | None: ...
+    @property
+    def high(self) -> float | None: ...
+    @property
+    def confidence(self) -> float: ...
+    @property
+    def how(self) -> str: ...
+
+
 class MetricValue(Part):
     """A metric with its interval, and where the model ran that it belongs to."""
 
@@ -165,6 +180,13 @@ class EnergyValue(Part):
     confidence: float = 0.95
     how: str = ""
     """Which sensor, over which parts of the device."""
+
+    @classmethod
+    def of(cls, energy: EnergyLike) -> EnergyValue:
+        """The report's copy of a measured energy."""
+        return cls(
+            value=energy.millijoules, low=energy.low, high=energy.high, confidence=energy.confidence, how=energy.how
+        )
 
 
 class Roofline(Part):
