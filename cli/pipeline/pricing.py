@@ -279,7 +279,7 @@ class Pricing:
             self._tell_lower_end(target, stored)
             tail = _tail(stored.values(), section.latency_scope, section.percentile)
             known = {
-                arch: {each.precision: _cost(each, section, tail) for each in figures if each.precision in given}
+                arch: {each.precision: cost_of(each, section, tail) for each in figures if each.precision in given}
                 for arch, figures in stored.items()
             }
             cut = {arch: known[arch] for arch in hopeless}
@@ -468,7 +468,14 @@ def _asks_for_memory(targets: Sequence[Target]) -> bool:
     return any(target.section.memory_mib is not None for target in targets)
 
 
-def _cost(figures: Figures, section: TargetSection, tail: float) -> Cost:
+def cost_of(figures: Figures, section: TargetSection, tail: float) -> Cost:
+    """What a graph costs a target, in the clock and percentile of its limit.
+
+    Args:
+        figures: of the graph.
+        section: the target's table.
+        tail: times the median, that a measured percentile is; see `_tail`.
+    """
     source: Literal["calibrated", "measured"] = "measured"
     if figures.predicted_ms:
         source, tail = "calibrated", _ratio(figures.ratios.get(section.latency_scope, {}), section.percentile)

@@ -10,8 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from cli.pipeline import Run
-from cli.pipeline.pricing import Figures, Pricing
-from cli.pipeline.pricing import _cost as priced_member
+from cli.pipeline.pricing import Figures, Pricing, cost_of
 from cli.recipe import load_recipe
 from distill.students.arch import parse_arch
 from distill.students.choose import nearest_miss
@@ -144,7 +143,7 @@ def test_every_percentile_and_clock_has_its_own_ratio(percentile: float, scope: 
         ratios=RATIOS,
     )
     section = TargetSection(name="here", percentile=percentile, latency_scope=scope)
-    cost = priced_member(figures, section, tail=9.0)
+    cost = cost_of(figures, section, tail=9.0)
     assert (cost.latency_ms, cost.source) == (pytest.approx(expected), "calibrated")
 
 
