@@ -22,7 +22,7 @@ from pydantic import Field, ValidationError
 
 from profiles import statistics
 from profiles.artifact import explain_os_errors, tool_versions, write_text
-from profiles.device import Device, Stack
+from profiles.device import THIS_MACHINE, Device, Stack, detect, load_device
 from profiles.errors import InputError
 from profiles.measure import Plan, Query, Sampled, query_batches, querying, sample
 from profiles.progress import Progress, Silent
@@ -159,8 +159,9 @@ class Calibration(Section):
     """Median over the models of `Observation.undisturbed`."""
     models: int
     seconds: float
-    efficiency: float | None = None
-    """Roofline bound over measured median, middle of the FP32 models; None where the device's facts give no bound."""
+    efficiency: dict[str, float] = Field(default_factory=dict)
+    """By precision: roofline bound over measured median, middle of the architectures; empty where the device's facts
+    give no bound."""
 
 
 def processor(device: Device) -> str:
@@ -448,7 +449,7 @@ def fit(
     stack: Stack,
     threads: int,
     seconds: float = 0.0,
-    efficiency: float | None = None,
+    efficiency: Mapping[str, float] | None = None,
 ) -> Calibration:
     """The calibration that these measurements give.
 
@@ -484,7 +485,7 @@ def fit(
         undisturbed=float(np.median([observation.undisturbed for observation in observations])),
         models=len(observations),
         seconds=seconds,
-        efficiency=efficiency,
+        efficiency=dict(efficiency or {}),
     )
 
 
@@ -633,10 +634,23 @@ def launch_overhead_ms(device: Device, calibration: Calibration | None) -> float
     return _LEAST_MS[device.kind]
 
 
-def assumed_efficiency() -> float:
-    """The share of its roofline bound's rate that a device is assumed to reach where nothing was measured.
+def assumed_efficiency(precision: Precision) -> float | None:
+    """The share of its roofline bound's rate that calibrated processors reach in a precision, the middle of them.
 
-    The middle of the stored calibrations that know theirs, else `PRIOR_EFFICIENCY`.
+    None where none that is up to date knows its own; see `PRIOR_EFFICIENCY`.
     """
-    known = [calibration.efficiency for calibration in stored_calibrations() if calibration.efficiency is not None]
-    return float(np.median(known)) if known else PRIOR_EFFICIENCY
+    known = [
+        calibration.efficiency[precision]
+        for calibration in stored_calibrations()
+        if precision in calibration.efficiency and not _is_old(calibration)
+    ]
+    return float(np.median(known)) if known else None
+
+
+def _is_old(calibration: Calibration) -> bool:
+    """Whether it says nothing any more about its own device with its newest stack."""
+    try:
+        device = detect() if calibration.device == THIS_MACHINE else load_device(calibration.device)
+    except InputError:  # the user's own device file is gone
+        return True
+    return stale(calibration, device, device.stacks[0], calibration.threads) is not None

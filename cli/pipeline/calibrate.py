@@ -96,7 +96,7 @@ def calibrate(
                 evidence=reason,
                 fix="stop other work and calibrate again; what was stored before is unchanged",
             )
-        efficiency = _efficiency(sampled, models, observations, device)
+        efficiency = _efficiency(models, observations, device)
     calibration = fit(
         observations,
         device=device,
@@ -229,19 +229,18 @@ def _others(use: Mapping[str, Any], threads: int) -> str | None:
 
 
 def _efficiency(
-    sampled: Iterable[Sampled],
     models: Mapping[str, Mapping[str, Path]],
     observations: Iterable[Observation],
     device: Device,
-) -> float | None:
-    """The roofline bound over the measured median, middle of the FP32 architectures; None without a bound."""
-    measured = {one.model: one.p50_ms for one in observations if one.precision == "fp32"}
-    shares = []
-    for one in sampled:
-        bound = roofline(models[one.name]["fp32"], device, "fp32").bound_ms if one.arch is not None else None
+) -> dict[str, float]:
+    """By precision: the roofline bound over the measured median, middle of the architectures; empty without a bound."""
+    measured = {(one.model, one.precision): one.p50_ms for one in observations if one.is_architecture}
+    shares: dict[str, list[float]] = {}
+    for (name, precision), milliseconds in measured.items():
+        bound = roofline(models[name][precision], device, precision).bound_ms
         if bound is not None:
-            shares.append(bound / measured[one.name])
-    return float(np.median(shares)) if shares else None
+            shares.setdefault(precision, []).append(bound / milliseconds)
+    return {precision: float(np.median(found)) for precision, found in shares.items()}
 
 
 def error_rows(calibration: Calibration) -> list[tuple[str, ...]]:

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from cli.pipeline.pool_cost import multiply_adds, paper_costs, precisions_of
+from cli.pipeline.pool_cost import held_to, multiply_adds, paper_costs, precisions_of, starting_ms
 from distill.students import Student
 from distill.students.arch import Arch, TextArch
 from distill.students.pool import Cost, kind_of
@@ -27,12 +27,12 @@ from export.onnx import choose_opset, export_graph
 from export.precision import quantization_for, quantize
 from profiles import artifact
 from profiles.calibration import (
+    PRIOR_EFFICIENCY,
     Calibration,
     assumed_efficiency,
     find_calibration,
     launch_overhead_ms,
     predict,
-    stored_calibrations,
     usable,
 )
 from profiles.device import Precision, Target, TargetSection
@@ -40,7 +40,7 @@ from profiles.errors import EdgestillError
 from profiles.measure import measure
 from profiles.measure_section import MeasureSection
 from profiles.measurement import Latency, Measurement
-from profiles.predict import roofline
+from profiles.predict import node_costs, roofline
 from profiles.section import Section
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ class Pricing:
         self.run, self.targets = run, tuple(targets)
         self.has_worked = False
         self._work: dict[Arch, int] = {}
+        self._reached: dict[Precision, float | None] = {}
 
     @property
     def attached(self) -> tuple[Target, ...]:
@@ -128,13 +129,24 @@ class Pricing:
         """What a query of an empty graph takes there at least."""
         return launch_overhead_ms(target.device, self.calibration(target) if is_attached(target) else None)
 
-    def efficiency(self) -> tuple[float, str]:
-        """The share of its roofline that a device is taken to reach, and where that number is from."""
+    def efficiency(self, target: Target | None = None, precision: Precision = "fp32") -> tuple[float, str]:
+        """The share of its roofline that a device is taken to reach in a precision, and where that number is from.
+
+        Args:
+            target: None: a CPU.
+            precision: calibrations tell FP32 and INT8.
+        """
         asked = self.run.recipe.student.choice.assumed_efficiency
         if asked is not None:
             return asked, "student.choice.assumed_efficiency"
-        known = any(calibration.efficiency is not None for calibration in stored_calibrations())
-        return assumed_efficiency(), "what calibrated devices reach" if known else "a prior; no device is calibrated"
+        if target is not None and target.device.kind == "gpu":
+            return PRIOR_EFFICIENCY, "a prior; no calibration tells a GPU's"
+        if precision not in self._reached:
+            self._reached[precision] = assumed_efficiency("int8" if precision == "int8" else "fp32")
+        known = self._reached[precision]
+        if known is None:
+            return PRIOR_EFFICIENCY, "a prior; no device is calibrated"
+        return known, f"what calibrated devices reach in {'INT8' if precision == 'int8' else 'FP32'}"
 
     def costs(self, archs: Sequence[Arch]) -> dict[str, dict[Arch, Costs]]:
         """By target and architecture; what is not stored yet is exported, and measured or predicted, now."""
@@ -149,14 +161,53 @@ class Pricing:
 
     def paper(self, arch: Arch, target: Target) -> Costs:
         """What facts and an assumed efficiency say of one member on one target."""
-        efficiency, _ = self.efficiency()
         return paper_costs(
             self.run.fresh(str(arch)),
             self.run.dataset.input,
             target,
-            efficiency=efficiency,
-            overhead_ms=launch_overhead_ms(target.device, None),
+            efficiency=lambda precision: self.efficiency(target, precision)[0],
+            launch_ms=launch_overhead_ms(target.device, None),
         )
+
+    def priced_file(self, target: Target, arch: Arch, file: Path, precision: Precision) -> Cost | None:
+        """What an exported file of a student costs on a target that is not attached, by the file's own nodes.
+
+        A graph that is INT8 in part has nodes in several types: each is held to the peak, and to the assumed
+        efficiency, of its own, since the units of a device take turns as the layers of a student do.
+
+        Args:
+            target: the device.
+            arch: the student's, whose memory on paper is a lower end of the file's.
+            file: the ONNX graph of a candidate.
+            precision: the candidate's; nodes whose type the graph does not tell compute in it.
+
+        Returns:
+            None where the target is attached: there, the file is measured.
+
+        Raises:
+            InputError: missing or damaged file.
+        """
+        if is_attached(target):
+            return None
+        batch, flops = target.section.batch, dict[Precision, int]()
+        nodes = [node for node in node_costs(file, batch) if node.matrix]
+        for node in nodes:
+            computed = held_to(node.precision or precision, target)
+            flops[computed] = flops.get(computed, 0) + node.flops
+        peaks = {name: target.device.peak(name, target.power_mode) for name in flops}
+        parts = {name: flops[name] / peak * 1e3 for name, peak in peaks.items() if peak}
+        # a whole graph's bytes are counted as they are stored, whatever computes
+        whole = roofline(file, target.device, precision, batch, target.power_mode)
+        moved_ms = whole.bound_ms if whole.limiting == "memory" and whole.bound_ms is not None else 0.0
+        bound = max(sum(parts.values()), moved_ms)
+        paper = self.paper(arch, target).get(precision, Cost())
+        size = sum(path.stat().st_size for path in file.parent.glob(f"{file.name}*")) / _MIB
+        if not bound or len(parts) < len(flops):
+            return Cost(size, paper.memory_mib, bound or None)
+        reached = {name: self.efficiency(target, name)[0] for name in parts}
+        worked = max(sum(ms / reached[name] for name, ms in parts.items()), moved_ms / max(reached.values()))
+        started = starting_ms(target, len(nodes), launch_overhead_ms(target.device, None))
+        return Cost(size, paper.memory_mib, bound, worked + started, "assumed")
 
     def missing(self, archs: Sequence[Arch]) -> int:
         """How many graphs would be made at most to know all costs; 0 where an earlier run has left them."""

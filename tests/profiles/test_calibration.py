@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from profiles.calibration import (
     LAYERS,
-    PRIOR_EFFICIENCY,
     Calibration,
     Observation,
     Times,
@@ -104,7 +103,7 @@ def observations() -> list[Observation]:
 @pytest.fixture
 def calibration(observations: list[Observation]) -> Calibration:
     device = detect()
-    return fit(observations, device=device, stack=device.stacks[0], threads=1, efficiency=0.2)
+    return fit(observations, device=device, stack=device.stacks[0], threads=1, efficiency={"fp32": 0.2, "int8": 0.06})
 
 
 def test_known_times_are_recovered(observations: list[Observation]) -> None:
@@ -265,9 +264,14 @@ def test_a_precision_that_was_not_calibrated_is_refused(tmp_path: Path, calibrat
 def test_overhead_and_efficiency_come_from_calibrations_or_are_stated(calibration: Calibration) -> None:
     assert launch_overhead_ms(detect(), calibration) == pytest.approx(QUERY / 1e3, rel=0.05)
     assert launch_overhead_ms(load_device("rtx-4060-laptop"), None) > launch_overhead_ms(detect(), None) > 0
-    assert assumed_efficiency() == PRIOR_EFFICIENCY
+    assert assumed_efficiency("fp32") is None
     save_calibration(calibration)
-    assert assumed_efficiency() == 0.2
+    assert (assumed_efficiency("fp32"), assumed_efficiency("int8")) == (0.2, 0.06)
+
+
+def test_a_calibration_that_is_out_of_date_tells_no_efficiency(calibration: Calibration) -> None:
+    save_calibration(calibration.model_copy(update={"runtime_version": "1.0.0"}))
+    assert assumed_efficiency("fp32") is None
 
 
 def test_models_are_measured_in_turns(tmp_path: Path) -> None:
