@@ -51,7 +51,7 @@ from distill.students.choose import (
 from distill.students.halving import halve
 from distill.students.pool import Cost, Limits, restrict, student_pool
 from profiles import artifact
-from profiles.device import Target, TargetSection
+from profiles.device import Precision, Target, TargetSection
 from profiles.errors import EdgestillError, InputError
 
 if TYPE_CHECKING:
@@ -399,7 +399,7 @@ class Budgets:
         self._costs = self.pricing.costs(self.pool)
         fits, rejected = {}, {}
         for target in self.targets:
-            options = _options(self._costs[target.name], target.section)
+            options = _options(self._costs[target.name], target)
             fits[target.name], rejected[target.name] = fitting(
                 options, _limits(target.section), margin=self.section.margin
             )
@@ -412,7 +412,7 @@ class Budgets:
         else:
             fits = {
                 target.name: fitting(
-                    _options({arch: self.pricing.paper(arch, target) for arch in self.pool}, target.section),
+                    _options({arch: self.pricing.paper(arch, target) for arch in self.pool}, target),
                     _limits(target.section),
                     margin=self.section.margin,
                 )[0]
@@ -484,6 +484,16 @@ class Budgets:
             name: tuple(sorted(given, key=lambda arch: -self.pricing.work(arch))[: self.section.finalists])
             for name, given in archs.items()
         }
+
+    def fallbacks(self, archs: Mapping[str, Sequence[Arch]]) -> dict[str, int]:
+        """By attached target: trainings that follow at most where measuring rejects every finalist (see `_descend`)."""
+        found = {}
+        for target in self.targets:
+            count = len(archs.get(target.name, ())) - self.section.finalists
+            if is_attached(target) and count > 0:
+                near = min(count, self.section.finalists)
+                found[target.name] = near + (count - near).bit_length()
+        return found
 
     def _by_trials(self, archs: Mapping[str, Sequence[Arch]]) -> dict[str, tuple[Arch, ...]]:
         run = self.run
@@ -610,9 +620,7 @@ class Budgets:
             Whether there was one.
         """
         leader = best_of(settled.tried)
-        for arch in sorted(
-            {each for each in self._archs_of(target)}, key=lambda arch: -self._full(arch).result.metric.value
-        ):
+        for arch in sorted(self._archs_of(target), key=lambda arch: -self._full(arch).result.metric.value):
             found, _ = self._exported[target.name, str(arch)]
             fp32, lowest = found["fp32"].validation, found.lowest_metric
             if fp32 is None or lowest is None or fp32.value < lowest:
@@ -662,8 +670,11 @@ class Budgets:
             asked = section.precision in ("auto", candidate.precision)
             if candidate.refused is not None and asked:
                 problems.append(f"{word} {candidate.name}: {candidate.refused}")
-            if not candidate.usable or candidate.validation is None or not asked:
+            if not candidate.usable or candidate.file is None or candidate.validation is None or not asked:
                 continue
+            expected = self._costs[target.name][arch].get(candidate.precision)
+            if candidate.name != candidate.precision:  # INT8 in part, or with another remainder
+                expected = self.pricing.priced_file(target, arch, candidate.file, candidate.precision) or expected
             settled.tried.append(
                 tried(
                     section,
@@ -672,7 +683,7 @@ class Budgets:
                     candidate.validation,
                     fp32,
                     measured.get(candidate.name),
-                    self._costs[target.name][arch].get(candidate.precision),
+                    expected,
                     margin=self.section.margin,
                 )
             )
@@ -685,7 +696,7 @@ class Budgets:
         sources: list[CostSource] = [each.cost.source for each in fits] + [each.option.cost.source for each in rejected]
         known: tuple[CostSource, ...] = ("measured", "calibrated", "assumed", "bound")
         source = next(each for each in known if each in sources or each == "bound")
-        efficiency, efficiency_from = self.pricing.efficiency() if source == "assumed" else (None, "")
+        efficiency, efficiency_from = self._efficiency(target) if source == "assumed" else (None, "")
         return Selection(
             pool=len(self.pool),
             fitting=len(archs),
@@ -707,6 +718,14 @@ class Budgets:
             ),
             left_out=max(0, len(rejected) - _MOST_REJECTED),
         )
+
+    def _efficiency(self, target: Target) -> tuple[float, str]:
+        """What was assumed of a device, and from where; of INT8 too, where that is another share."""
+        asked = target.section.precision
+        if asked != "auto":
+            return self.pricing.efficiency(target, asked)
+        (share, source), (integer, _) = self.pricing.efficiency(target), self.pricing.efficiency(target, "int8")
+        return share, source if integer == share else f"{source}; {integer:.0%} in INT8"
 
     def _ranking(self, target: Target, archs: Sequence[Arch]) -> tuple[RankedStudent, ...]:
         """As it was told before, with the metric of those that were trained in full."""
@@ -828,15 +847,20 @@ def _attempt(each: Tried, chosen: bool, attached: bool) -> Attempt:
     )
 
 
-def _options(costs: Mapping[Arch, Costs], section: TargetSection) -> list[Option]:
+def _options(costs: Mapping[Arch, Costs], target: Target) -> list[Option]:
     """What the planner makes of every member; with "auto", BF16 and FP8 only follow where a metric is missed."""
-    made = ("fp32", "fp16", "int8") if section.precision == "auto" else (section.precision,)
+    made = ordinary_precisions(target)
     return [
         Option(arch, precision, cost)
         for arch, found in costs.items()
         for precision, cost in found.items()
         if precision in made
     ]
+
+
+def ordinary_precisions(target: Target) -> tuple[Precision, ...]:
+    """What the planner makes of a student whose plain INT8 keeps the metric, as far as the target may get it."""
+    return ("fp32", "fp16", "int8") if target.section.precision == "auto" else (target.section.precision,)
 
 
 def _limits(section: TargetSection) -> Limits:
