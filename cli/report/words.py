@@ -261,7 +261,8 @@ def selection_lines(selection: Selection, arch: str) -> list[str]:
     others = [f"not {line}" for line in _over(selection) if chosen is None or line != attempt_words(chosen)]
     lines += others[:_NEAREST]
     if selection.untried:
-        lines.append(f"{count_words(selection.untried)} that fit and are cheaper were not tried")
+        fit = "that fits" if selection.untried == 1 else "that fit"
+        lines.append(f"cheaper and not tried: {count_words(selection.untried)} {fit}")
     if selection.shared_with:
         lines.append(f"the same student as {', '.join(selection.shared_with)}")
     return lines
