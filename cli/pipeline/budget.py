@@ -620,24 +620,20 @@ class Budgets:
             Whether there was one.
         """
         leader = best_of(settled.tried)
-        for arch in sorted(self._archs_of(target), key=lambda arch: -self._full(arch).result.metric.value):
-            found, _ = self._exported[target.name, str(arch)]
-            fp32, lowest = found["fp32"].validation, found.lowest_metric
-            if fp32 is None or lowest is None or fp32.value < lowest:
+        plans = [
+            (parse_arch(arch), found) for (name, arch), (found, _) in self._exported.items() if name == target.name
+        ]
+        for arch, found in sorted(plans, key=lambda entry: -_fp32_metric(entry[1])):
+            value, lowest = _fp32_metric(found), found.lowest_metric
+            if lowest is None or value < lowest or (leader is not None and value <= leader.metric):
                 continue
-            if (leader is not None and fp32.value <= leader.metric) or not _int8_misses(found, target.section):
-                continue
-            if self._int8_is_within(target, arch, settled):
+            if _int8_misses(found, target.section) and self._int8_is_within(target, arch, settled):
                 settled.tried = [each for each in settled.tried if each.option.arch != arch]
                 self._serves("qat", str(arch), [target.name])
                 self._rescued.add((target.name, str(arch)))
                 self._try(target, arch, settled, problems)
                 return True
         return False
-
-    def _archs_of(self, target: Target) -> tuple[Arch, ...]:
-        """Those whose files were made for a target."""
-        return tuple(parse_arch(word) for name, word in self._exported if name == target.name)
 
     def _int8_is_within(self, target: Target, arch: Arch, settled: Settled) -> bool:
         """Whether an INT8 file of a student is within the limits of a target, as measured or else as expected."""
@@ -821,6 +817,12 @@ def _metric_problem(section: TargetSection, metric: Metric, fp32: Metric | None)
     if section.max_metric_drop is not None and lost > section.max_metric_drop:
         return f"{-lost * 100:+.1f} pt against fp32 on validation, allowed {-section.max_metric_drop * 100:.1f}"
     return ""
+
+
+def _fp32_metric(found: Plan) -> float:
+    """Of the FP32 file, on validation."""
+    validation = found["fp32"].validation
+    return -math.inf if validation is None else validation.value
 
 
 def _int8_misses(found: Plan, section: TargetSection) -> bool:
