@@ -78,6 +78,7 @@ def plan(
     progress: Progress | None = None,
     retrain: Retrain | None = None,
     floor: Floor | None = None,
+    rescue: bool = True,
 ) -> Plan:
     """Exports, quantises, compares and (for TensorRT-RTX) builds; what is there already is not made again.
 
@@ -100,6 +101,8 @@ def plan(
         retrain: quantisation-aware training, the last resort; None: there is none.
         floor: the metric to keep; None: 99 % of FP32. Without `score` what counts is that the decisions agree as the
             section asks.
+        rescue: whether search and retraining follow where INT8 does not keep the metric; without them, an INT8 that was
+            asked for by name and cannot be used is left for the caller to judge.
 
     Raises:
         InputError: an opset that the stack does not read; a precision asked for that there is no export for.
@@ -132,6 +135,7 @@ def plan(
         opset=choose_opset(section.opset, stack),
         floor=floor or Floor(),
         retrain=retrain if section.qat == "auto" else None,
+        rescue=rescue,
     )
     with progress.task("export", total=_planned(wanted, stack), unit="graphs") as task:
         work.make(wanted, task)
@@ -192,6 +196,7 @@ class _Work:
     opset: int
     floor: Floor
     retrain: Retrain | None
+    rescue: bool = True
     reused: list[str] = field(default_factory=list)
     candidates: list[Candidate] = field(default_factory=list)
     steps: list[PlanStep] = field(default_factory=list)
@@ -222,6 +227,8 @@ class _Work:
             and not self.strict
             and any(self.keeps(candidate) for candidate in self.eight_bit_floats(task))
         ):
+            return
+        if not self.rescue:
             return
         found = self.search(task)
         if found is None:
