@@ -80,7 +80,7 @@ def write_bundle(
         tokenizer.read_text(encoding="utf-8") if tokenizer is not None else None,
         template,
     )
-    if current(folder, KIND, key) is not None:
+    if current(folder, KIND, key, whole=True) is not None:
         return folder
     session = parity.open_session(candidate.to_score)
     output = parity.run_session(session, inputs, len(next(iter(inputs.values()))))

@@ -20,6 +20,7 @@ from export.planning import plan
 from export.section import ExportSection
 from profiles.device import Device, Stack
 from profiles.errors import InputError, nearest
+from profiles.opening import refuse_zip_bomb
 from profiles.progress import Progress
 
 _DTYPES = ("float32", "uint8", "int32", "int64", "bool")
@@ -163,8 +164,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
             state = load_file(str(path))
         else:
+            refuse_zip_bomb(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state)
+    except InputError:
+        raise
     except Exception as error:
         first = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), str(error)[:200])
         raise InputError(f"the weights do not fit {type(model).__name__}", where=str(path), evidence=first) from error

@@ -17,7 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from export.candidate import Rung
-from export.onnx import first_lines, graph_opset, quiet, save
+from export.onnx import data_file, first_lines, graph_opset, quiet, save, write
+from export.preflight.graph import without_weights
 from profiles.errors import EdgestillError
 from profiles.metrics import Difference
 
@@ -62,6 +63,9 @@ def open_session(
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     if optimised_to is not None:
         options.optimized_model_filepath = str(optimised_to)
+        if data_file(path).is_file():
+            key = "session.optimized_model_external_initializers_file_name"
+            options.add_session_config_entry(key, data_file(optimised_to).name)
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
@@ -212,7 +216,7 @@ def graph_values(path: Path, samples: Samples) -> dict[str, NDArray[Any]]:
                 model.graph.output.append(onnx.ValueInfoProto(name=name))
     with tempfile.TemporaryDirectory(prefix="edgestill-") as folder:
         instrumented = Path(folder) / "instrumented.onnx"
-        instrumented.write_bytes(model.SerializeToString())
+        write(model, instrumented)
         session = open_session(instrumented, optimised=False)
         names = [entry.name for entry in session.get_outputs()]
         found = session.run(names, dict(samples))
@@ -339,9 +343,10 @@ def emulate_half(source: Path, target: Path, *, half: int = TensorProto.FLOAT16)
     ONNX Runtime drops the casts between the nodes of an FP16 graph on a CPU and computes in FP32: such a run shows
     neither rounding nor overflow. Sums inside a node stay in FP32, as in tensor cores.
     """
-    model = onnx.shape_inference.infer_shapes(onnx.load(str(source)))
+    model = onnx.load(str(source))
+    inferred = onnx.shape_inference.infer_shapes(without_weights(model)).graph
     full = TensorProto.FLOAT
-    types = {entry.name: entry.type.tensor_type.elem_type for entry in (*model.graph.value_info, *model.graph.output)}
+    types = {entry.name: entry.type.tensor_type.elem_type for entry in (*inferred.value_info, *inferred.output)}
 
     def widen(tensor: TensorProto) -> None:
         if tensor.data_type == half:

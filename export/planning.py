@@ -21,7 +21,17 @@ from export import parity, tensorrt
 from export.availability import EXPORTED, available, refusal_of
 from export.candidate import GRAPH, Candidate, Engine, Plan, PlanStep, Rung
 from export.floor import Floor
-from export.onnx import DEFAULT_IR, choose_opset, export_graph, graph_opset, own_version, save, set_metadata
+from export.onnx import (
+    DEFAULT_IR,
+    choose_opset,
+    export_graph,
+    graph_opset,
+    own_version,
+    remove,
+    save,
+    set_metadata,
+    write,
+)
 from export.parity import DifferenceOf, Limits, Samples, spread, take
 from export.precision import (
     Quantizer,
@@ -36,9 +46,10 @@ from export.precision import (
 from export.preflight import preflight, refusal, version_of
 from export.search import MOSTLY, Found, Judge, Search, Verdict
 from export.section import ExportSection
-from profiles.artifact import array_hash, content_key, create, current, file_hash, tool_versions
+from profiles.artifact import array_hash, content_key, create, current, tool_versions
 from profiles.device import THIS_MACHINE, Device, Precision, Stack
 from profiles.errors import EdgestillError, InputError
+from profiles.measure import model_hash
 from profiles.metrics import Metric
 from profiles.progress import Progress, Silent, Task
 from profiles.quantspec import QuantSpec
@@ -381,7 +392,7 @@ class _Work:
             scored = None
             if self.float_inputs:
                 scored = folder / _SCORED
-                graph.rename(scored)
+                save(onnx.load(str(graph)), scored)
                 _float_inputs(scored, graph)
             return self.describe("fp32", "fp32", graph, (plain, fused), scored=scored)
 
@@ -438,7 +449,7 @@ class _Work:
         save(model, made)
         if half:
             to_fp16(made, graph)
-            made.unlink()
+            remove(made)
         scored = None if self.native else folder / _SCORED
         if scored is not None:
             parity.emulate(graph, scored)
@@ -454,7 +465,7 @@ class _Work:
         assert self.calibration_samples is not None  # plain INT8 was made
         key = content_key(self.key("int8-search", "int8"), self.lowest)
         folder = self.place("int8-search", "int8")
-        manifest = current(folder, "search", key)
+        manifest = current(folder, "search", key, whole=True)
         if manifest is None:
             task.advance(0, note="int8 search")
             with tempfile.TemporaryDirectory(prefix="edgestill-") as scratch:
@@ -494,7 +505,7 @@ class _Work:
         place = scratch / "tried.onnx"
 
         def written(model: onnx.ModelProto) -> Path:
-            place.write_bytes(model.SerializeToString())
+            write(model, place)
             if not self.native:
                 parity.emulate(place, place)
             return place
@@ -600,7 +611,7 @@ class _Work:
             )
             if half:
                 to_fp16(made, graph)
-                made.unlink()
+                remove(made)
             scored = None if self.native else folder / _SCORED
             if scored is not None:
                 parity.emulate(graph, scored)
@@ -698,7 +709,7 @@ class _Work:
             input_dtype="float32" if scored is not None and precision == "fp32" else None,
             opset=graph_opset(model),
             ir_version=int(model.ir_version),
-            sha256=file_hash(graph),
+            sha256=model_hash(graph),
             size_bytes=sum(path.stat().st_size for path in graph.parent.glob(f"{GRAPH}*")),
             parity=rungs,
             validation=self.score(scored or graph) if self.score is not None and failed is None else None,
@@ -791,7 +802,7 @@ class _Work:
         if made_from:
             key = content_key(key, *made_from)
         folder = self.place(stored, precision)
-        manifest = current(folder, "graph", key)
+        manifest = current(folder, "graph", key, whole=True)
         if manifest is not None:
             candidate = Candidate.model_validate(manifest.info["candidate"])
             if candidate.refused is None or not self.strict or precision == "int8":
@@ -804,7 +815,7 @@ class _Work:
             started = time.perf_counter()
             candidate = make(temporary)
             candidate = candidate.model_copy(update={"seconds": round(time.perf_counter() - started, 2)})
-            (temporary / "optimised.onnx").unlink(missing_ok=True)
+            remove(temporary / "optimised.onnx")
             relative = _moved(candidate, Path())
             info["candidate"] = json.loads(relative.model_dump_json())
             info["calibration_sha256"] = self.calibration_hash if precision in ("int8", "fp8") else None
@@ -843,7 +854,7 @@ class _Work:
         place = candidate.file.parent
         folder = place.with_name(f"{place.name}-sm{capability.replace('.', '')}-b{self.batch}")
         key = content_key(_FORMS, candidate.sha256, str(adapter), capability, self.batch)
-        manifest = current(folder, "engine", key)
+        manifest = current(folder, "engine", key, whole=True)
         if manifest is not None:
             found = [Engine.model_validate(entry) for entry in manifest.info["engines"]]
             return [engine.model_copy(update={"file": folder / engine.file}) for engine in found]

@@ -53,7 +53,7 @@ def load_adapter(*, rtx: bool) -> Adapter | None:
 def parse(adapter: Adapter, graph: Path) -> str | None:
     """Parses the graph, strongly typed; the first errors, or None when the parser takes it."""
     opened = _Opened(adapter)
-    return None if opened.parser.parse(graph.read_bytes()) else opened.parser_errors()
+    return None if opened.parser.parse(graph.read_bytes(), str(graph)) else opened.parser_errors()
 
 
 def build_engine(
@@ -72,7 +72,7 @@ def build_engine(
     trt = adapter.module
     started = time.perf_counter()
     opened = _Opened(adapter)
-    if not opened.parser.parse(graph.read_bytes()):
+    if not opened.parser.parse(graph.read_bytes(), str(graph)):
         raise EdgestillError(f"{adapter} cannot parse the graph", where=graph.name, evidence=opened.parser_errors())
     config = opened.builder.create_builder_config()
     if adapter.rtx:

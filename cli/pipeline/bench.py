@@ -18,6 +18,7 @@ from profiles.errors import InputError
 from profiles.measure import measure, sweep
 from profiles.measure_section import MeasureSection
 from profiles.measurement import Measurement, Outcome, Scope, Throughput
+from profiles.opening import open_arrays, open_bundle, open_graph
 from profiles.progress import Progress
 from profiles.runtimes.onnxruntime import random_inputs
 from profiles.section import Section
@@ -109,6 +110,7 @@ def _model_and_inputs(path: Path, options: BenchOptions) -> tuple[Path, dict[str
             f"no such file or folder: {path}", where=str(path), fix="name an .onnx file, a bundle or a run"
         )
     if path.is_file():
+        open_graph(path)
         return path, random_inputs(path, options.target.batch, _sizes(options.shapes)), "random"
     if not (path / artifact.MANIFEST).is_file():
         raise InputError(
@@ -118,10 +120,9 @@ def _model_and_inputs(path: Path, options: BenchOptions) -> tuple[Path, dict[str
         )
     if options.shapes:
         raise InputError("a bundle's golden sample has its shape", where="--shape", fix="leave it out")
-    manifest = artifact.verify(path, "bundle")
-    names = [entry["name"] for entry in manifest.info["inputs"]]
-    with np.load(path / "golden.npz") as golden:
-        inputs = {name: golden[f"input_{name}"] for name in names}
+    manifest = open_bundle(path)
+    golden = open_arrays(path / "golden.npz")
+    inputs = {entry["name"]: golden[f"input_{entry['name']}"] for entry in manifest.info["inputs"]}
     repeats = options.target.batch
     return (
         path / manifest.info["model"],

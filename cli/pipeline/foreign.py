@@ -12,6 +12,7 @@ from torch import nn
 from export import Plan, export_model, parse_example
 from profiles.device import TargetSection, resolve_target
 from profiles.errors import InputError
+from profiles.opening import open_arrays
 from profiles.progress import Progress
 from profiles.usercode import load_factory
 
@@ -85,15 +86,4 @@ def _kwargs(text: str | None) -> dict[str, object]:
 
 
 def _samples(path: Path | None) -> dict[str, np.ndarray] | None:
-    if path is None:
-        return None
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(
-            "no arrays can be read there",
-            where=str(path),
-            evidence=str(error),
-            fix="write it with numpy.savez(path, NAME=array)",
-        ) from error
+    return None if path is None else open_arrays(path, where=f"--samples {path}")
