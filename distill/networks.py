@@ -67,7 +67,9 @@ class ImageAdapter(nn.Module):
         self.normalize = Normalize(mean, std)
 
     def forward(self, image: Tensor) -> Tensor:
-        x: Tensor = self.normalize(image.expand(-1, self.repeat, -1, -1) if self.repeat > 1 else image)
+        if self.repeat > 1:  # TensorRT repeats no uint8
+            image = image.to(self.normalize.scale.dtype).expand(-1, self.repeat, -1, -1)
+        x: Tensor = self.normalize(image)
         if self.size is not None and x.shape[-2:] != (self.size, self.size):
             x = F.interpolate(
                 x, size=(self.size, self.size), mode="bilinear", align_corners=False, antialias=self.antialias

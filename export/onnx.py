@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import json
 import logging
@@ -85,6 +86,7 @@ def export_graph(
     max_ir: int = DEFAULT_IR,
     output_names: Sequence[str] = ("logits",),
     metadata: Mapping[str, Any] | None = None,
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
 ) -> None:
     """Writes `model` as an ONNX FP32 graph whose batch (first dimension of every input and output) is dynamic.
 
@@ -94,6 +96,7 @@ def export_graph(
         opset: 13 to 25. Below 18 the graph is lowered, see `lower_opset`.
         max_ir: newest IR version that the reader takes.
         metadata: written to `metadata_props`; values that are not text as JSON.
+        dynamic: names of further dimensions that are dynamic, by input and position; equal names are equal sizes.
 
     Raises:
         InputError: the model is in training mode, or a batch below 2.
@@ -103,7 +106,6 @@ def export_graph(
         raise InputError("the model is in training mode", where=type(model).__name__, fix="call model.eval() first")
     if any(example.shape[0] < 2 for example in examples.values()):
         raise InputError("the example batch must be 2 or more", where=", ".join(examples))
-    batch = torch.export.Dim("batch")
     try:
         with quiet(), torch.no_grad():
             program = torch.onnx.export(
@@ -111,7 +113,7 @@ def export_graph(
                 tuple(examples.values()),
                 dynamo=True,
                 opset_version=max(opset, EXPORTER_OPSETS[0]),
-                dynamic_shapes=tuple({0: batch} for _ in examples),
+                dynamic_shapes=dynamic_shapes(model, list(examples), dynamic),
                 input_names=list(examples),
                 output_names=list(output_names),
                 verbose=False,
@@ -135,6 +137,21 @@ def export_graph(
     proto.producer_version = own_version()
     set_metadata(proto, {"edgestill": own_version(), **(metadata or {})})
     save(proto, path)
+
+
+def dynamic_shapes(
+    model: nn.Module, names: Sequence[str], dynamic: Mapping[str, Mapping[int, str]] | None = None
+) -> tuple[Any, ...]:
+    """For the exporter: dynamic dimensions of every input. The first one is the batch."""
+    given = dynamic or {}
+    sizes = {"batch", *(size for each in given.values() for size in each.values())}
+    known = {size: torch.export.Dim(size) for size in sizes}
+    shapes = tuple(
+        {0: known["batch"]} | {position: known[size] for position, size in given.get(name, {}).items()}
+        for name in names
+    )
+    kinds = [entry.kind for entry in inspect.signature(model.forward).parameters.values()]
+    return (shapes,) if kinds == [inspect.Parameter.VAR_POSITIONAL] else shapes
 
 
 def save(model: onnx.ModelProto, path: Path) -> None:

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from export.candidate import Rung
-from export.onnx import data_file, first_lines, graph_opset, quiet, save, write
+from export.onnx import data_file, dynamic_shapes, first_lines, graph_opset, quiet, save, write
 from export.preflight.graph import without_weights
 from profiles.errors import EdgestillError
 from profiles.metrics import Difference
@@ -230,11 +230,9 @@ def graph_values(path: Path, samples: Samples) -> dict[str, NDArray[Any]]:
 def torch_values(model: nn.Module, samples: Samples) -> dict[str, NDArray[Any]]:
     """Every value of the PyTorch model under the name that torch.onnx.export gives it."""
     inputs = tuple(torch.from_numpy(np.array(array)) for array in samples.values())
-    batch = torch.export.Dim("batch")
+    shapes = dynamic_shapes(model, list(samples))
     with quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            model, inputs, dynamo=True, dynamic_shapes=tuple({0: batch} for _ in inputs), verbose=False
-        )
+        program = torch.onnx.export(model, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False)
         if program is None or program.exported_program is None:
             return {}
         recorder = _Recorder(program.exported_program.module())

@@ -87,6 +87,8 @@ def plan(
     progress: Progress | None = None,
     retrain: Retrain | None = None,
     floor: Floor | None = None,
+    output_name: str = "logits",
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
 ) -> Plan:
     """Exports, quantises, compares and (for TensorRT-RTX) builds; what is there already is not made again.
 
@@ -109,6 +111,8 @@ def plan(
         retrain: quantisation-aware training, the last resort; None: there is none.
         floor: the metric to keep; None: 99 % of FP32. Without `score` what counts is that the decisions agree as the
             section asks.
+        output_name: of the graph's output.
+        dynamic: further dynamic dimensions, see `export_graph`.
 
     Raises:
         InputError: an opset that the stack does not read; a precision asked for that there is no export for.
@@ -138,6 +142,8 @@ def plan(
         strict="auto" not in precisions,
         opset=choose_opset(section.opset, stack),
         floor=floor or Floor(),
+        output_name=output_name,
+        dynamic=dict(dynamic or {}),
         retrain=retrain if section.qat == "auto" else None,
     )
     with progress.task("export", total=_planned(wanted, stack), unit="graphs") as task:
@@ -199,6 +205,8 @@ class _Work:
     opset: int
     floor: Floor
     retrain: Retrain | None
+    output_name: str = "logits"
+    dynamic: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     reused: list[str] = field(default_factory=list)
     candidates: list[Candidate] = field(default_factory=list)
     steps: list[PlanStep] = field(default_factory=list)
@@ -379,6 +387,8 @@ class _Work:
                 graph,
                 opset=self.opset,
                 max_ir=self.stack.max_ir,
+                output_names=(self.output_name,),
+                dynamic=self.dynamic,
                 metadata=self.graph_metadata("fp32"),
             )
             limits = Limits(self.section.fp32_tolerance, self.section.fp32_agreement)
@@ -775,6 +785,8 @@ class _Work:
             {key: array_hash(array) for key, array in self.samples.items()},
             self.calibration_hash if quantized else None,
             self.metadata,
+            self.output_name,
+            {name: {str(place): size for place, size in sizes.items()} for name, sizes in self.dynamic.items()},
             self.exclusive,
             self.score is not None,
             self.difference is not None,
