@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -33,6 +32,7 @@ from profiles.measurement import (
     Throughput,
     ThroughputPoint,
 )
+from profiles.opening import open_arrays
 from profiles.progress import Progress, Silent, Task
 from profiles.runtimes import Clock, Runtime, Session, Timed, WallClock, get_runtime
 
@@ -464,9 +464,9 @@ def load_measurement(path: Path) -> Measured:
     """
     try:
         measurement = Measurement.model_validate_json(path.read_text(encoding="utf-8"))
-        with np.load(path.with_suffix(".npz")) as stored:
-            samples = Samples(stored["compute_ns"], stored["end_to_end_ns"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        stored = open_arrays(path.with_suffix(".npz"))
+        samples = Samples(stored["compute_ns"], stored["end_to_end_ns"])
+    except (OSError, ValueError, KeyError, InputError) as error:
         raise InputError(
             "missing or damaged measurement",
             where=str(path),

@@ -18,6 +18,7 @@ from profiles.errors import InputError
 from profiles.measure import measure, sweep
 from profiles.measure_section import MeasureSection
 from profiles.measurement import Measurement, Outcome, Scope, Throughput
+from profiles.opening import open_arrays, open_bundle, open_graph
 from profiles.progress import Progress
 from profiles.runtimes.onnxruntime import random_inputs
 from profiles.section import Section
@@ -109,7 +110,9 @@ def _model_and_inputs(path: Path, options: BenchOptions) -> tuple[Path, dict[str
             f"no such file or folder: {path}", where=str(path), fix="name an .onnx file, a bundle or a run"
         )
     if path.is_file():
-        return path, random_inputs(path, options.target.batch, _sizes(options.shapes)), "random"
+        graph = open_graph(path).graph
+        shapes = _same_names(graph, options.target.batch, _sizes(options.shapes))
+        return path, random_inputs(path, options.target.batch, shapes), "random"
     if not (path / artifact.MANIFEST).is_file():
         raise InputError(
             f"{path} is neither a bundle nor a run folder",
@@ -118,16 +121,49 @@ def _model_and_inputs(path: Path, options: BenchOptions) -> tuple[Path, dict[str
         )
     if options.shapes:
         raise InputError("a bundle's golden sample has its shape", where="--shape", fix="leave it out")
-    manifest = artifact.verify(path, "bundle")
-    names = [entry["name"] for entry in manifest.info["inputs"]]
-    with np.load(path / "golden.npz") as golden:
-        inputs = {name: golden[f"input_{name}"] for name in names}
+    manifest = open_bundle(path)
+    golden = open_arrays(path / "golden.npz")
+    inputs = {entry["name"]: golden[f"input_{entry['name']}"] for entry in manifest.info["inputs"]}
     repeats = options.target.batch
     return (
         path / manifest.info["model"],
         {key: np.repeat(array, repeats, 0) for key, array in inputs.items()},
         "golden sample",
     )
+
+
+def _same_names(graph: Any, batch: int, given: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shapes given, and those of inputs whose dynamic dimensions have names that these settle.
+
+    Raises:
+        InputError: an input has a dynamic dimension that nothing settles.
+    """
+    stored = {tensor.name for tensor in graph.initializer}
+    dims = {
+        entry.name: [dim.dim_param or dim.dim_value or None for dim in entry.type.tensor_type.shape.dim]
+        for entry in graph.input
+        if entry.name not in stored
+    }
+    known: dict[str, int] = {}
+    for name, shape in given.items():
+        known |= {dim: size for dim, size in zip(dims.get(name, []), shape, strict=False) if isinstance(dim, str)}
+    shapes = dict(given)
+    for name, (first, *rest) in ((name, sizes) for name, sizes in dims.items() if sizes and name not in given):
+        if isinstance(first, str):
+            known.setdefault(first, batch)
+        sizes = [batch if first is None else first, *rest]
+        if any(not isinstance(size, int) and size not in known for size in sizes):
+            words = ", ".join("?" if size is None else str(size) for size in sizes)
+            example = "x".join(str(size if isinstance(size, int) else known.get(str(size), 64)) for size in sizes)
+            raise InputError(
+                f'input "{name}" has a dynamic dimension beside the batch',
+                where="--shape",
+                evidence=f"its shape is ({words})",
+                fix=f"--shape {name}:{example}",
+            )
+        if any(isinstance(size, str) for size in rest):
+            shapes[name] = tuple(size if isinstance(size, int) else known[str(size)] for size in sizes)
+    return shapes
 
 
 def _sizes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
