@@ -748,7 +748,7 @@ class Budgets:
             "target": target.name,
             "student": None if settled.chosen is None else str(settled.chosen.option.arch),
             "file": None if settled.chosen is None else settled.chosen.name,
-            "nearest": None if settled.miss is None else str(settled.miss),
+            "nearest": None if settled.miss is None else _miss_words(settled.miss),
             "error": settled.error,
             "selection": settled.selection.model_dump(mode="json"),
         }
@@ -867,6 +867,12 @@ def ordinary_precisions(target: Target) -> tuple[Precision, ...]:
 
 def _limits(section: TargetSection) -> Limits:
     return Limits(section.file_size_mib, section.memory_mib, section.latency_ms)
+
+
+def _miss_words(miss: Miss) -> str:
+    """The nearest miss; what an assumption says is not promised to pass."""
+    assumed = any(excess.source == "assumed" for excess in miss.excesses)
+    return f"{miss}, by an assumed efficiency" if assumed else str(miss)
 
 
 def _is_over(verdict: LimitVerdict) -> bool:
