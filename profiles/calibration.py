@@ -626,14 +626,14 @@ def command(threads: int) -> str:
 class Predicted(NamedTuple):
     """What a graph is expected to take, as far as a calibration tells.
 
-    p50_ms: the median on an undisturbed core. p99_ms: of all queries, as `Calibration.ratios` tells it; nan where that
+    p50_ms: the median on an undisturbed core. p99_ms: of all queries, as `Calibration.ratios` tells it; None where that
     has none. memory_mib: peak of a fresh process; None where the calibration has not measured memory. overhead_ms: the
     part that a graph without nodes would take. compute_ms: the median without the copies of inputs and outputs.
     guessed: operators of classes that the calibration never saw, priced by their bytes alone.
     """
 
     p50_ms: float
-    p99_ms: float
+    p99_ms: float | None
     memory_mib: float | None
     overhead_ms: float
     compute_ms: float
@@ -663,10 +663,10 @@ def predict(model: Path, calibration: Calibration, *, precision: Precision, batc
     graph = priced_graph(model, batch, threads=calibration.threads)
     middle = graph_milliseconds(graph.nodes, times)
     held = _memory_parts(graph.weight_mib, graph.activation_mib, model.stat().st_size / 2**20)
-    memory = calibration.memory
+    memory, ratio = calibration.memory, calibration.ratios.get("end_to_end", {}).get("99")
     return Predicted(
         p50_ms=middle,
-        p99_ms=middle * calibration.ratios.get("end_to_end", {}).get("99", math.nan),
+        p99_ms=None if ratio is None else middle * ratio,
         memory_mib=sum(memory.get(name, 0.0) * value for name, value in held.items()) if memory else None,
         overhead_ms=times.query / 1e3,
         compute_ms=max(middle - calibration.copying_ms, 0.0),

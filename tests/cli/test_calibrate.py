@@ -50,7 +50,8 @@ def test_a_calibration_is_made_stored_shown_and_used(calibration: Calibration, t
     files = build(sample_layers(1, seed=5)[0], device, tmp_path)
     for precision, file in files.items():
         found = predict(file, calibration, precision=precision)  # type: ignore[arg-type]
-        assert 0 <= found.overhead_ms < found.p50_ms <= found.p99_ms
+        assert 0 <= found.overhead_ms < found.p50_ms
+        assert found.p99_ms is None, "a few queries tell no p99"
         assert found.memory_mib is not None
         assert found.memory_mib > 0
 

@@ -253,7 +253,8 @@ def test_the_calibration_of_the_same_threads_is_preferred(calibration: Calibrati
 def test_a_graph_is_predicted_and_what_is_guessed_is_named(tmp_path: Path, calibration: Calibration) -> None:
     model = conv_model(tmp_path)
     found = predict(model, calibration, precision="fp32")
-    assert 0 < found.overhead_ms < found.p50_ms < found.p99_ms
+    assert 0 < found.overhead_ms < found.p50_ms
+    assert found.p99_ms == pytest.approx(1.2 * found.p50_ms)
     assert found.compute_ms < found.p50_ms
     assert found.memory_mib is not None
     assert found.memory_mib > 59

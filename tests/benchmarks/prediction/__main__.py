@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
 import sys
 import tempfile
@@ -72,7 +71,7 @@ def _compared(one: Observation, file: Path, calibrated: Calibrated, without: dic
         precision=one.precision,
         predicted_ms=found.p50_ms,
         measured_ms=one.p50_ms,
-        predicted_p99_ms=found.p99_ms if math.isfinite(found.p99_ms) else None,
+        predicted_p99_ms=found.p99_ms,
         measured_p99_ms=whole.get("99"),
         predicted_mib=found.memory_mib,
         measured_mib=one.peak_mib,
