@@ -698,7 +698,11 @@ class Agent:
     def start(self, command: Sequence[str], **streams: Any) -> "subprocess.Popen[bytes]":
         """Starts a process in a group of its own, which ends with the agent."""
         try:
-            process = subprocess.Popen(list(command), cwd=self.folder, start_new_session=True, **streams)
+            # some runtimes leave files in the temporary folder and in the user's home
+            own = {"TMPDIR": self.folder, "CUDA_CACHE_PATH": os.path.join(self.folder, "cuda")}
+            process = subprocess.Popen(
+                list(command), cwd=self.folder, env={**os.environ, **own}, start_new_session=True, **streams
+            )
         except OSError as error:
             raise Problem("failed", "%s cannot be started" % command[0], str(error))
         with open(self.path("children"), "a", encoding="utf-8") as file:
@@ -890,6 +894,7 @@ class Agent:
                 builder.close()
         return {
             **built,
+            "cached": os.path.isfile(self.path(request["cache"])),
             "workspace_mib": request["workspace_mib"],
             "bytes": os.path.getsize(self.path(request["engine"])),
         }
@@ -1392,6 +1397,8 @@ def work() -> int:
             if what == "start":
                 rung = request["rung"]
                 module = __import__(rung)
+                if hasattr(module, "disable_telemetry_events"):
+                    module.disable_telemetry_events()
                 answer: Dict[str, Any] = {"version": str(module.__version__)}
             elif what == "build":
                 answer = build_engine(module, request, folder)

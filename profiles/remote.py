@@ -86,7 +86,7 @@ class Host:
 
 
 class Link:
-    """An open connection to the agent on a host. A context manager: leaving it ends the agent, which removes its folder.
+    """An open connection to the agent on a host. A context manager: leaving it ends the agent, and with it its folder.
 
     Requests are answered in order, so one thread at a time may ask.
 
@@ -122,14 +122,14 @@ class Link:
 
     # -- requests
 
-    def ask(self, do: str, /, *, seconds: float = _ANSWER_SECONDS, **request: Any) -> dict[str, Any]:
+    def ask(self, do: str, /, *, patience: float = _ANSWER_SECONDS, **request: Any) -> dict[str, Any]:
         """The agent's answer to one request.
 
         Raises:
             EdgestillError: what the agent told, or that the link broke.
         """
         self._write(json.dumps({"do": do, **request}).encode() + b"\n")
-        return self._answer(do, seconds)
+        return self._answer(do, patience)
 
     def put(self, name: str, data: bytes | Path, *, more: bool = False) -> None:
         """Stores bytes or a file as `name` in the agent's folder; `more` appends."""
@@ -413,7 +413,7 @@ def explain_problem(host: Host, kind: str, message: str, evidence: str) -> Edges
         "other_engine": "delete the run's folder measurements; the engine is built anew on the device",
         "sudo_needed": f"ssh -t {name} sudo jetson_clocks    then the same command without --lock-clocks",
         "no_clocks": "leave --lock-clocks out",
-        "no_gpu": f"ssh {name} nvidia-smi    or name a container: devices detect {host.name} --wrapper 'docker run ...'",
+        "no_gpu": f"ssh {name} nvidia-smi    or: edgestill devices detect {host.name} --wrapper 'docker run ...'",
         "no_venv": f"ssh -t {name} sudo apt install python3-venv",
     }
     return EdgestillError(message, where=host.name, evidence=evidence or None, fix=fixes.get(kind))

@@ -45,7 +45,8 @@ class Server:
             file.write(
                 f"Host {alias}\n  HostName 127.0.0.1\n  Port {self.port}\n  User {getpass.getuser()}\n"
                 f"  IdentityFile {key}\n  IdentitiesOnly yes\n  IdentityAgent none\n"
-                f"  GlobalKnownHostsFile none\n  HostKeyAlias device\n{options or f'  UserKnownHostsFile {self.root}/known'}\n"
+                f"  GlobalKnownHostsFile none\n  HostKeyAlias device\n"
+                f"{options or f'  UserKnownHostsFile {self.root}/known'}\n"
             )
         self.aliases.append(alias)
         return folder
