@@ -371,7 +371,7 @@ def explain_trtexec(output: str, status: int) -> "Problem":
     """Which of the known failures of TensorRT's builder or runtime an output shows."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if "[E]" in line] or [line for line in lines if "rror" in line] or lines[-1:]
-    for kind, message, pattern in (
+    known = (
         ("disk_full", "the device's disk is full", r"No space left on device"),
         (
             "other_engine",
@@ -389,10 +389,13 @@ def explain_trtexec(output: str, status: int) -> "Problem":
             r"[Oo]ut ?[Oo]f ?[Mm]emory|OutOfMemory|could not be allocated|bad_alloc|insufficient memory",
         ),
         ("no_gpu", "TensorRT finds no GPU", r"no CUDA-capable device|CUDA initialization failure|libcuda"),
-    ):
-        found = [line for line in lines if re.search(pattern, line)]
-        if found:
-            return Problem(kind, message, found[0])
+    )
+    # a build that fails for one reason may have warned of another
+    for said in ([line for line in lines if not re.search(r"\[[IWV]\]", line)], lines):
+        for kind, message, pattern in known:
+            found = [line for line in said if re.search(pattern, line)]
+            if found:
+                return Problem(kind, message, found[0])
     if status in (-9, 137):
         return Problem("builder_memory", "the system killed TensorRT, most likely for its memory", "killed by signal 9")
     return Problem("failed", "TensorRT failed on the device", errors[0] if errors else "exit status %d" % status)
@@ -634,7 +637,8 @@ class Trtexec:
         """Compute nanoseconds of at least `count` queries, or of those that a minute gives."""
         file = self.agent.path("times.json")
         flags = ["--exportTimes=" + file, "--warmUp=%d" % _WARM_UP_MS, "--iterations=%d" % count, "--duration=0"]
-        flags += ["--%s" % flag for flag in ("noDataTransfers", "useSpinWait") if self._has(flag)]
+        # TensorRT 11 leaves transfers out unless it is told; before, they were the default
+        flags += ["--%s" % flag for flag in ("dataTransfers", "useSpinWait") if self._has(flag)]
         if self._has("infStreams"):
             flags.append("--infStreams=1")
         elif self._has("streams"):
@@ -671,9 +675,13 @@ class Agent:
             self.folder = tempfile.mkdtemp(prefix="edgestill-", dir=base or None)
         except OSError as error:
             raise _explained(error)
+        try:
+            with open(self.path("agent.py"), "w", encoding="utf-8") as file:
+                file.write(source)
+        except OSError as error:
+            remove(self.folder)
+            raise _explained(error)
         self.janitor, self.pipe = _start_janitor(self.folder)
-        with open(self.path("agent.py"), "w", encoding="utf-8") as file:
-            file.write(source)
         self.requests: "queue.Queue[Dict[str, Any]]" = queue.Queue()
         self.worker: Optional[Worker] = None
         self.rung: List[str] = []

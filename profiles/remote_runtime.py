@@ -59,8 +59,7 @@ class Rung(NamedTuple):
         return f"{names.get(self.name, 'trtexec of TensorRT')} {self.version}{inside}"
 
 
-@dataclass(frozen=True)
-class Build:
+class Build(NamedTuple):
     """How an engine is built. flags: of weakly typed builders ("fp16", "int8"); with a strongly typed one, none."""
 
     strongly_typed: bool = True
