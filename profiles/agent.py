@@ -29,6 +29,7 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 CPU = "/sys/devices/system/cpu"
@@ -268,10 +269,10 @@ def _number(path: str) -> Optional[float]:
 
 
 def board() -> Dict[str, Any]:
-    """What the machine is: board (device tree), hostname, user, L4T release (JetPack's system), GPU and its driver."""
+    """What the machine is: board (device tree), hostname, C library, L4T release (JetPack's system), GPU and its driver."""
     found: Dict[str, Any] = {
         "hostname": platform.node(),
-        "user": str(os.getuid()) if hasattr(os, "getuid") else "",
+        "libc": platform.libc_ver()[1],
         "board": (_text("/proc/device-tree/model") or "").strip("\0\n "),
         "l4t": l4t_release(_text("/etc/nv_tegra_release") or ""),
         "tegrastats": tegrastats(),
@@ -670,7 +671,8 @@ class Trtexec:
 class Agent:
     """Answers a host's requests, one at a time, inside one folder."""
 
-    def __init__(self, source: str, base: Optional[str]) -> None:
+    def __init__(self, source: str, base: Optional[str], packages: Optional[str]) -> None:
+        self.packages = os.path.expanduser(packages) if packages else None
         try:
             self.folder = tempfile.mkdtemp(prefix="edgestill-", dir=base or None)
         except OSError as error:
@@ -708,6 +710,9 @@ class Agent:
         try:
             # some runtimes leave files in the temporary folder and in the user's home
             own = {"TMPDIR": self.folder, "CUDA_CACHE_PATH": os.path.join(self.folder, "cuda")}
+            if self.packages:
+                paths = [self.packages, os.environ.get("PYTHONPATH", "")]
+                own["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
             process = subprocess.Popen(
                 list(command), cwd=self.folder, env={**os.environ, **own}, start_new_session=True, **streams
             )
@@ -1015,20 +1020,26 @@ class Agent:
             raise Problem("failed", "jetson_clocks failed", (text.strip().splitlines() or ["status %d" % status])[-1])
         return {"clocks": "locked by jetson_clocks, restored at the end"}
 
-    def do_install(self, request: Dict[str, Any]) -> Dict[str, Any]:
-        """Makes a virtual environment outside of the folder and fills it from the wheels that were sent. It stays."""
+    def do_unpack(self, request: Dict[str, Any]) -> Dict[str, Any]:
+        """Unpacks wheels that were sent into a folder of the user's, which stays: pip, sudo and internet are not needed.
+
+        Without wheels, removes that folder.
+        """
         place = os.path.expanduser(request["place"])
-        status, text = self.output([sys.executable, "-m", "venv", place], timeout=600)
-        if status != 0:
-            raise Problem("no_venv", "Python cannot make a virtual environment", text.strip().splitlines()[-1][:300])
-        python = os.path.join(place, "bin", "python")
-        wheels = [self.path(name) for name in request["wheels"]]
-        status, text = self.output(
-            [python, "-m", "pip", "install", "--no-index", "--no-deps", "--no-cache-dir", *wheels], timeout=1800
-        )
-        if status != 0:
-            raise Problem("failed", "the wheels cannot be installed", text.strip().splitlines()[-1][:300])
-        return {"python": python}
+        fresh = place + ".new"
+        try:
+            shutil.rmtree(fresh, ignore_errors=True)
+            for name in request["wheels"]:
+                with zipfile.ZipFile(self.path(name)) as wheel:
+                    wheel.extractall(fresh)
+            shutil.rmtree(place, ignore_errors=True)
+            if request["wheels"]:
+                os.rename(fresh, place)
+        except (OSError, zipfile.BadZipFile) as error:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise _explained(error)
+        self.packages = place if request["wheels"] else None
+        return {"place": place}
 
 
 # -- the worker: loads models and runs them ----------------------------------------------------------------------------
@@ -1513,7 +1524,7 @@ def main(arguments: List[str]) -> int:
         return sweep(left)
     if source:
         try:
-            agent = Agent(source, globals().get("BASE"))
+            agent = Agent(source, globals().get("BASE"), globals().get("PACKAGES"))
         except Problem as problem:
             sys.stdout.write(json.dumps({"agent": PROTOCOL, **problem.document()}) + "\n")
             return 1

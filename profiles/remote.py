@@ -50,7 +50,7 @@ class Host:
     name: anything that ssh accepts: a host, user@host, an alias of the user's configuration, host:port. python: its
     Python >= 3.6. folder: where the agent makes its own folder; None: the machine's temporary folder. wrapper: a
     command in which TensorRT runs, `{folder}` in it is the agent's folder. workspace_mib: memory that TensorRT's
-    builder may use; None: half of what is free.
+    builder may use; None: half of what is free. packages: a folder of Python packages there, from `devices prepare`.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Host:
     folder: str | None = None
     wrapper: str | None = None
     workspace_mib: int | None = None
+    packages: str | None = None
 
     def __post_init__(self) -> None:
         if not self.name or self.name.startswith("-") or any(mark.isspace() for mark in self.name):
@@ -173,7 +174,7 @@ class Link:
 
     def _send_source(self) -> None:
         source = Path(agent.__file__).read_text(encoding="utf-8")
-        given: dict[str, Any] = {"SOURCE": source, "BASE": self.host.folder}
+        given: dict[str, Any] = {"SOURCE": source, "BASE": self.host.folder, "PACKAGES": self.host.packages}
         with contextlib.suppress(OSError, EdgestillError):  # what went wrong stands in ssh's own words
             self._write(boot_line(given))
 
@@ -414,6 +415,5 @@ def explain_problem(host: Host, kind: str, message: str, evidence: str) -> Edges
         "sudo_needed": f"ssh -t {name} sudo jetson_clocks    then the same command without --lock-clocks",
         "no_clocks": "leave --lock-clocks out",
         "no_gpu": f"ssh {name} nvidia-smi    or: edgestill devices detect {host.name} --wrapper 'docker run ...'",
-        "no_venv": f"ssh -t {name} sudo apt install python3-venv",
     }
     return EdgestillError(message, where=host.name, evidence=evidence or None, fix=fixes.get(kind))

@@ -47,7 +47,11 @@ def remembered(name: str) -> Host:
         InputError: no host by that name can exist, or the file of remembered hosts is damaged.
     """
     known = _stored().get(name, {})
-    fields = {key: known[key] for key in ("python", "folder", "wrapper", "workspace_mib") if known.get(key) is not None}
+    fields = {
+        key: known[key]
+        for key in ("python", "folder", "wrapper", "workspace_mib", "packages")
+        if known.get(key) is not None
+    }
     return replace(Host(name), **fields)
 
 

@@ -13,6 +13,10 @@ from cli.commands.shared import UNKNOWN, JsonOption, examples, facts, number, pl
 if TYPE_CHECKING:
     from profiles.device import Device
 
+HostArgument = Annotated[
+    str | None, typer.Argument(metavar="[HOST]", help="As for ssh: an alias, user@host, host:port.", show_default=False)
+]
+
 app = typer.Typer(
     invoke_without_command=True,
     help="The known devices: processor, memory, what software runs on them, and how to add your own.",
@@ -57,12 +61,68 @@ def show(
         _print_device(device, as_json)
 
 
-@app.command(epilog=examples("edgestill devices detect", "edgestill devices detect --json"))
-def detect(as_json: JsonOption = False) -> None:
-    """Print what was found out about this machine, as a device."""
-    from profiles.device import detect as detect_machine
+@app.command(epilog=examples("edgestill devices detect", "edgestill devices detect nvidia@10.0.0.7"))
+def detect(
+    host: HostArgument = None,
+    python: Annotated[str | None, typer.Option("--python", help="The host's Python, 3.6 or newer.")] = None,
+    folder: Annotated[str | None, typer.Option("--folder", help="Where there is room on the host.")] = None,
+    wrapper: Annotated[
+        str | None,
+        typer.Option("--wrapper", help="A command in which TensorRT runs there; {folder} is the agent's folder."),
+    ] = None,
+    workspace_mib: Annotated[
+        int | None, typer.Option("--workspace-mib", min=16, help="Memory for TensorRT's builder.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print what was found out about this machine, as a device; or about a HOST that ssh reaches.
 
-    _print_device(detect_machine(), as_json)
+    What the options say about a host is remembered for later commands, in your own configuration.
+    """
+    from profiles.errors import InputError
+
+    given = {"python": python, "folder": folder, "wrapper": wrapper, "workspace_mib": workspace_mib}
+    told = {name: value for name, value in given.items() if value is not None}
+    if host is None:
+        if told:
+            name = next(iter(told)).replace("_", "-")
+            raise InputError("this option is for a host", where=f"--{name}", fix="edgestill devices detect HOST")
+        from profiles.device import detect as detect_machine
+
+        _print_device(detect_machine(), as_json)
+        return
+    from dataclasses import replace
+
+    from cli.pipeline.prepare import detect_host, rows
+    from profiles.remote_device import remembered
+
+    found = detect_host(replace(remembered(host), **told))
+    if as_json:
+        console.emit_json(found.document)
+        return
+    console.emit(facts([*rows(found)]))
+    if found.device is None:
+        console.emit(
+            "a device file of your own: edgestill devices show NAME --toml, change it, edgestill devices add FILE"
+        )
+
+
+@app.command(epilog=examples("edgestill devices prepare pi@10.0.0.8", "edgestill devices prepare pi --remove"))
+def prepare(
+    host: Annotated[str, typer.Argument(metavar="HOST", help="As for ssh: an alias, user@host, host:port.")],
+    wheels: Annotated[
+        Path | None, typer.Option("--wheels", help="A folder with the wheels of onnxruntime and numpy.", exists=True)
+    ] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the packages from the host.")] = False,
+) -> None:
+    """Give a machine ONNX Runtime over ssh, without internet, sudo or pip there: the wheels are fetched here.
+
+    They are unpacked into a folder of your home on the machine, and used by what edgestill measures there only.
+    """
+    from cli.pipeline.prepare import prepare_host
+    from profiles.remote_device import remembered
+
+    console.emit(prepare_host(remembered(host), console.make_progress(), wheels=wheels, remove=remove))
 
 
 @app.command(epilog=examples("edgestill devices add my-board.toml", "edgestill devices add my-board.toml --force"))
