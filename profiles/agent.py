@@ -269,7 +269,7 @@ def _number(path: str) -> Optional[float]:
 
 
 def board() -> Dict[str, Any]:
-    """What the machine is: board (device tree), hostname, C library, L4T release (JetPack's system), GPU and its driver."""
+    """What the machine is: board (device tree), hostname, C library, L4T release (of JetPack), GPU and its driver."""
     found: Dict[str, Any] = {
         "hostname": platform.node(),
         "libc": platform.libc_ver()[1],
@@ -709,7 +709,11 @@ class Agent:
         """Starts a process in a group of its own, which ends with the agent."""
         try:
             # some runtimes leave files in the temporary folder and in the user's home
-            own = {"TMPDIR": self.folder, "CUDA_CACHE_PATH": os.path.join(self.folder, "cuda")}
+            own = {
+                "TMPDIR": self.folder,
+                "XDG_CACHE_HOME": os.path.join(self.folder, "cache"),
+                "CUDA_CACHE_PATH": os.path.join(self.folder, "cuda"),
+            }
             if self.packages:
                 paths = [self.packages, os.environ.get("PYTHONPATH", "")]
                 own["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
@@ -1021,7 +1025,7 @@ class Agent:
         return {"clocks": "locked by jetson_clocks, restored at the end"}
 
     def do_unpack(self, request: Dict[str, Any]) -> Dict[str, Any]:
-        """Unpacks wheels that were sent into a folder of the user's, which stays: pip, sudo and internet are not needed.
+        """Unpacks wheels that were sent into a folder of the user's, which stays; pip and sudo are not needed.
 
         Without wheels, removes that folder.
         """

@@ -60,10 +60,12 @@ class Rung(NamedTuple):
 
 
 class Build(NamedTuple):
-    """How an engine is built. flags: of weakly typed builders ("fp16", "int8"); with a strongly typed one, none."""
+    """How an engine is built. flags: of weakly typed builders ("fp16", "int8"); with a strongly typed one, none.
+    compute_capability: of a GPU that the machine need not have (TensorRT-RTX only); None: of the one that it has."""
 
     strongly_typed: bool = True
     flags: tuple[str, ...] = ()
+    compute_capability: str | None = None
 
 
 @dataclass(frozen=True)
@@ -296,6 +298,7 @@ class RemoteRuntime:
             cache=cache,
             strongly_typed=build.strongly_typed,
             flags=list(build.flags),
+            compute_capability=build.compute_capability,
             shapes=self._shapes,
             workspace_mib=self.link.host.workspace_mib,
             patience=_BUILD_SECONDS,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -82,7 +82,7 @@ def detect(
     from profiles.errors import InputError
 
     given = {"python": python, "folder": folder, "wrapper": wrapper, "workspace_mib": workspace_mib}
-    told = {name: value for name, value in given.items() if value is not None}
+    told: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if host is None:
         if told:
             name = next(iter(told)).replace("_", "-")

@@ -74,7 +74,7 @@ def detect_host(host: Host) -> Detected:
 
 
 def prepare_host(host: Host, progress: Progress, *, wheels: Path | None = None, remove: bool = False) -> str:
-    """Gives a machine ONNX Runtime: fetches the wheels for its Python here, sends and unpacks them. It needs no internet.
+    """Gives a machine ONNX Runtime: wheels for its Python are fetched here and unpacked there, without internet.
 
     Args:
         host: the machine; from now on it is remembered with the packages.

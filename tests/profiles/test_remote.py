@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,14 +18,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cli.pipeline.prepare import prepare_host
 from profiles import agent
 from profiles.device import TargetSection, load_device, resolve_target
 from profiles.errors import EdgestillError, InputError
 from profiles.measure_section import MeasureSection
 from profiles.measurement import Measurement
+from profiles.progress import Silent
 from profiles.remote import SSH, Host, Link, boot_line, explain_ssh, sweep
 from profiles.remote_device import mismatches, recognise, remember, remembered, remembered_for
-from profiles.remote_runtime import RemoteRuntime, Rung, Stack, choose_rung, ladder, measure_on
+from profiles.remote_runtime import Build, RemoteRuntime, Rung, Stack, choose_rung, ladder, measure_on
 from profiles.runtimes.onnxruntime import run_model
 from tests.recorded import jetson
 from tests.sshd import Server, assert_nothing_left, keygen, serve
@@ -52,6 +55,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         found.device("new", options="  UserKnownHostsFile none")
         found.device("full", "ulimit -f 600")
         found.device("brimful", "ulimit -f 8")
+        found.device("bare", f'export HOME="{root}/bare"')
         found.device("chatty", "echo Welcome; echo '{not json}'")
         yield found
 
@@ -231,6 +235,44 @@ def test_what_a_device_lacks_is_told_with_the_command_that_installs_it(server: S
     with Link(Host("orin")) as link, pytest.raises(EdgestillError, match="no onnxruntime") as caught:
         choose_rung(link, "onnxruntime")
     assert caught.value.fix == "edgestill devices prepare orin"
+
+
+def test_the_real_builder_builds_there_and_a_missing_gpu_is_told(server: Server, model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    builds = {model: Build(compute_capability="8.9")}
+    with Link(Host("plain", python=PYTHON)) as link:
+        runtime = RemoteRuntime(link, "tensorrt-rtx", {"a": model}, images(), 1, builds=builds, keep=tmp_path)
+        assert runtime.rung.name == "tensorrt_rtx"
+        try:
+            runtime.load(model, threads=None)
+        except EdgestillError as error:
+            assert "CUDA" in error.message or "GPU" in error.message, error  # noqa: PT017
+    assert next(tmp_path.glob("*.engine")).stat().st_size > 1000
+    assert next(tmp_path.glob("*.cache")).is_file()
+    assert_nothing_left(server.root / "plain")
+
+
+def test_a_bare_machine_gets_a_runtime_without_pip_or_internet(
+    server: Server, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = getattr(sys, "_base_executable", sys.executable)
+    wheels = Path(os.environ.get("EDGESTILL_TEST_WHEELS", Path(__file__).parents[2] / ".wheels"))
+    if not [*wheels.glob("onnxruntime-*.whl")]:
+        pytest.skip(f"needs wheels in {wheels} (pip download onnxruntime numpy; CI does)")
+    # -S and -I would hide the packages; a Python whose own have been left out is as bare as a device's
+    if subprocess.run([bare, "-c", "import onnxruntime"], capture_output=True, check=False).returncode == 0:
+        pytest.skip("the Python underneath has an onnxruntime of its own")
+    with Link(Host("bare", python=bare)) as link, pytest.raises(EdgestillError, match="no onnxruntime"):
+        choose_rung(link, "onnxruntime")
+    said = prepare_host(Host("bare", python=bare), Silent(), wheels=wheels)
+    assert said.startswith("onnxruntime ")
+    host = remembered("bare")
+    with Link(host) as link:
+        assert measured(link, model, stack="onnxruntime", wrapped=False).verdict == "pass"
+    assert [path.name for path in (server.root / "bare").iterdir()] == [".edgestill"], "what was asked for stays"
+    prepare_host(host, Silent(), remove=True)
+    shutil.rmtree(server.root / "bare" / ".edgestill")
+    assert_nothing_left(server.root / "bare")
 
 
 # -- what goes wrong
