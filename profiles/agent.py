@@ -1075,9 +1075,8 @@ class OrtModel:
     """One graph in ONNX Runtime's CPU provider, exactly as edgestill measures it on its own machine."""
 
     def __init__(self, runtime: Any, request: Dict[str, Any]) -> None:
-        import numpy
-
-        self.runtime, self.numpy = runtime, numpy
+        # the runtime brings it; the agent itself needs the standard library only
+        self.runtime, self.numpy = runtime, __import__("numpy")
         settings = self._settings(request)
         try:
             self.session = runtime.InferenceSession(request["path"], settings, providers=["CPUExecutionProvider"])
@@ -1447,6 +1446,7 @@ def run_block(model: Any, request: Dict[str, Any]) -> Dict[str, List[int]]:
     compute: List[int] = []
     whole: List[int] = []
     spent: List[int] = []
+    pulses: List[int] = []
     gap, enough = request["gap_s"], request["seconds"] * 1e9
     index = request["start"]
     gc.collect()
@@ -1459,15 +1459,30 @@ def run_block(model: Any, request: Dict[str, Any]) -> Dict[str, List[int]]:
         while len(compute) < request["count"] or before - began < enough:
             if gap:
                 time.sleep(gap)
+            pulse = _pulse() if request.get("pulse") else 0
             times = model.query(index)
             after = now()
+            pulses.append(max(pulse, _pulse()) if pulse else 0)
             compute.append(times[0])
             whole.append(times[1])
             spent.append(after - before)
             before, index = after, index + 1
     finally:
         gc.enable()
-    return {"compute_ns": compute, "end_to_end_ns": whole, "spent_ns": spent}
+    return {"compute_ns": compute, "end_to_end_ns": whole, "spent_ns": spent, "pulse_ns": pulses}
+
+
+def _pulse() -> int:
+    """Nanoseconds of a fixed small computation: how fast the core is at this moment. See `profiles.calibration`."""
+    laps = []
+    for _ in range(2):
+        start = now()
+        sum(_PULSE)
+        laps.append(now() - start)
+    return min(laps)
+
+
+_PULSE = range(400)
 
 
 def store_outputs(model: Any, request: Dict[str, Any], folder: str) -> Dict[str, Any]:

@@ -26,6 +26,7 @@ from profiles.measurement import Measurement, Memory
 from profiles.progress import Progress
 from profiles.remote import Link
 from profiles.runtimes import Clock, TensorSpec, Timed
+from profiles.runtimes.onnxruntime import TracedNode, read_trace, traced_runs
 
 Array = np.ndarray[Any, Any]
 Stack = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
@@ -162,7 +163,8 @@ class RemoteSession:
         self.runtime = runtime
         self.key = key
         self.options = options
-        self._waiting: deque[tuple[int, int, int]] = deque()
+        self._waiting: deque[tuple[int, int, int, int]] = deque()
+        self.pulse = 0
         self._issued = 0
         self._wanted = 0
 
@@ -176,7 +178,7 @@ class RemoteSession:
         """The next query of the round; its outputs stay on the device."""
         if not self._waiting:
             self._run_round()
-        compute, whole, spent = self._waiting.popleft()
+        compute, whole, spent, self.pulse = self._waiting.popleft()
         self.runtime.clock.ns += spent
         return Timed(compute, whole, {})
 
@@ -188,10 +190,12 @@ class RemoteSession:
             count=max(self._wanted, TRTEXEC_ROUND if self.runtime.coarse else 1),
             seconds=0.0 if self._wanted else WARM_UP_SECONDS,
             gap_s=self.runtime.clock.gap_s,
+            pulse=self.runtime.pulses,
         )
         self._wanted = 0
         compute = answer["compute_ns"]
-        self._waiting.extend(zip(compute, answer["end_to_end_ns"] or compute, answer["spent_ns"], strict=True))
+        pulses = answer.get("pulse_ns") or [0] * len(compute)
+        self._waiting.extend(zip(compute, answer["end_to_end_ns"] or compute, answer["spent_ns"], pulses, strict=True))
         self._issued += len(compute)
 
     def close(self) -> None:
@@ -205,13 +209,14 @@ class RemoteRuntime:
         link: to the agent.
         stack: whose runtime it is.
         candidates: model files by name.
-        inputs: by name, (N, ...): what the queries cycle through.
+        inputs: by name, (N, ...): what the queries cycle through; `inputs_of`: of a candidate that has its own.
         batch: of a query.
         builds: how the engine of a model file is built, where there is one.
         keep: folder for the engines and timing caches that are brought back; one that is there from the same graph,
             TensorRT and device is used again.
         rung: who runs the model; None: the best that the host has.
         facts: what is added to the facts of the machine.
+        pulses: run the pulse of `profiles.calibration.observe` around each query; `pulse_of` tells it.
     """
 
     def __init__(
@@ -226,6 +231,8 @@ class RemoteRuntime:
         keep: Path | None = None,
         rung: Rung | None = None,
         facts: Mapping[str, Any] | None = None,
+        inputs_of: Mapping[str, Mapping[str, Array]] | None = None,
+        pulses: bool = False,
     ) -> None:
         self.link = link
         self.stack = stack
@@ -241,7 +248,9 @@ class RemoteRuntime:
         self._added = dict(facts or {})
         self._files: dict[Path, str] = {}
         self._sessions: dict[Path, RemoteSession] = {}
+        self.pulses = pulses
         self._batches = query_batches(inputs, batch)
+        self._own = {self.candidates[name]: query_batches(own, batch) for name, own in (inputs_of or {}).items()}
         wrapper = _wrapper(link) if self.rung.wrapped else None
         link.ask("use_rung", rung=self.rung.name, tool=self.rung.tool, wrapper=wrapper, patience=_OPEN_SECONDS)
         self._inputs = self.send_queries("inputs.bin", self._batches)
@@ -256,13 +265,17 @@ class RemoteRuntime:
             id=name,
             model=name,
             threads=threads,
-            inputs=self._inputs,
+            inputs=self._inputs_for(model),
             shapes=self._shapes,
             patience=_OPEN_SECONDS,
         )
         options = {**answer["options"], "rung": self.rung.title}
         self._sessions[model] = RemoteSession(self, name, options)
         return self._sessions[model]
+
+    def _inputs_for(self, model: Path) -> dict[str, Any]:
+        own = self._own.get(model)
+        return self._inputs if own is None else self.send_queries(f"{self._files[model]}.inputs", own)
 
     @property
     def _shapes(self) -> list[tuple[str, tuple[int, ...]]]:
@@ -334,9 +347,14 @@ class RemoteRuntime:
     def probe(self, runtime_name: str, model: Path, inputs: Mapping[str, Array], threads: int) -> Started:
         """See `profiles.measure.probe`; on a device whose GPU shares the memory, what the whole system lost."""
         try:
-            name = self._files[model]
+            name = self._send_model(model)
             found = self.link.ask(
-                "probe", model=name, threads=threads, inputs=self._inputs, shapes=self._shapes, patience=_OPEN_SECONDS
+                "probe",
+                model=name,
+                threads=threads,
+                inputs=self._inputs_for(model),
+                shapes=self._shapes,
+                patience=_OPEN_SECONDS,
             )
         except EdgestillError as error:
             return Started(None, None, Memory(peak_mib=None, before_load_mib=None, how=f"n/a: {error.message}"))
@@ -349,6 +367,33 @@ class RemoteRuntime:
             found["first_inference_ms"],
             Memory(peak_mib=peak, before_load_mib=found["before_load_mib"], how=how),
         )
+
+    # -- calibration
+
+    def pulse_of(self, name: str) -> int:
+        """Nanoseconds of the pulse around the candidate's last query."""
+        return self._sessions[self.candidates[name]].pulse
+
+    def trace(
+        self, model: Path, inputs: Mapping[str, Array], optimised: Path, *, threads: int | None, runs: int = 1
+    ) -> tuple[TracedNode, ...]:
+        """See `profiles.runtimes.onnxruntime.trace`; by the device's ONNX Runtime."""
+        name = self._send_model(model)
+        self.link.ask(
+            "profile",
+            model=name,
+            threads=threads,
+            inputs=self.send_queries("traced.bin", [inputs]),
+            runs=traced_runs(runs),
+            optimised="optimised.onnx",
+            trace="trace.json",
+            patience=_OPEN_SECONDS,
+        )
+        self.link.get("optimised.onnx", optimised)
+        events = optimised.with_suffix(".json")
+        self.link.get("trace.json", events)
+        self.link.ask("remove", names=["optimised.onnx", "trace.json"])
+        return read_trace(events, runs)
 
     # -- outputs
 

@@ -168,12 +168,15 @@ def add(
 @app.command(epilog=examples("edgestill devices calibrate", "edgestill devices calibrate this-machine --threads 2"))
 def calibrate(
     name: Annotated[
-        str, typer.Argument(help="The device. Only this machine can be measured.", autocompletion=complete.devices)
+        str, typer.Argument(help="The device; by default the one that is measured.", autocompletion=complete.devices)
     ] = "this-machine",
+    on: Annotated[
+        str | None, typer.Option("--on", metavar="HOST", help="Measure ONNX Runtime there, over ssh.")
+    ] = None,
     threads: Annotated[int, typer.Option("--threads", min=1, max=1024, help="Threads inside an operator.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure how long this machine takes for its work, so that students can be chosen by predicted latency.
+    """Measure how long a machine takes for its work, so that students can be chosen by predicted latency.
 
     Exports about fifty small models, measures them against each other, fits, and stores the result with its errors on
     models that the fit did not see. It takes some minutes on a quiet machine; on a busy one it refuses. Ctrl-C leaves
@@ -182,8 +185,10 @@ def calibrate(
     from cli.pipeline.calibrate import calibrate as measure_and_fit
     from cli.pipeline.calibrate import error_rows
     from profiles.calibration import save_calibration
+    from profiles.remote_device import remembered
 
-    found = measure_and_fit(name, console.make_progress(), threads=threads).calibration
+    host = remembered(on) if on is not None else None
+    found = measure_and_fit(name, console.make_progress(), threads=threads, host=host).calibration
     place = save_calibration(found)
     if as_json:
         console.emit_json({"file": str(place), **found.model_dump(mode="json")})

@@ -98,7 +98,7 @@ def test_other_work_on_the_cores_is_told(use: dict[str, object], threads: int, w
 def test_another_device_is_refused_for_now() -> None:
     result = edgestill("devices", "calibrate", "raspberry-pi-5")
     assert result.status == 2
-    assert "does not calibrate over a network yet" in result.err
+    assert "measures the machine that it runs on" in result.err
     assert edgestill("devices", "calibrate", "no-such-board").status == 2
 
 

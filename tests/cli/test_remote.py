@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cli.pipeline.calibrate import Effort, calibrate
 from cli.report.schema import load_report
 from distill.data.make_fashion_mnist_small import PACKAGED
+from profiles.errors import InputError
+from profiles.progress import Silent
 from profiles.remote import SSH, Host
 from profiles.remote_device import remember, remembered, remembered_for
 from tests.cli.cli_runner import edgestill
@@ -176,4 +179,19 @@ def test_a_host_is_detected_and_remembered(server: Server) -> None:
     assert "onnxruntime" in near.out
     assert remembered("near") == Host("near", python=sys.executable, workspace_mib=256)
     assert remembered_for("jetson-orin-nano") is None, "this machine has no board that is one"
+    assert_nothing_left(server.root / "near")
+
+
+def test_a_device_is_calibrated_over_ssh(server: Server) -> None:
+    near = Host("near", python=sys.executable)
+    few = Effort(families=("conv", "textc"), per_family=1, layers=1, runs=4, queries=64, seconds=0.2, probes=5)
+    found = calibrate("raspberry-pi-5", Silent(), effort=few, refuse_busy=False, host=near)
+    assert found.calibration.device == "raspberry-pi-5"
+    assert found.calibration.runtime == "onnxruntime"
+    assert set(found.calibration.times) == {"fp32", "int8"}
+    assert all(one.p50_ms > 0 and one.samples >= 64 for one in found.observations)
+    assert any(one.peak_mib for one in found.observations)
+    assert all(node.microseconds for one in found.observations for node in one.nodes)
+    with pytest.raises(InputError, match="no device that is known"):
+        calibrate("this-machine", Silent(), effort=few, host=near)
     assert_nothing_left(server.root / "near")
