@@ -635,9 +635,9 @@ class Trtexec:
         return {"seconds": (now() - began) / 1e9, "flags": flags[2:], "version": self.version}
 
     def times(self, engine: str, inputs: Dict[str, str], shapes: Any, count: int) -> List[int]:
-        """Compute nanoseconds of at least `count` queries, or of those that a minute gives."""
+        """Compute nanoseconds of at least `count` queries, and of a second at least."""
         file = self.agent.path("times.json")
-        flags = ["--exportTimes=" + file, "--warmUp=%d" % _WARM_UP_MS, "--iterations=%d" % count, "--duration=0"]
+        flags = ["--exportTimes=" + file, "--warmUp=%d" % _WARM_UP_MS, "--iterations=%d" % count, "--duration=1"]
         # TensorRT 11 leaves transfers out unless it is told; before, they were the default
         flags += ["--%s" % flag for flag in ("dataTransfers", "useSpinWait") if self._has(flag)]
         if self._has("infStreams"):
