@@ -12,8 +12,9 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -25,7 +26,7 @@ from profiles import statistics
 from profiles.artifact import explain_os_errors, tool_versions, write_text
 from profiles.device import THIS_MACHINE, Device, Stack, detect, load_device
 from profiles.errors import InputError
-from profiles.measure import Plan, Query, Sampled, query_batches, querying, sample
+from profiles.measure import Ahead, Plan, Query, Sampled, query_batches, querying, sample
 from profiles.measurement import Scope
 from profiles.progress import Progress, Silent
 from profiles.runtimes import Clock, Runtime, Timed, WallClock, get_runtime
@@ -193,6 +194,8 @@ def observe(
     runtime: Runtime | None = None,
     clock: Clock | None = None,
     progress: Progress | None = None,
+    pulse_of: Callable[[str], int] | None = None,
+    ahead: Ahead | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Measures models against each other, each in turn a little, as `profiles.measure` does.
 
@@ -211,10 +214,13 @@ def observe(
         threads: threads inside an operator.
         seconds: sampling time per model and pass at most.
         queries: of every model and pass, at most.
-        most_seconds: of everything together, within a block of queries; the models share what is left of it evenly.
+        most_seconds: by the clock, of everything together, within a block of queries; the models share what is left of
+            it evenly.
         runtime: default ONNX Runtime.
         clock: default the machine's.
         progress: told how many queries there are.
+        pulse_of: the pulse of a model's last query, where another machine ran both; None: it is taken here.
+        ahead: see `profiles.measure.Ahead`.
 
     Returns:
         By model name, the fields of an `Observation` that come from queries.
@@ -234,7 +240,7 @@ def observe(
             query = querying(sessions[name], query_batches(inputs[name], 1), clock, 0.0)
             warm = [query(index).end_to_end_ns for index in range(_WARM_QUERIES)]
             typical[name] = statistics.percentile(warm, 50)
-            asked[name] = _felt(query, clock, pulses[name])
+            asked[name] = _felt(query, clock, pulses[name], partial(pulse_of, name) if pulse_of is not None else None)
         taken = {name: _Queries() for name in models}
         with progress.task("measuring models", None, "queries") as task:
             for _ in range(_PASSES):
@@ -248,7 +254,7 @@ def observe(
                     break
                 plan = Plan((queries,), 0.99, None, 99.0, "end_to_end", max(min(seconds, share), _LEAST_SECONDS))
                 felt = {name: len(pulses[name]) for name in few}
-                for name, found in sample(few, typical, plan, clock, task).items():
+                for name, found in sample(few, typical, plan, clock, task, ahead).items():
                     taken[name].add(found, np.asarray(pulses[name][felt[name] :]))
                 quick = _OWN_SPEED * float(np.quantile(np.concatenate(list(pulses.values())), _PULSE_QUANTILE))
                 for each in taken.values():
@@ -290,10 +296,17 @@ class _Queries:
         }
 
 
-def _felt(query: Query, clock: Clock, pulses: list[int]) -> Query:
-    """The query between two pulses; `pulses` gets the longer of the two, in nanoseconds, one entry for each query."""
+def _felt(query: Query, clock: Clock, pulses: list[int], told: Callable[[], int] | None) -> Query:
+    """The query between two pulses; `pulses` gets the longer of the two, in nanoseconds, one entry for each query.
+
+    told: gives that of the last query, where it ran on another machine.
+    """
 
     def felt(index: int) -> Timed:
+        if told is not None:
+            timed = query(index)
+            pulses.append(told())
+            return timed
         before = _pulse(clock)
         timed = query(index)
         pulses.append(max(before, _pulse(clock)))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -63,6 +63,8 @@ _QUANTISED = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMu
 GraphPrecision = Literal["fp32", "fp16", "bf16", "int8"]
 Query = Callable[[int], Timed]
 """Runs the i-th query."""
+Ahead = Callable[[str, int], None]
+"""Told before a candidate's round of queries how many it will have: a device at the end of a link runs them at once."""
 
 
 class Samples(NamedTuple):
@@ -175,7 +177,12 @@ def _agree(windows: list[list[Timed]], needed: int, percentile: float, scope: Sc
 
 
 def sample(
-    queries: Mapping[str, Query], typical_ns: Mapping[str, float], plan: Plan, clock: Clock, task: Task
+    queries: Mapping[str, Query],
+    typical_ns: Mapping[str, float],
+    plan: Plan,
+    clock: Clock,
+    task: Task,
+    ahead: Ahead | None = None,
 ) -> dict[str, Sampled]:
     """Samples all candidates interleaved (A B B A ...), each until its verdict is decided or its samples or time end.
 
@@ -193,13 +200,15 @@ def sample(
         while active := [name for name, result in results.items() if result.stopped_by is None]:
             for name in active if forward else reversed(active):
                 result = results[name]
-                if previous != name and len(queries) > 1:
-                    for _ in range(RESETTLE):
-                        queries[name](issued[name])
-                        issued[name] += 1
-                previous = name
                 block = int(min(_BLOCK_QUERIES, max(1.0, _BLOCK_SECONDS * 1e9 / max(typical_ns[name], 1.0))))
                 block = min(block, looks[name][result.looks] - len(result.compute_ns))
+                settling = RESETTLE if previous != name and len(queries) > 1 else 0
+                if ahead is not None:
+                    ahead(name, settling + block)
+                for _ in range(settling):
+                    queries[name](issued[name])
+                    issued[name] += 1
+                previous = name
                 start = clock.now()
                 for _ in range(block):
                     timed = queries[name](issued[name])
@@ -281,8 +290,9 @@ def measure(
     clock: Clock | None = None,
     progress: Progress | None = None,
     fresh_process: bool = True,
+    place: Place | None = None,
 ) -> dict[str, Measured]:
-    """Measures model files against each other on this machine.
+    """Measures model files against each other.
 
     Args:
         candidates: model files by name.
@@ -294,6 +304,7 @@ def measure(
         clock: default the machine's.
         progress: told how many samples there are.
         fresh_process: measure load time, first inference and peak memory in a process of its own as well.
+        place: the machine that `runtime` works on; default this one.
 
     Raises:
         InputError: no candidates, a missing or damaged file, inputs that the model does not take.
@@ -304,6 +315,7 @@ def measure(
     runtime = runtime or get_runtime("onnxruntime")
     clock = clock or WallClock()
     progress = progress or Silent()
+    place = place or Here()
     batches = query_batches(inputs, target.batch)
     plan = plan_looks(target, section)
     sessions: dict[str, Session] = {}
@@ -312,11 +324,12 @@ def measure(
             sessions[name] = runtime.load(model, threads=section.threads)
             _check_outputs(sessions[name], batches, clock, model)
         started = {
-            name: probe(runtime.name, model, batches[0], section.threads) if fresh_process else _NOT_PROBED
+            name: place.probe(runtime.name, model, batches[0], section.threads) if fresh_process else _NOT_PROBED
             for name, model in candidates.items()
         }
         queries = {name: querying(session, batches, clock, section.idle_gap_ms) for name, session in sessions.items()}
-        before, use_before = agent.read(), agent.CpuUse()
+        before = place.facts()
+        place.others()
         warm: dict[str, WarmUp] = {}
         with progress.task("warming up", len(queries), "models") as task:
             for name, query in queries.items():
@@ -329,8 +342,10 @@ def measure(
                 )
                 task.advance(note=name)
         with progress.task("measuring latency", None, "queries") as task:
-            sampled = sample(queries, {name: entry.typical_ns for name, entry in warm.items()}, plan, clock, task)
-        use, after = agent.CpuUse().since(use_before), agent.read()
+            sampled = sample(
+                queries, {name: entry.typical_ns for name, entry in warm.items()}, plan, clock, task, place.ahead
+            )
+        use, after = place.others(), place.facts()
     finally:
         for session in sessions.values():
             session.close()
@@ -338,6 +353,7 @@ def measure(
     environment = _environment(before, after, use)
     precisions = {name: graph_precision(model) for name, model in candidates.items()}
     created = datetime.now(UTC).isoformat(timespec="seconds")
+    both = place.tells_end_to_end
     results = {}
     for name, model in candidates.items():
         found = sampled[name]
@@ -356,7 +372,9 @@ def measure(
             input_shapes={key: array.shape for key, array in batches[0].items()},
             input_source=input_source,
             compute=describe(found.compute_ns, "compute", target.percentile, plan.look_confidence),
-            end_to_end=describe(found.end_to_end_ns, "end_to_end", target.percentile, plan.look_confidence),
+            end_to_end=describe(found.end_to_end_ns, "end_to_end", target.percentile, plan.look_confidence)
+            if both
+            else None,
             scope=target.latency_scope,
             limit_ms=target.latency_ms,
             verdict=found.verdict,
@@ -374,8 +392,9 @@ def measure(
             environment=environment,
             created=created,
         )
+        whole = found.end_to_end_ns if both else []
         results[name] = Measured(
-            measurement, Samples(np.asarray(found.compute_ns, np.int64), np.asarray(found.end_to_end_ns, np.int64))
+            measurement, Samples(np.asarray(found.compute_ns, np.int64), np.asarray(whole, np.int64))
         )
     return results
 
@@ -473,12 +492,13 @@ def load_measurement(path: Path) -> Measured:
             evidence=str(error).splitlines()[0] if str(error) else type(error).__name__,
             fix="delete it and measure again",
         ) from error
-    counts = {measurement.compute.samples, measurement.end_to_end.samples, len(samples[0]), len(samples[1])}
-    if len(counts) != 1:
+    whole = measurement.end_to_end
+    counts = {measurement.compute.samples, len(samples[0])}
+    if len(counts) != 1 or len(samples[1]) != (whole.samples if whole is not None else 0):
         raise InputError(
             "the samples are not those of the measurement",
             where=str(path),
-            evidence=f"sample counts: {sorted(counts)}",
+            evidence=f"sample counts: {sorted(counts | {len(samples[1])})}",
             fix="delete it and measure again",
         )
     return Measured(measurement, samples)
@@ -587,6 +607,56 @@ def probe(runtime_name: str, model: Path, inputs: Mapping[str, Array], threads: 
         return Started(None, None, Memory(peak_mib=None, before_load_mib=None, how=f"n/a: {found['error']}"))
     memory = Memory(peak_mib=found["peak_mib"], before_load_mib=found["before_load_mib"], how=found["how"])
     return Started(found["load_ms"], found["first_inference_ms"], memory)
+
+
+class Place(Protocol):
+    """The machine that is measured: this one, or one that an agent speaks for."""
+
+    @property
+    def tells_end_to_end(self) -> bool:
+        """Whether its runtime's samples have an end-to-end time; without, they are compute times on both clocks."""
+        ...
+
+    def ahead(self, name: str, count: int) -> None:
+        """See `Ahead`."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """What `agent.read` tells there, now."""
+        ...
+
+    def others(self) -> dict[str, Any]:
+        """What others did there since the last call; see `agent.CpuUse.since`."""
+        ...
+
+    def probe(self, runtime_name: str, model: Path, inputs: Mapping[str, Array], threads: int) -> Started:
+        """See `probe`."""
+        ...
+
+
+class Here:
+    """This machine."""
+
+    tells_end_to_end = True
+
+    def __init__(self) -> None:
+        self._use = agent.CpuUse()
+
+    def ahead(self, name: str, count: int) -> None:
+        """Nothing has to be told to a machine that answers at once."""
+
+    def facts(self) -> dict[str, Any]:
+        """See `Place.facts`."""
+        return agent.read()
+
+    def others(self) -> dict[str, Any]:
+        """See `Place.others`."""
+        before, self._use = self._use, agent.CpuUse()
+        return self._use.since(before)
+
+    def probe(self, runtime_name: str, model: Path, inputs: Mapping[str, Array], threads: int) -> Started:
+        """See `probe`."""
+        return probe(runtime_name, model, inputs, threads)
 
 
 def querying(session: Session, batches: list[dict[str, Array]], clock: Clock, idle_gap_ms: float) -> Query:

@@ -89,12 +89,16 @@ class Measurement(Section):
     input_source: str
     """Such as "real samples (validation split)" or "random"."""
     compute: Latency
-    end_to_end: Latency
+    end_to_end: Latency | None
+    """None where the runtime's tool overlaps transfers with computing, so that no query has one (`trtexec`)."""
     scope: Scope
-    """The clock that the limit is about."""
+    """The clock that the limit is about; of a measurement without end-to-end times, always "compute"."""
     limit_ms: float | None
     verdict: Outcome | None
     """None when there is no limit."""
+    mismatches: tuple[str, ...] = ()
+    """Where the device was not as the target says, or what was measured is not what the limit is about: each makes the
+    verdict inconclusive."""
     looks: int
     """How often the samples were judged."""
     stopped_by: Literal["decided", "samples", "time"]
@@ -120,7 +124,7 @@ class Measurement(Section):
     @property
     def asked(self) -> Latency:
         """The latency in the scope that was asked for."""
-        return self.compute if self.scope == "compute" else self.end_to_end
+        return self.compute if self.scope == "compute" or self.end_to_end is None else self.end_to_end
 
 
 class ThroughputPoint(Section):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +23,7 @@ from profiles.section import Section
 if TYPE_CHECKING:
     from profiles.runtimes.onnxruntime import TracedNode
 
+Tracer = Callable[..., "tuple[TracedNode, ...]"]
 Shape = tuple[int, ...]
 
 FORM = 1
@@ -78,7 +79,9 @@ class PricedGraph(NamedTuple):
     activation_mib: float
 
 
-def priced_graph(model: Path, batch: int = 1, *, threads: int = 1, runs: int = 1) -> PricedGraph:
+def priced_graph(
+    model: Path, batch: int = 1, *, threads: int = 1, runs: int = 1, tracer: Tracer | None = None
+) -> PricedGraph:
     """The nodes that the runtime executes for one query of `batch` samples.
 
     The runtime itself optimises the graph, exactly as it does when it is measured, and runs it under its profiler:
@@ -89,6 +92,7 @@ def priced_graph(model: Path, batch: int = 1, *, threads: int = 1, runs: int = 1
         batch: samples of the query.
         threads: threads inside an operator.
         runs: queries; the more, the surer are the nodes' times.
+        tracer: `profiles.runtimes.onnxruntime.trace`, or the same on another machine.
 
     Raises:
         InputError: missing or damaged file, or a batch that the graph does not take.
@@ -101,7 +105,7 @@ def priced_graph(model: Path, batch: int = 1, *, threads: int = 1, runs: int = 1
     with tempfile.TemporaryDirectory(prefix="edgestill-") as folder:
         optimised = Path(folder) / "optimised.onnx"
         inputs = random_inputs(model, batch)
-        traced = trace(model, inputs, optimised, threads=threads, runs=runs)
+        traced = (tracer or trace)(model, inputs, optimised, threads=threads, runs=runs)
         graph = onnx.load(str(optimised), load_external_data=False).graph
     tensors = _Tensors(graph, {name: array.shape for name, array in inputs.items()}, traced)
     nodes = tuple(

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from cli.commands.options import AllowCode, Set, Strict
+from cli import complete
+from cli.commands.options import AllowCode, LockClocks, On, Set, Strict
 from cli.commands.shared import JsonOption, examples
 
 app = typer.Typer()
@@ -24,7 +25,12 @@ def bench(
     ],
     overrides: Set = None,
     allow_code: AllowCode = False,
-    device: Annotated[str, typer.Option("--device", help="Only this machine can be measured.")] = "this-machine",
+    device: Annotated[
+        str,
+        typer.Option("--device", help="What the machine is; with --on, any device.", autocompletion=complete.devices),
+    ] = "this-machine",
+    on: On = None,
+    lock_clocks: LockClocks = False,
     batch: Annotated[
         int | None, typer.Option("--batch", min=1, max=65536, help="Samples per query.  [default: 1]")
     ] = None,
@@ -51,7 +57,7 @@ def bench(
     strict: Strict = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure latency on this machine: real inputs where a run or bundle has them, random ones for a bare ONNX file.
+    """Measure latency, here or over ssh: real inputs where a run or bundle has them, random ones for a bare ONNX file.
 
     A run is measured as its recipe says; change that with --set. The other options are for files and bundles.
 
@@ -59,9 +65,11 @@ def bench(
     """
     from cli import console
     from cli.pipeline.bench import BenchOptions, bench_file, describe, worst_status
+    from cli.pipeline.remote import one_host
     from profiles.errors import InputError
 
     path = Path(what)
+    hosts = on or []
     if (path / "recipe.toml").is_file():
         instead = {
             "--batch": (batch, "target.NAME.batch"),
@@ -83,6 +91,7 @@ def bench(
         from cli.commands.runs import open_folder_or_recipe
 
         opened = open_folder_or_recipe(what, None, overrides, allow_code=allow_code, strict=strict)
+        opened.measure_on(hosts, lock_clocks=lock_clocks)
         found = opened.bench()
         if not opened.is_main:
             return
@@ -90,7 +99,8 @@ def bench(
         if as_json:
             console.emit_json(document)
         for name, entries in {} if as_json else document.items():
-            console.emit(f"{name}" if entries else f"{name}  not measured: the device is not this machine")
+            missing = f"{name}  not measured: the device is not this machine; name the one that is: --on {name}=HOST"
+            console.emit(f"{name}" if entries else missing)
             for measurement in entries:
                 console.emit(describe(measurement, indent="  "))
         raise typer.Exit(worst_status([entry for entries in document.values() for entry in entries]))
@@ -111,6 +121,8 @@ def bench(
         shapes=tuple(shape or ()),
         sweep=sweep,
         strict=strict,
+        host=one_host(hosts),
+        lock_clocks=lock_clocks,
     )
     result = bench_file(path, options, console.make_progress())
     if as_json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,10 @@ from cli.commands.shared import UNKNOWN, JsonOption, examples, facts, number, pl
 
 if TYPE_CHECKING:
     from profiles.device import Device
+
+HostArgument = Annotated[
+    str | None, typer.Argument(metavar="[HOST]", help="As for ssh: an alias, user@host, host:port.", show_default=False)
+]
 
 app = typer.Typer(
     invoke_without_command=True,
@@ -57,12 +61,68 @@ def show(
         _print_device(device, as_json)
 
 
-@app.command(epilog=examples("edgestill devices detect", "edgestill devices detect --json"))
-def detect(as_json: JsonOption = False) -> None:
-    """Print what was found out about this machine, as a device."""
-    from profiles.device import detect as detect_machine
+@app.command(epilog=examples("edgestill devices detect", "edgestill devices detect nvidia@10.0.0.7"))
+def detect(
+    host: HostArgument = None,
+    python: Annotated[str | None, typer.Option("--python", help="The host's Python, 3.6 or newer.")] = None,
+    folder: Annotated[str | None, typer.Option("--folder", help="Where there is room on the host.")] = None,
+    wrapper: Annotated[
+        str | None,
+        typer.Option("--wrapper", help="A command in which TensorRT runs there; {folder} is the agent's folder."),
+    ] = None,
+    workspace_mib: Annotated[
+        int | None, typer.Option("--workspace-mib", min=16, help="Memory for TensorRT's builder.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print what was found out about this machine, as a device; or about a HOST that ssh reaches.
 
-    _print_device(detect_machine(), as_json)
+    What the options say about a host is remembered for later commands, in your own configuration.
+    """
+    from profiles.errors import InputError
+
+    given = {"python": python, "folder": folder, "wrapper": wrapper, "workspace_mib": workspace_mib}
+    told: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if host is None:
+        if told:
+            name = next(iter(told)).replace("_", "-")
+            raise InputError("this option is for a host", where=f"--{name}", fix="edgestill devices detect HOST")
+        from profiles.device import detect as detect_machine
+
+        _print_device(detect_machine(), as_json)
+        return
+    from dataclasses import replace
+
+    from cli.pipeline.prepare import detect_host, rows
+    from profiles.remote_device import remembered
+
+    found = detect_host(replace(remembered(host), **told))
+    if as_json:
+        console.emit_json(found.document)
+        return
+    console.emit(facts([*rows(found)]))
+    if found.device is None:
+        console.emit(
+            "a device file of your own: edgestill devices show NAME --toml, change it, edgestill devices add FILE"
+        )
+
+
+@app.command(epilog=examples("edgestill devices prepare pi@10.0.0.8", "edgestill devices prepare pi --remove"))
+def prepare(
+    host: Annotated[str, typer.Argument(metavar="HOST", help="As for ssh: an alias, user@host, host:port.")],
+    wheels: Annotated[
+        Path | None, typer.Option("--wheels", help="A folder with the wheels of onnxruntime and numpy.", exists=True)
+    ] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the packages from the host.")] = False,
+) -> None:
+    """Give a machine ONNX Runtime over ssh, without internet, sudo or pip there: the wheels are fetched here.
+
+    They are unpacked into a folder of your home on the machine, and used by what edgestill measures there only.
+    """
+    from cli.pipeline.prepare import prepare_host
+    from profiles.remote_device import remembered
+
+    console.emit(prepare_host(remembered(host), console.make_progress(), wheels=wheels, remove=remove))
 
 
 @app.command(epilog=examples("edgestill devices add my-board.toml", "edgestill devices add my-board.toml --force"))
@@ -108,12 +168,15 @@ def add(
 @app.command(epilog=examples("edgestill devices calibrate", "edgestill devices calibrate this-machine --threads 2"))
 def calibrate(
     name: Annotated[
-        str, typer.Argument(help="The device. Only this machine can be measured.", autocompletion=complete.devices)
+        str, typer.Argument(help="The device; by default the one that is measured.", autocompletion=complete.devices)
     ] = "this-machine",
+    on: Annotated[
+        str | None, typer.Option("--on", metavar="HOST", help="Measure ONNX Runtime there, over ssh.")
+    ] = None,
     threads: Annotated[int, typer.Option("--threads", min=1, max=1024, help="Threads inside an operator.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure how long this machine takes for its work, so that students can be chosen by predicted latency.
+    """Measure how long a machine takes for its work, so that students can be chosen by predicted latency.
 
     Exports about fifty small models, measures them against each other, fits, and stores the result with its errors on
     models that the fit did not see. It takes some minutes on a quiet machine; on a busy one it refuses. Ctrl-C leaves
@@ -122,8 +185,10 @@ def calibrate(
     from cli.pipeline.calibrate import calibrate as measure_and_fit
     from cli.pipeline.calibrate import error_rows, others_sentence
     from profiles.calibration import save_calibration
+    from profiles.remote_device import remembered
 
-    found = measure_and_fit(name, console.make_progress(), threads=threads).calibration
+    host = remembered(on) if on is not None else None
+    found = measure_and_fit(name, console.make_progress(), threads=threads, host=host).calibration
     place = save_calibration(found)
     if as_json:
         console.emit_json({"file": str(place), **found.model_dump(mode="json")})

@@ -24,6 +24,18 @@ Set = Annotated[
 Strict = Annotated[
     bool, typer.Option("--strict", help="Refuse to measure on a machine that is busy, throttled or does not settle.")
 ]
+On = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--on",
+        metavar="[TARGET=]HOST",
+        help="Measure on a machine that ssh reaches; HOST alone for a file, TARGET=HOST for a run. Repeatable.",
+    ),
+]
+LockClocks = Annotated[
+    bool,
+    typer.Option("--lock-clocks", help="Run jetson_clocks on the device (sudo), and restore the clocks at the end."),
+]
 AllowCode = Annotated[
     bool, typer.Option("--allow-code", help="Import the Python code that the recipe names by dotted path.")
 ]

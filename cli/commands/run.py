@@ -6,14 +6,18 @@ from typing import Annotated
 
 import typer
 
-from cli.commands.options import AllowCode, Out, RecipeArgument, Set, Strict
+from cli.commands.options import AllowCode, LockClocks, On, Out, RecipeArgument, Set, Strict
 from cli.commands.shared import JsonOption, examples
 
 app = typer.Typer()
 
 
 @app.command(
-    epilog=examples("edgestill run quickstart", "edgestill run shelf.toml --set train.epochs=5 --out runs/short")
+    epilog=examples(
+        "edgestill run quickstart",
+        "edgestill run shelf.toml --set train.epochs=5 --out runs/short",
+        "edgestill run shelf.toml --on line3-orin=nvidia@10.0.0.7",
+    )
 )
 def run(
     recipe: RecipeArgument,
@@ -31,11 +35,15 @@ def run(
     require_measured: Annotated[
         bool, typer.Option("--require-measured", help="Exit 4 when a target was not measured on its device.")
     ] = False,
+    on: On = None,
+    lock_clocks: LockClocks = False,
     strict: Strict = False,
     allow_code: AllowCode = False,
     as_json: JsonOption = False,
 ) -> None:
     """The whole way: data, teacher, students, exports, measurement, report. Resumable: the same command goes on.
+
+    With --on, targets are measured on their devices over ssh: an agent works there in one folder and removes it.
 
     With [student] pool = "conv" and a limit per target, the students are chosen for their devices.
 
@@ -46,6 +54,7 @@ def run(
     from cli.commands.runs import open_run, show_report
 
     opened = open_run(recipe, out, overrides, allow_code=allow_code, strict=strict)
+    opened.measure_on(on or [], lock_clocks=lock_clocks)
     if dry_run:
         from cli.pipeline.estimate import estimate, render
 

@@ -26,13 +26,15 @@ from profiles.section import Section
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """How to measure; see `edgestill bench --help`. shapes: NAME:SHAPE texts."""
+    """How to measure; see `edgestill bench --help`. shapes: NAME:SHAPE texts. host: where; None: here."""
 
     target: TargetSection
     measure: MeasureSection
     shapes: tuple[str, ...]
     sweep: bool
     strict: bool
+    host: str | None = None
+    lock_clocks: bool = False
 
     @classmethod
     def checked(
@@ -48,6 +50,8 @@ class BenchOptions:
         shapes: tuple[str, ...],
         sweep: bool,
         strict: bool,
+        host: str | None = None,
+        lock_clocks: bool = False,
     ) -> BenchOptions:
         """The options of a command line.
 
@@ -56,16 +60,23 @@ class BenchOptions:
         """
         if scope not in get_args(Scope):
             raise InputError(f'no scope "{scope}"', where="--scope", fix="end_to_end, or compute")
-        if device != THIS_MACHINE:
+        if host is None and lock_clocks:
+            raise InputError("clocks are locked on a remote device only", where="--lock-clocks", fix="add --on HOST")
+        if host is not None and sweep:
+            raise InputError(
+                "a batch sweep runs on this machine only", where="--sweep", fix="leave --sweep or --on out"
+            )
+        if host is None and device != THIS_MACHINE:
             title = load_device(device).title
             raise InputError(
                 f"this machine is no {title}, so nothing can be measured for it here",
                 where="--device",
-                fix="leave --device out to measure here, or copy a bundle to the device and run its infer.py",
+                fix="leave --device out to measure here, or name the machine that is one: --on HOST",
             )
         try:
             target = TargetSection(
                 name="bench",
+                device=device,
                 batch=batch,
                 percentile=percentile,
                 latency_ms=latency_ms,
@@ -75,7 +86,9 @@ class BenchOptions:
             first = error.errors()[0]
             option = str(first["loc"][0]).replace("_", "-")
             raise InputError(first["msg"].removeprefix("Value error, "), where=f"--{option}") from error
-        return cls(target, MeasureSection(threads=threads, max_seconds=seconds), shapes, sweep, strict)
+        return cls(
+            target, MeasureSection(threads=threads, max_seconds=seconds), shapes, sweep, strict, host, lock_clocks
+        )
 
 
 class BenchResult(Section):
@@ -94,7 +107,12 @@ def bench_file(path: Path, options: BenchOptions, progress: Progress) -> BenchRe
     """
     model, inputs, source = _model_and_inputs(path, options)
     name = path.name
-    found = measure({name: model}, inputs, options.target, options.measure, input_source=source, progress=progress)
+    if options.host is not None:
+        from cli.pipeline.remote import bench_on
+
+        found = bench_on(options.host, name, model, inputs, options, input_source=source, progress=progress)
+    else:
+        found = measure({name: model}, inputs, options.target, options.measure, input_source=source, progress=progress)
     if options.strict:
         refuse_unquiet([found[name].measurement])
     throughput = None
@@ -187,9 +205,11 @@ def describe(measurement: Measurement, indent: str = "") -> str:
     def figure(value: float | None) -> str:
         return "-" if value is None else f"{value:.3f}"
 
+    threads = measurement.options.get("intra_op_threads")
+    host = measurement.environment.get("host")
     lines = [
-        f"{measurement.name}: {word}, batch {measurement.batch}, "
-        f"{measurement.options.get('intra_op_threads')} thread(s), "
+        f"{measurement.name}: {f'on {host}, ' if host else ''}{word}, batch {measurement.batch}, "
+        f"{f'{threads} thread(s), ' if threads else ''}"
         f"{measurement.runtime} {measurement.runtime_version}, {measurement.input_source}",
         f"  p50 {figure(asked.p50)}  p90 {figure(asked.p90)}  p99 {figure(asked.p99)}  max {asked.maximum:.3f} ms, "
         f"{asked.samples:,} runs, {asked.outliers:,} outliers counted",
@@ -203,6 +223,7 @@ def describe(measurement: Measurement, indent: str = "") -> str:
         f"  load {figure(measurement.load_ms)} ms, first inference {figure(measurement.first_inference_ms)} ms, "
         + (f"peak memory {peak:.0f} MiB" if peak is not None else f"peak memory n/a: {measurement.memory.how}")
     )
+    lines += [f"  not decided: {reason}" for reason in measurement.mismatches]
     lines += [f"  note: {warning}" for warning in measurement.warnings]
     return "\n".join(indent + line for text in lines for line in text.splitlines())
 

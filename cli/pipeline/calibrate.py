@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,13 +23,15 @@ from cli.pipeline.calibration_models import (
     sample_architectures,
     sample_layers,
 )
-from profiles import agent
 from profiles.calibration import Calibration, Observation, busy, fit, observe
-from profiles.device import THIS_MACHINE, Device, detect, load_device
+from profiles.device import THIS_MACHINE, Device, Stack, detect, load_device, onnxruntime_limits
 from profiles.errors import EdgestillError, InputError
-from profiles.measure import probe, query_batches
+from profiles.measure import Here, Place, query_batches
 from profiles.predict import roofline
 from profiles.progress import Progress
+from profiles.remote import Host, Link
+from profiles.remote_device import recognise
+from profiles.remote_runtime import RemoteRuntime, choose_rung
 from profiles.timing_model import PricedGraph, priced_graph
 
 _ROWS = 8
@@ -82,49 +85,88 @@ class Calibrated(NamedTuple):
 
 
 def calibrate(
-    name: str, progress: Progress, *, threads: int = 1, effort: Effort | None = None, refuse_busy: bool = True
+    name: str,
+    progress: Progress,
+    *,
+    threads: int = 1,
+    effort: Effort | None = None,
+    refuse_busy: bool = True,
+    host: Host | None = None,
 ) -> Calibrated:
-    """Measures this machine and fits what its work takes; nothing is stored.
+    """Measures this machine, or one that ssh reaches, and fits what its work takes; nothing is stored.
 
     Args:
-        name: the device; this machine is the only one that can be measured from here.
+        name: the device; without a host it must be this machine, with one "this-machine" means the device that it is.
         progress: told what is going on.
         threads: threads inside an operator, 1 or more.
         effort: how much is measured.
         refuse_busy: raise where the machine was not quiet.
+        host: where; None: here.
 
     Raises:
         InputError: another device, or a runtime that cannot be timed here.
         EdgestillError: the machine was busy, or a model cannot be exported or run.
     """
-    device = this_machine(name)
     effort = effort or Effort()
+    began = time.monotonic()
+    with ExitStack() as opened:
+        link = opened.enter_context(Link(host)) if host is not None else None
+        device, stack = (this_machine(name), None) if link is None else _device_at(name, link)
+        found = _measured(device, progress, threads=threads, effort=effort, refuse_busy=refuse_busy, link=link)
+    seen, efficiency = found
+    calibration = fit(
+        seen.observations,
+        device=device,
+        stack=stack or device.stacks[0],
+        threads=threads,
+        seconds=time.monotonic() - began,
+        efficiency=efficiency,
+        other_cores=seen.other_cores,
+    )
+    return Calibrated(calibration, seen.observations, seen.busy)
+
+
+def _device_at(name: str, link: Link) -> tuple[Device, Stack]:
+    """The device at a host, and its stack with the ONNX Runtime that is installed there.
+
+    Raises:
+        InputError: the machine is none that is known, or another one than was named.
+        EdgestillError: it has no ONNX Runtime.
+    """
+    seen = recognise(link.facts)
+    device = seen if name == THIS_MACHINE else load_device(name, where="NAME")
+    if device is None or (seen is not None and seen.name != device.name):
+        raise InputError(
+            f"{link.host.name} is {'no device that is known' if seen is None else 'a ' + seen.title}",
+            where="NAME" if seen is not None else "--on",
+            evidence=str(link.facts.get("board") or link.facts.get("cpu_model")),
+            fix=f"edgestill devices calibrate NAME --on {link.host.name}" if seen is None else f"name {seen.name}",
+        )
+    version = choose_rung(link, "onnxruntime").version
+    of_runtime = [stack for stack in device.stacks if stack.runtime == "onnxruntime"] or device.stacks[:1]
+    opset, ir = onnxruntime_limits(version)
+    changes = {"runtime": "onnxruntime", "runtime_version": version, "max_opset": opset, "max_ir": ir}
+    return device, of_runtime[0].model_copy(update=changes)
+
+
+def _measured(
+    device: Device, progress: Progress, *, threads: int, effort: Effort, refuse_busy: bool, link: Link | None
+) -> tuple[Seen, dict[str, float]]:
+    """The observations, and by precision the share of the roofline; the link is only needed for the measuring."""
     began = time.monotonic()
     sampled = (*sample_architectures(effort.per_family, families=effort.families), *sample_layers(effort.layers))
     with tempfile.TemporaryDirectory(prefix="edgestill-") as folder:
         models = export_all(sampled, device, Path(folder), progress)
         left = effort.most_seconds - (time.monotonic() - began)
-        observations, reason, other_cores = measure_all(
-            sampled, models, progress, threads=threads, effort=effort, most_seconds=left
-        )
-        if reason is not None and refuse_busy:
+        seen = measure_all(sampled, models, progress, threads=threads, effort=effort, most_seconds=left, link=link)
+        if seen.busy is not None and refuse_busy:
             raise EdgestillError(
                 "the machine was not quiet enough to be calibrated",
                 where=device.title,
-                evidence=reason,
+                evidence=seen.busy,
                 fix="stop other work and calibrate again; what was stored before is unchanged",
             )
-        efficiency = _efficiency(models, observations, device)
-    calibration = fit(
-        observations,
-        device=device,
-        stack=device.stacks[0],
-        threads=threads,
-        seconds=time.monotonic() - began,
-        efficiency=efficiency,
-        other_cores=other_cores,
-    )
-    return Calibrated(calibration, observations, reason)
+        return seen, _efficiency(models, seen.observations, device)
 
 
 def this_machine(name: str) -> Device:
@@ -139,8 +181,8 @@ def this_machine(name: str) -> Device:
     raise InputError(
         f"{device.name} cannot be calibrated from here",
         where="NAME",
-        evidence="edgestill does not calibrate over a network yet: it measures the machine that it runs on",
-        fix="on the device itself: edgestill devices calibrate",
+        evidence="without --on, edgestill measures the machine that it runs on",
+        fix=f"edgestill devices calibrate {device.name} --on HOST",
     )
 
 
@@ -183,6 +225,7 @@ def measure_all(
     threads: int,
     effort: Effort,
     most_seconds: float | None = None,
+    link: Link | None = None,
 ) -> Seen:
     """All models measured.
 
@@ -193,34 +236,47 @@ def measure_all(
         threads: threads inside an operator.
         effort: how much is measured.
         most_seconds: of it all; default as much as the effort allows a calibration.
+        link: to the machine that measures; None: this one does.
     """
     began, most = time.monotonic(), max(most_seconds or effort.most_seconds, _LEAST_SECONDS)
     files = {(one.name, precision): models[one.name][precision] for one in sampled for precision in models[one.name]}
     rows = {one.name: {one.spec.name: realistic_rows(one.spec, _ROWS, one.seed + 1)} for one in sampled}
+    names = {" ".join(key): key for key in files}
+    by_name = {name: files[key] for name, key in names.items()}
+    rows_of = {name: rows[key[0]] for name, key in names.items()}
+    remote = None
+    if link is not None:
+        first = next(iter(rows_of.values()))
+        remote = RemoteRuntime(link, "onnxruntime", by_name, first, 1, inputs_of=rows_of, pulses=True)
+    place: Place = remote or Here()
     peaks: dict[tuple[str, str], float | None] = {}
     with progress.task("measuring memory", None, "models") as task:
         for key, file in list(files.items())[:: effort.probes]:
-            peaks[key] = probe("onnxruntime", file, query_batches(rows[key[0]], 1)[0], threads).memory.peak_mib
+            peaks[key] = place.probe("onnxruntime", file, query_batches(rows[key[0]], 1)[0], threads).memory.peak_mib
             task.advance(note=" ".join(key))
-    before = agent.CpuUse()
+    place.others()
+    tracer = remote.trace if remote is not None else None
     graphs: dict[tuple[str, str], PricedGraph] = {}
     with progress.task("profiling nodes", effort.profiles * len(files), "models") as task:
         for _ in range(effort.profiles):
             for key, file in files.items():
-                found = priced_graph(file, threads=threads, runs=effort.runs)
+                found = priced_graph(file, threads=threads, runs=effort.runs, tracer=tracer)
                 graphs[key] = min(graphs.get(key, found), found, key=_profiled)
                 task.advance(note=" ".join(key))
-    names = {" ".join(key): key for key in files}
     measured = observe(
-        {name: files[key] for name, key in names.items()},
-        {name: rows[key[0]] for name, key in names.items()},
+        by_name,
+        rows_of,
         threads=threads,
         seconds=effort.seconds,
         queries=effort.queries,
         most_seconds=most - (time.monotonic() - began),
         progress=progress,
+        runtime=remote,
+        clock=remote.clock if remote is not None else None,
+        pulse_of=remote.pulse_of if remote is not None else None,
+        ahead=remote.ahead if remote is not None else None,
     )
-    use = agent.CpuUse().since(before)
+    use, cores = place.others(), len(place.facts().get("affinity", ())) or 1
     families = {one.name: one.family for one in sampled}
     observations = [
         Observation.model_validate(
@@ -238,7 +294,7 @@ def measure_all(
         )
         for name, key in names.items()
     ]
-    reasons = [reason for reason in (busy(observations), _others(use, threads)) if reason is not None]
+    reasons = [reason for reason in (busy(observations), _others(use, threads, cores)) if reason is not None]
     return Seen(observations, "; ".join(reasons) or None, use.get("other_cores"))
 
 
@@ -247,13 +303,12 @@ def _profiled(graph: PricedGraph) -> float:
     return sum(node.microseconds or 0.0 for node in graph.nodes)
 
 
-def _others(use: Mapping[str, Any], threads: int) -> str | None:
+def _others(use: Mapping[str, Any], threads: int, cores: int) -> str | None:
     """What took cores that the measuring needed; None: nothing, or the system does not tell.
 
     Work on the other cores is accepted up to a share of them: what it does to the measured ones now and then, the
     pulses show (`busy` refuses where hardly any query was undisturbed).
     """
-    cores = len(agent.affinity()) or 1
     taken, stolen = use.get("other_cores", 0.0), use.get("stolen_cores", 0.0)
     if taken <= max(_FREE_SHARE * (cores - threads), _SPARE_CORES) and stolen <= _SPARE_CORES:
         return None

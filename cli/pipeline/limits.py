@@ -48,12 +48,14 @@ def judge(
     if section.memory_mib is not None:
         peak = measurement.memory.peak_mib if measurement is not None else None
         reason = NOT_HERE if measurement is None else "" if peak is not None else measurement.memory.how
+        if measurement is not None and peak is not None:
+            reason = "; ".join(measurement.mismatches)
         verdicts.append(
             LimitVerdict(
                 name="memory_mib",
                 limit=section.memory_mib,
                 value=peak,
-                verdict="not measured" if peak is None else "pass" if peak <= section.memory_mib else "fail",
+                verdict=_memory(peak, section.memory_mib, measurement),
                 reason=reason,
             )
         )
@@ -94,13 +96,23 @@ def missed(section: TargetSection, miss: Miss) -> tuple[LimitVerdict, ...]:
     return tuple(verdicts)
 
 
+def _memory(peak: float | None, limit: float, measurement: Measurement | None) -> Verdict:
+    if peak is None:
+        return "not measured"
+    if measurement is not None and measurement.mismatches:
+        return "inconclusive"
+    return "pass" if peak <= limit else "fail"
+
+
 def _latency(limit: float, measurement: Measurement | None) -> LimitVerdict:
     if measurement is None:
         return LimitVerdict(name="latency_ms", limit=limit, verdict="not measured", reason=NOT_HERE)
     asked = measurement.asked
     verdict: Verdict = measurement.verdict or "inconclusive"
     reason = ""
-    if not measurement.stable:
+    if measurement.mismatches:
+        verdict, reason = "inconclusive", "; ".join(measurement.mismatches)
+    elif not measurement.stable:
         # The bounds suppose that samples come from one distribution. Without a settled warm-up that is not known, so
         # only what holds for every single sample decides, and only when there are enough of them for a bound.
         inside = asked.upper_bound is not None and asked.maximum <= limit

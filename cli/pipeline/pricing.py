@@ -415,7 +415,7 @@ class Pricing:
                 file_mib=size,
                 memory_mib=seen.memory.peak_mib,
                 bound_ms=bound,
-                clocks={"end_to_end": Spread.of(seen.end_to_end), "compute": Spread.of(seen.compute)},
+                clocks={"end_to_end": Spread.of(seen.end_to_end or seen.compute), "compute": Spread.of(seen.compute)},
             )
         return found, noise
 

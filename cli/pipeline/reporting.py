@@ -93,6 +93,7 @@ def _row(run: Run, outcome: Shipped) -> TargetRow:
     target, section = outcome.target, outcome.target.section
     candidate, measurement = outcome.candidate, outcome.measurement
     on_device = measurement is not None
+    metric_on_device = on_device and outcome.metric_on_device
     size_mib = candidate.size_bytes / MIB if candidate is not None and candidate.size_bytes is not None else None
     limits: tuple[LimitVerdict, ...] = ()
     if candidate is not None and size_mib is not None:
@@ -102,7 +103,7 @@ def _row(run: Run, outcome: Shipped) -> TargetRow:
             size_mib=size_mib,
             metric=outcome.metric,
             drop=outcome.drop,
-            on_device=on_device,
+            on_device=metric_on_device,
         )
     elif outcome.miss is not None:
         limits = missed(section, outcome.miss)
@@ -112,7 +113,7 @@ def _row(run: Run, outcome: Shipped) -> TargetRow:
         name=target.name,
         device=target.device.name,
         device_title=target.device.title,
-        host=socket.gethostname() if on_device else None,
+        host=measurement.environment.get("host", socket.gethostname()) if measurement is not None else None,
         stack=_stack_words(target),
         power_mode=target.power_mode.name if target.power_mode is not None else None,
         conditions=_conditions(measurement) if measurement is not None else (),
@@ -122,7 +123,7 @@ def _row(run: Run, outcome: Shipped) -> TargetRow:
         model_file=candidate.file.name if candidate is not None and candidate.file is not None else None,
         bundle=str(outcome.bundle.relative_to(run.folder)) if outcome.bundle is not None else None,
         size_mib=size_mib,
-        metric=MetricValue.of(outcome.metric, "artifact in its runtime" if on_device else NOT_THE_DEVICE)
+        metric=MetricValue.of(outcome.metric, "artifact in its runtime" if metric_on_device else NOT_THE_DEVICE)
         if outcome.metric is not None
         else None,
         latency=LatencyValue.of(measurement) if measurement is not None else None,
@@ -171,7 +172,8 @@ def _explain(run: Run, outcome: Shipped, limits: Sequence[LimitVerdict]) -> tupl
                 fixes.append(f"latency_ms = {_at_least(decided)}, or a smaller arch")
             else:
                 why.append(limit.reason)
-                fixes.append("close other programs and run again, or raise measure.max_seconds")
+                if not measurement.mismatches:
+                    fixes.append("close other programs and run again, or raise measure.max_seconds")
         elif limit.verdict == "fail" and limit.name == "file_size_mib":
             fixes.append(f"file_size_mib = {_at_least(limit.value or limit.limit)}, or a smaller arch")
         elif limit.verdict == "fail" and limit.name == "memory_mib":
@@ -184,8 +186,11 @@ def _explain(run: Run, outcome: Shipped, limits: Sequence[LimitVerdict]) -> tupl
             fixes.append(f"max_metric_drop = {_at_least(limit.high or limit.limit)}, or another precision")
     if measurement is not None:
         why.extend(measurement.warnings)
+        why.extend(measurement.mismatches)
     elif outcome.error is None:
         why.append(_not_measured(outcome.target))
+    if outcome.device_note:
+        why.append(outcome.device_note)
     if section.memory_mib is not None and measurement is not None and measurement.memory.peak_mib is None:
         why.append(measurement.memory.how)
     return tuple(dict.fromkeys(why)), tuple(dict.fromkeys(fixes))

@@ -22,6 +22,7 @@ from cli.pipeline.budget import Budgets
 from cli.pipeline.choose import Choice, Option, choose, floor_of
 from cli.pipeline.exploration import Explorer, check_explored, check_explored_by, explores, together
 from cli.pipeline.pool_cost import limits_of, pool_cost
+from cli.pipeline.remote import Remote
 from cli.pipeline.teachers import (
     Variant,
     check_boundaries,
@@ -132,6 +133,8 @@ class Shipped:
     measurements, rooflines: by candidate; nothing was measured where the target is another device. metric, drop: of the
     chosen file on the test split, `drop` against the FP32 file. error: why there is no bundle. selection: how the
     student was chosen, where the recipe has a pool. miss: of that pool, the nearest to limits that nothing meets.
+    metric_on_device: whether what was scored was computed on the device, where anything ran there. device_note: what
+    else is to be said of its outputs.
     """
 
     target: Target
@@ -146,6 +149,8 @@ class Shipped:
     error: str | None = None
     selection: Selection | None = None
     miss: Miss | None = None
+    metric_on_device: bool = True
+    device_note: str = ""
 
     @property
     def candidate(self) -> Candidate | None:
@@ -203,6 +208,7 @@ class Run:
         self._caches: dict[str, TeacherCache] = {}
         self.explorer = Explorer(self)
         self.budgets = Budgets(self) if self.recipe.student.pool is not None else None
+        self.remote = Remote(self)
 
     @property
     def is_main(self) -> bool:
@@ -972,7 +978,7 @@ class Run:
     def measurements(
         self, target: Target, found: Plan, *, arch: str | None = None, rescued: bool = False, fresh: bool = False
     ) -> dict[str, Measurement]:
-        """Latency of every usable candidate, interleaved, on this machine; empty for a target that is another device.
+        """Latency of every usable candidate, interleaved, on this machine or the target's host; empty without either.
 
         Args:
             target: one of the recipe's.
@@ -981,6 +987,8 @@ class Run:
             rescued: the plan of such a student is the full one, whose files are measured beside each other anew.
             fresh: measure although an earlier measurement of the same files under the same section is stored.
         """
+        if self.remote.has(target):
+            return self.remote.measurements(target, found, arch=arch, rescued=rescued, fresh=fresh)
         if not target.is_this_machine or target.stack.runtime != "onnxruntime":
             return {}
         files = {candidate.name: candidate.file for candidate in found.usable if candidate.file is not None}
@@ -1000,11 +1008,9 @@ class Run:
                 if not (self.strict and any(measurement.warnings for measurement in stored.values())):
                     stage["cached"] = True
                     return stored
-            dataset = self.dataset
-            rows = _spread(len(dataset.validation), max(MEASURED_SAMPLES, target.section.batch), self.recipe.seed)
             results = measure(
                 files,
-                {dataset.input.name: np.asarray(dataset.validation.inputs[rows])},
+                self.measured_inputs(target),
                 target.section,
                 self.recipe.measure,
                 input_source="real samples (validation split)",
@@ -1017,9 +1023,30 @@ class Run:
             refuse_unquiet(result.measurement for result in results.values())
         return {name: result.measurement for name, result in results.items()}
 
+    def measured_inputs(self, target: Target) -> dict[str, Array]:
+        """The real validation samples that the target's latency is measured on."""
+        dataset = self.dataset
+        rows = _spread(len(dataset.validation), max(MEASURED_SAMPLES, target.section.batch), self.recipe.seed)
+        return {dataset.input.name: np.asarray(dataset.validation.inputs[rows])}
+
+    def measure_on(self, hosts: Sequence[str], *, lock_clocks: bool = False) -> None:
+        """Measures targets on other machines from now on.
+
+        Args:
+            hosts: texts like TARGET=HOST, or TARGET alone for the host that is known to be its device.
+            lock_clocks: lock the devices' clocks meanwhile.
+
+        Raises:
+            InputError: no such target or host.
+        """
+        self.remote.assign(hosts, lock_clocks=lock_clocks)
+
     def bench(self) -> dict[str, dict[str, Measurement]]:
         """Measures every candidate of every target that is this machine anew; empty for other devices."""
         plans, budgets = self.export(), self.budgets
+        # a chosen student is measured by the budgets, which keep what they found
+        settled = {target.name for target in self.targets if budgets is None or not budgets.chooses(target)}
+        self.remote.start({name: found for name, found in plans.items() if name in settled}, fresh=True)
         return {
             target.name: budgets.measure_again(target)
             if budgets is not None and budgets.chooses(target)
@@ -1112,6 +1139,11 @@ class Run:
         assert fp32.file is not None
         test = self.dataset.test
         logits = self.outputs(candidate.to_score or candidate.file, test)
+        on_device, note = True, ""
+        if measured and self.remote.has(target):
+            found = self.remote.with_engines(target, found)
+            candidate = found[choice.name]
+            logits, on_device, note = self.remote.outputs(target, found, candidate, test, logits)
         reference = logits if candidate is fp32 else self.outputs(fp32.to_score or fp32.file, test)
         metric = self._metric(logits, test)
         drop = difference(self.dataset.task, logits, reference, test.labels, test.mask, seed=self.recipe.seed)
@@ -1122,7 +1154,8 @@ class Run:
             test_key=self.test_key,
             model_key=artifact.file_hash(candidate.to_score or candidate.file),
         )
-        return Shipped(target, arch, found, choice, measured, rooflines, metric, drop, bundle)
+        return Shipped(target, arch, found, choice, measured, rooflines, metric, drop, bundle,
+                       metric_on_device=on_device, device_note=note)  # fmt: skip
 
     def report(self, *, require_measured: bool = False) -> Report:
         """The whole way. Writes report.json and returns what it says.
@@ -1134,6 +1167,7 @@ class Run:
         from cli.report.schema import to_json
 
         self.distill()
+        self.remote.start_measuring()
         shipped = [self._try_to_ship(target) for target in self.targets]
         report = build_report(self, shipped, require_measured=require_measured)
         with artifact.explain_os_errors(self.folder):

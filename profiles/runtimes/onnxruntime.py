@@ -226,13 +226,22 @@ def trace(
         settings.profile_file_prefix = str(Path(folder) / "trace")
         session = _open(model, settings)
         check_inputs(inputs, _specs(session.get_inputs(), model), model)
-        skipped = _SKIPPED_RUNS if runs > 1 else 0
         try:
-            for _ in range(skipped + runs):
+            for _ in range(traced_runs(runs)):
                 session.run(None, dict(inputs))
         except Exception as error:
             raise _run_error(error, model) from error
-        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        return read_trace(Path(session.end_profiling()), runs)
+
+
+def traced_runs(runs: int) -> int:
+    """How often a model is run for `runs` queries in a trace."""
+    return runs + (_SKIPPED_RUNS if runs > 1 else 0)
+
+
+def read_trace(file: Path, runs: int) -> tuple[TracedNode, ...]:
+    """The nodes in a trace of `traced_runs(runs)` queries that the runtime's profiler wrote."""
+    events, skipped = json.loads(file.read_text(encoding="utf-8")), traced_runs(runs) - runs
     seen: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):

@@ -94,18 +94,15 @@ def test_a_busy_machine_is_refused_and_nothing_is_written(monkeypatch: pytest.Mo
         ({"other_cores": 0.0, "stolen_cores": 0.5}, 1, "the hypervisor took 0.5"),
     ],
 )
-def test_other_work_on_the_cores_is_told(
-    use: dict[str, object], threads: int, words: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("profiles.agent.affinity", lambda: [0, 1, 2, 3])
-    reason = module._others(use, threads)
+def test_other_work_on_the_cores_is_told(use: dict[str, object], threads: int, words: str | None) -> None:
+    reason = module._others(use, threads, 4)
     assert reason is None if words is None else words in (reason or "")
 
 
 def test_another_device_is_refused_for_now() -> None:
     result = edgestill("devices", "calibrate", "raspberry-pi-5")
     assert result.status == 2
-    assert "does not calibrate over a network yet" in result.err
+    assert "measures the machine that it runs on" in result.err
     assert edgestill("devices", "calibrate", "no-such-board").status == 2
 
 

@@ -1,0 +1,419 @@
+"""A device at the other end of ssh: one connection, one agent in one folder there, and nothing left afterwards.
+
+The system's own `ssh` is used, with the user's configuration, keys, agents and jump hosts, because SSH libraries trip
+over hardware keys; everything goes over that one connection, so a hardware key is touched once. The agent
+(`profiles/agent.py`) is sent over it and never stored by hand.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import re
+import select
+import shlex
+import subprocess
+import threading
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from profiles import agent
+from profiles.errors import EdgestillError, InputError
+
+SSH = "EDGESTILL_SSH"
+"""Environment variable with another ssh command, such as `ssh -F file`."""
+_OPTIONS = (
+    "BatchMode=yes",
+    "ConnectTimeout=15",
+    "ServerAliveInterval=15",
+    "ServerAliveCountMax=3",
+    "ClearAllForwardings=yes",
+)
+_HEARTBEAT = 10.0
+_HELLO_SECONDS = 60.0
+_ANSWER_SECONDS = 120.0
+_CHUNK = 1 << 20
+_BOOT = "import os;exec(os.fdopen(0,'rb',0,closefd=False).readline())"
+_SIMPLE_PATH = re.compile(r"[\w./~+@%=:-]+")
+
+
+@dataclass(frozen=True)
+class Host:
+    """A machine to measure on.
+
+    name: anything that ssh accepts: a host, user@host, an alias of the user's configuration, host:port. python: its
+    Python >= 3.6. folder: where the agent makes its own folder; None: the machine's temporary folder. wrapper: a
+    command in which TensorRT runs, `{folder}` in it is the agent's folder. workspace_mib: memory that TensorRT's
+    builder may use; None: half of what is free. packages: a folder of Python packages there, from `devices prepare`.
+    """
+
+    name: str
+    python: str = "python3"
+    folder: str | None = None
+    wrapper: str | None = None
+    workspace_mib: int | None = None
+    packages: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name or self.name.startswith("-") or any(mark.isspace() for mark in self.name):
+            raise InputError(
+                f'"{self.name}" is no host', where="HOST", fix="a name that ssh accepts, such as user@host"
+            )
+        if not _SIMPLE_PATH.fullmatch(self.python):
+            raise InputError(f'"{self.python}" is no path of a Python', where="--python", fix="a path without blanks")
+
+    @property
+    def words(self) -> list[str]:
+        """The host as arguments of ssh."""
+        match = re.fullmatch(r"(?P<host>.+?):(?P<port>\d+)", self.name)
+        bracketed = re.fullmatch(r"(?P<user>.*@)?\[(?P<host>.+)\](:(?P<port>\d+))?", self.name)
+        if bracketed:
+            port = ["-p", bracketed["port"]] if bracketed["port"] else []
+            return [*port, "--", (bracketed["user"] or "") + bracketed["host"]]
+        if match and ":" not in match["host"]:
+            return ["-p", match["port"], "--", match["host"]]
+        return ["--", self.name]
+
+    @property
+    def shown(self) -> str:
+        """The host as a person types it behind `ssh`."""
+        return shlex.join(word for word in self.words if word != "--")
+
+
+class Link:
+    """An open connection to the agent on a host. A context manager: leaving it ends the agent, and with it its folder.
+
+    Requests are answered in order, so one thread at a time may ask.
+
+    Raises:
+        EdgestillError: the host cannot be reached or has no Python; see `explain`.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self._errors = bytearray()
+        self._buffer = b""
+        self._write_lock = threading.Lock()
+        self._closing = threading.Event()
+        self.folder: str | None = None
+        self._process = _start_ssh(host)
+        threads = [threading.Thread(target=work, daemon=True) for work in (self._collect_errors, self._beat)]
+        self._collector = threads[0]
+        try:
+            threads[0].start()
+            self._send_source()
+            self.facts: dict[str, Any] = self._hello()
+            self.folder = str(self.facts.pop("folder"))
+            threads[1].start()
+        except BaseException:
+            self._kill()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        self.close()
+
+    # -- requests
+
+    def ask(self, do: str, /, *, patience: float = _ANSWER_SECONDS, **request: Any) -> dict[str, Any]:
+        """The agent's answer to one request.
+
+        Raises:
+            EdgestillError: what the agent told, or that the link broke.
+        """
+        self._write(json.dumps({"do": do, **request}).encode() + b"\n")
+        return self._answer(do, patience)
+
+    def put(self, name: str, data: bytes | Path, *, more: bool = False) -> None:
+        """Stores bytes or a file as `name` in the agent's folder; `more` appends."""
+        size = data.stat().st_size if isinstance(data, Path) else len(data)
+        self._write(json.dumps({"do": "put", "name": name, "bytes": size, "more": more}).encode() + b"\n")
+        for piece in _pieces(data):
+            self._write(piece)
+        self._answer("put", _ANSWER_SECONDS + size / 1e5)
+
+    def get(self, name: str, target: Path) -> None:
+        """Writes the file `name` of the agent's folder to `target`."""
+        answer = self.ask("get", name=name)
+        left = int(answer["bytes"])
+        with target.open("wb") as file:
+            while left:
+                if not self._buffer:
+                    self._fill(time.monotonic() + _ANSWER_SECONDS, "get")
+                piece, self._buffer = self._buffer[:left], self._buffer[left:]
+                file.write(piece)
+                left -= len(piece)
+
+    def close(self) -> None:
+        """Ends the agent and waits until it has removed its folder; after a broken link, makes sure that it did."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        with contextlib.suppress(OSError, EdgestillError):
+            self._write(b'{"do": "bye"}\n')
+        with contextlib.suppress(OSError):
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+        try:
+            ended = self._process.wait(timeout=20) == 0
+        except subprocess.TimeoutExpired:
+            ended = False
+        self._kill()
+        if not ended and self.folder is not None:
+            sweep(self.host, self.folder)
+
+    # -- the connection
+
+    def _send_source(self) -> None:
+        source = Path(agent.__file__).read_text(encoding="utf-8")
+        given: dict[str, Any] = {"SOURCE": source, "BASE": self.host.folder, "PACKAGES": self.host.packages}
+        with contextlib.suppress(OSError, EdgestillError):  # what went wrong stands in ssh's own words
+            self._write(boot_line(given))
+
+    def _hello(self) -> dict[str, Any]:
+        deadline = time.monotonic() + _HELLO_SECONDS
+        noise: list[str] = []
+        while True:
+            # a login script may print something before
+            line = self._line(deadline, "connect", noise)
+            try:
+                hello = json.loads(line)
+            except ValueError:
+                hello = None
+            if isinstance(hello, dict) and "agent" in hello:
+                break
+            noise.append(line.decode("utf-8", "replace").strip())
+        if "error" in hello:
+            raise self.explained(hello["error"])
+        del hello["agent"]
+        return hello
+
+    def _answer(self, do: str, seconds: float) -> dict[str, Any]:
+        line = self._line(time.monotonic() + seconds, do)
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise self.explained(answer["error"])
+        return answer
+
+    def _line(self, deadline: float, doing: str, noise: Sequence[str] = ()) -> bytes:
+        while b"\n" not in self._buffer:
+            self._fill(deadline, doing, noise)
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line
+
+    def _fill(self, deadline: float, doing: str, noise: Sequence[str] = ()) -> None:
+        assert self._process.stdout is not None
+        descriptor = self._process.stdout.fileno()
+        ready = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]
+        if not ready:
+            raise EdgestillError(
+                f"{self.host.name} did not answer in time",
+                where=self.host.name,
+                evidence=f'no answer to "{doing}"',
+                fix=f"ssh {self.host.shown} uptime",
+            )
+        data = os.read(descriptor, _CHUNK)
+        if not data:
+            raise self._broken(noise)
+        self._buffer += data
+
+    def _write(self, data: bytes) -> None:
+        assert self._process.stdin is not None
+        try:
+            with self._write_lock:
+                self._process.stdin.write(data)
+                self._process.stdin.flush()
+        except (OSError, ValueError) as error:
+            raise self._broken() from error
+
+    def _beat(self) -> None:
+        """Tells the agent that the host still is there, while neither side has anything to say."""
+        while not self._closing.wait(_HEARTBEAT):
+            try:
+                self._write(b'{"do": "ping"}\n')
+            except EdgestillError:
+                return
+
+    def _collect_errors(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            self._errors += line
+            del self._errors[:-65536]
+
+    def _broken(self, noise: Sequence[str] = ()) -> EdgestillError:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=5)
+        self._collector.join(2.0)
+        text = self._errors.decode("utf-8", "replace")
+        return explain_ssh(self.host, self._process.poll(), text, noise, started=self.folder is not None)
+
+    def explained(self, told: Mapping[str, str]) -> EdgestillError:
+        """An agent's problem, with what its user can do about it."""
+        return explain_problem(self.host, told["kind"], told["message"], told["evidence"])
+
+    def _kill(self) -> None:
+        self._closing.set()
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        self._collector.join(2.0)
+        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+
+
+def boot_line(given: Mapping[str, Any]) -> bytes:
+    """What the remote Python reads and runs first: the agent, packed into one line of Python, and its settings."""
+    packed = base64.b85encode(zlib.compress(json.dumps(given).encode(), 9)).decode()
+    # the working folder is the user's home, where a file may be called like a module
+    return (
+        "import sys,zlib,base64,json;sys.path[:]=[p for p in sys.path if p];"
+        f"globals().update(json.loads(zlib.decompress(base64.b85decode({packed!r})).decode()));"
+        "exec(compile(SOURCE,'agent.py','exec'))\n"
+    ).encode()
+
+
+def ssh_command(host: Host, *command: str) -> list[str]:
+    """ssh, never asking anything, with one remote command."""
+    own = shlex.split(os.environ.get(SSH) or "ssh")
+    options = [word for option in _OPTIONS for word in ("-o", option)]
+    return [*own, "-T", *options, *host.words, *command]
+
+
+def _start_ssh(host: Host) -> subprocess.Popen[bytes]:
+    command = ssh_command(host, f'exec {host.python} -B -c "{_BOOT}"')
+    try:
+        # a group of its own: Ctrl-C is for this process, which then says good-bye
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise EdgestillError(
+            "there is no ssh on this machine", where=command[0], evidence=str(error), fix="install OpenSSH's client"
+        ) from error
+
+
+def sweep(host: Host, folder: str) -> bool:
+    """Whether the folder of an agent whose link broke is gone from the host; removes it where it is not."""
+    source = Path(agent.__file__).read_text(encoding="utf-8")
+    command = ssh_command(host, f'exec {host.python} -B -c "{_BOOT}"')
+    line = boot_line({"SOURCE": source, "SWEEP": folder})
+    try:
+        done = subprocess.run(command, input=line, capture_output=True, timeout=60, check=False)
+        return bool(json.loads(done.stdout.splitlines()[-1])["gone"])
+    except (OSError, ValueError, IndexError, KeyError, subprocess.TimeoutExpired):
+        return False
+
+
+def _pieces(data: bytes | Path) -> Iterator[bytes]:
+    if isinstance(data, bytes):
+        for start in range(0, len(data), _CHUNK):
+            yield data[start : start + _CHUNK]
+        return
+    with data.open("rb") as file:
+        yield from iter(lambda: file.read(_CHUNK), b"")
+
+
+def explain_ssh(
+    host: Host, status: int | None, errors: str, noise: Iterable[str] = (), *, started: bool
+) -> EdgestillError:
+    """Why a connection could not be made, or why it ended.
+
+    Args:
+        host: the machine.
+        status: of ssh; 255 is its own failure, others are the remote command's; negative: ssh was killed by a signal.
+        errors: what ssh and the remote side wrote on standard error.
+        noise: lines that came before the agent's own.
+        started: whether the agent had answered before.
+    """
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    last = (lines or list(noise) or [f"exit status {status}"])[-1]
+
+    def told(message: str, fix: str, pattern: str | None = None) -> EdgestillError:
+        found = [line for line in lines if pattern is not None and re.search(pattern, line)]
+        return EdgestillError(message, where=host.name, evidence=(found or [last])[0].strip("@ "), fix=fix)
+
+    name = host.shown
+    if started:
+        # ssh says so when it loses its connection, and nothing when the remote command was killed
+        cut = r"[Bb]roken pipe|closed by remote host|not responding|[Cc]onnection (?:reset|closed)|Timeout|disconnect"
+        if (status is not None and status < 0) or re.search(cut, errors) or status is None:
+            return told(
+                "the link to the device was cut",
+                "run the same command again; what was measured is kept, and the agent removes its folder by itself",
+                cut,
+            )
+        return told(
+            "the agent on the device was killed",
+            f"ssh {name} 'dmesg | tail' shows whether the memory ran out; then run the same command again",
+        )
+    for pattern, message, fix in (
+        (
+            r"REMOTE HOST IDENTIFICATION HAS CHANGED",
+            "the device's host key is not the one that is known",
+            f"if the device was installed anew: ssh-keygen -R {host.words[-1].rpartition('@')[2]}, then ssh {name}",
+        ),
+        (
+            r"Host key verification failed",
+            "the device's host key is not known yet",
+            f"ssh {name}    and compare the key that it shows",
+        ),
+        (
+            r"Permission denied|Too many authentication failures|no mutual signature",
+            "the device does not let this user in",
+            f"ssh-copy-id {name}",
+        ),
+        (r"Could not resolve hostname", "there is no such host", f"ssh {name}    with the name that works"),
+        (
+            r"refused|timed out|No route to host|unreachable|kex_exchange|[Cc]onnection (?:closed|reset)|UNKNOWN port",
+            "the device cannot be reached",
+            f"ssh {name}    until it works; is the device on and its ssh server running?",
+        ),
+        (
+            r"not found|No such file or directory|not recognized",
+            f"the device has no {host.python}",
+            f"edgestill devices detect {host.name} --python /path/to/python3",
+        ),
+        (
+            r"SyntaxError|No module named",
+            f"{host.python} on the device cannot run the agent, which needs Python 3.6 or newer",
+            f"edgestill devices detect {host.name} --python /path/to/python3",
+        ),
+    ):
+        if re.search(pattern, errors):
+            return told(message, fix, pattern)
+    if status in (126, 127):
+        return told(
+            f"the device has no {host.python}", f"edgestill devices detect {host.name} --python /path/to/python3"
+        )
+    return told("the agent cannot start on the device", f"ssh {name} {host.python} --version")
+
+
+def explain_problem(host: Host, kind: str, message: str, evidence: str) -> EdgestillError:
+    """What the agent told, with one command that helps; where it has to do with a limit of the device."""
+    name = host.shown
+    fixes = {
+        "disk_full": f"ssh {name} df -h    or another disk: edgestill devices detect {host.name} --folder /mnt/ssd",
+        "builder_memory": f"a smaller workspace: edgestill devices detect {host.name} --workspace-mib 256; or add swap",
+        "killed": f"ssh {name} 'dmesg | tail' shows whether the memory ran out",
+        "unsupported_operator": "edgestill check MODEL.onnx --device NAME    says which operators the device takes",
+        "other_engine": "delete the run's folder measurements; the engine is built anew on the device",
+        "sudo_needed": f"ssh -t {name} sudo jetson_clocks    then the same command without --lock-clocks",
+        "no_clocks": "leave --lock-clocks out",
+        "no_gpu": f"ssh {name} nvidia-smi    or: edgestill devices detect {host.name} --wrapper 'docker run ...'",
+    }
+    return EdgestillError(message, where=host.name, evidence=evidence or None, fix=fixes.get(kind))
