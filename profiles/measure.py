@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -57,6 +57,9 @@ _BUSY_CORES = 0.2
 _PROBE_TIMEOUT = 300.0
 _SWEEP_SECONDS = 1.0
 _SATURATED = 0.95
+_PARTS = 8
+_ONE_WAY = 0.8
+"""Share of steps between the parts' medians in one direction, from which a movement is called a drift."""
 
 _QUANTISED = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger")
 
@@ -231,7 +234,7 @@ def _judge(result: Sampled, plan: Plan, looks: tuple[int, ...]) -> None:
     result.looks += 1
     if plan.limit_ms is not None:
         milliseconds = np.asarray(result.in_scope(plan.scope), dtype=np.float64) / 1e6
-        result.verdict = statistics.verdict(milliseconds, plan.limit_ms, plan.percentile, plan.look_confidence)
+        result.verdict = statistics.judge(milliseconds, plan.limit_ms, plan.percentile, plan.look_confidence)
     if result.verdict in ("pass", "fail"):
         result.stopped_by = "decided"
     elif due and (plan.limit_ms is None or result.looks == len(looks)):
@@ -249,6 +252,8 @@ def describe(samples_ns: Array | Sequence[int], scope: Scope, percentile: float,
         return statistics.percentile(milliseconds, p) if n >= statistics.samples_needed(p) else None
 
     first, third = np.quantile(milliseconds, [0.25, 0.75])
+    found = statistics.stability(milliseconds, percentile, bound_confidence)
+    stable = found.stable and statistics.stability(milliseconds, 50, bound_confidence).stable
     return Latency(
         scope=scope,
         samples=n,
@@ -261,12 +266,34 @@ def describe(samples_ns: Array | Sequence[int], scope: Scope, percentile: float,
         p99=value(99),
         p99_9=value(99.9),
         percentile=percentile,
-        value=value(percentile),
-        upper_bound=statistics.upper_bound(milliseconds, percentile, bound_confidence),
-        lower_bound=statistics.lower_bound(milliseconds, percentile, bound_confidence),
+        value=value(percentile) if stable else None,
+        upper_bound=found.upper if stable else None,
+        lower_bound=found.lower if stable else None,
         bound_confidence=bound_confidence,
         outliers=int((milliseconds > third + 1.5 * (third - first)).sum()),
         lag1=statistics.lag1_autocorrelation(milliseconds),
+        stable=stable,
+        inflation=found.inflation,
+    )
+
+
+def movement(samples_ns: Array | Sequence[int], percentile: float) -> str:
+    """In words, how samples (N,) of an unstable latency moved: a drift, or slow spells."""
+    milliseconds = np.asarray(samples_ns, dtype=np.float64) / 1e6
+    medians = np.asarray([np.median(part) for part in np.array_split(milliseconds, _PARTS)])
+    steps = np.diff(medians)
+    if (
+        medians.max() > statistics.MATERIAL * medians.min()
+        and max((steps >= 0).mean(), (steps <= 0).mean()) >= _ONE_WAY
+    ):
+        return f"it drifted, the median from {medians[0]:.3g} to {medians[-1]:.3g} ms while it was sampled"
+    # the middle between what most queries take and what slow ones take
+    edge = (statistics.percentile(milliseconds, 50) + statistics.percentile(milliseconds, max(percentile, 75))) / 2
+    slow = milliseconds > edge
+    spells = int(slow[0]) + int((slow[1:] & ~slow[:-1]).sum())
+    return (
+        f"slow queries came in spells: {int(slow.sum()):,} over {edge:.3g} ms in {spells:,} spells, "
+        f"the median of a part of the run between {medians.min():.3g} and {medians.max():.3g} ms"
     )
 
 
@@ -342,6 +369,11 @@ def measure(
     for name, model in candidates.items():
         found = sampled[name]
         probed = started[name]
+        clocks = {
+            scope: describe(found.in_scope(scope), scope, target.percentile, plan.look_confidence)
+            for scope in get_args(Scope)
+        }
+        stable = warm[name].stable and clocks[plan.scope].stable
         measurement = Measurement(
             name=name,
             file=model.name,
@@ -355,15 +387,17 @@ def measure(
             batch=target.batch,
             input_shapes={key: array.shape for key, array in batches[0].items()},
             input_source=input_source,
-            compute=describe(found.compute_ns, "compute", target.percentile, plan.look_confidence),
-            end_to_end=describe(found.end_to_end_ns, "end_to_end", target.percentile, plan.look_confidence),
+            compute=clocks["compute"],
+            end_to_end=clocks["end_to_end"],
             scope=target.latency_scope,
             limit_ms=target.latency_ms,
-            verdict=found.verdict,
+            verdict=_verdict(found, plan, stable=stable),
             looks=found.looks,
             stopped_by=found.stopped_by or "samples",
-            stable=warm[name].stable,
-            warnings=_warnings(warm[name], section, environment),
+            stable=stable,
+            warnings=_warnings(
+                warm[name], section, environment, clocks[target.latency_scope], found.in_scope(plan.scope)
+            ),
             warmup_runs=warm[name].runs,
             warmup_seconds=warm[name].seconds,
             seconds=found.spent_ns / 1e9,
@@ -660,10 +694,36 @@ def _environment(before: dict[str, Any], after: dict[str, Any], use: dict[str, A
     }
 
 
-def _warnings(warm: WarmUp, section: MeasureSection, environment: dict[str, Any]) -> tuple[str, ...]:
+def _verdict(found: Sampled, plan: Plan, *, stable: bool) -> Outcome | None:
+    """Of a latency that moved, only what holds for every single sample decides, when there are enough for a bound."""
+    if stable or found.verdict is None or plan.limit_ms is None:
+        return found.verdict
+    samples = found.in_scope(plan.scope)
+    if len(samples) < statistics.samples_needed(plan.percentile, plan.look_confidence):
+        return "inconclusive"
+    if max(samples) <= plan.limit_ms * 1e6:
+        return "pass"
+    return "fail" if min(samples) > plan.limit_ms * 1e6 else "inconclusive"
+
+
+def _warnings(
+    warm: WarmUp,
+    section: MeasureSection,
+    environment: dict[str, Any],
+    asked: Latency,
+    samples_ns: Sequence[int],
+) -> tuple[str, ...]:
     found = []
     if not warm.stable:
         found.append(f"unstable: latency did not settle within {section.warmup_seconds:g} s of warm-up")
+    if not asked.stable:
+        found.append(f"unstable: {movement(samples_ns, asked.percentile)}")
+    needed = statistics.samples_needed(asked.percentile)
+    if asked.samples < needed:
+        found.append(
+            f"too few samples: p{asked.percentile:g} needs {needed:,}, {asked.samples:,} were taken in "
+            f"{section.max_seconds:g} s; raise measure.max_seconds or ask for a lower percentile"
+        )
     use = environment["cpu_use"]
     if use.get("other_cores", 0) >= _BUSY_CORES:
         names = ", ".join(f"{process['name']} {process['cores']:.1f}" for process in use["busiest"])

@@ -13,7 +13,9 @@ Outcome = Literal["pass", "fail", "inconclusive"]
 class Latency(Section):
     """The distribution of one clock's samples, all in milliseconds; nothing is clipped.
 
-    A percentile is None when there are fewer samples than it needs (p90 64, p95 130, p99 662, p99.9 6636).
+    mean to p99_9 describe these samples; a percentile is None when there are fewer than it needs (p90 64, p95 130,
+    p99 662, p99.9 6636). `value` and its bounds are what is claimed of the model; they are None as well when the latency
+    moved while it was sampled (`stable`), since then there is no such number.
     """
 
     scope: Scope
@@ -42,6 +44,10 @@ class Latency(Section):
     """Samples above the third quartile by more than 1.5 interquartile ranges (Tukey); counted, never removed."""
     lag1: float | None
     """Lag-1 autocorrelation, -1 to 1; far from 0 means that neighbouring queries are not independent."""
+    stable: bool = True
+    """False when the median or the asked percentile drifted or came in slow spells (`statistics.stability`)."""
+    inflation: float = 1.0
+    """How many of the samples tell as much about the asked percentile as one independent sample; the bounds count it."""
 
 
 class LatencyDifference(Section):
@@ -99,7 +105,7 @@ class Measurement(Section):
     """How often the samples were judged."""
     stopped_by: Literal["decided", "samples", "time"]
     stable: bool
-    """Whether the warm-up settled."""
+    """Whether the warm-up settled and the latency in `scope` stayed where it was."""
     warnings: tuple[str, ...]
     """What a reader of the figures must know: did not settle, the machine was busy, clocks were throttled."""
     warmup_runs: int

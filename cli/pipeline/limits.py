@@ -10,6 +10,7 @@ from distill.students.choose import Miss
 from profiles.device import TargetSection
 from profiles.measurement import Measurement
 from profiles.metrics import Difference, Metric
+from profiles.statistics import samples_needed
 
 NOT_HERE = "the device is not this machine, and nothing ran on it"
 NOT_MADE = "no student was made for it"
@@ -92,14 +93,15 @@ def _latency(limit: float, measurement: Measurement | None) -> LimitVerdict:
     verdict: Verdict = measurement.verdict or "inconclusive"
     reason = ""
     if not measurement.stable:
-        # The bounds suppose that samples come from one distribution. Without a settled warm-up that is not known, so
-        # only what holds for every single sample decides, and only when there are enough of them for a bound.
-        inside = asked.upper_bound is not None and asked.maximum <= limit
-        outside = asked.lower_bound is not None and asked.minimum > limit
+        # The bounds suppose that samples come from one distribution. Where the latency moved that is not so, and only
+        # what holds for every single sample decides, when there are enough of them for a bound.
+        enough = asked.samples >= samples_needed(asked.percentile, asked.bound_confidence)
+        inside = enough and asked.maximum <= limit
+        outside = enough and asked.minimum > limit
         verdict = "pass" if inside else "fail" if outside else "inconclusive"
-        reason = f"never settled; every run was {'within' if inside else 'over'} the limit"
+        reason = f"unstable; every run was {'within' if inside else 'over'} the limit"
         if verdict == "inconclusive":
-            reason = "never settled: " + "; ".join(measurement.warnings)
+            reason = "; ".join(measurement.warnings)
     elif verdict == "inconclusive":
         enough = asked.upper_bound is not None
         reason = "the limit lies inside the interval" if enough else "too few runs to bound this percentile"
