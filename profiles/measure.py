@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import re
-import subprocess
-import sys
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,21 +17,23 @@ import numpy as np
 
 from profiles import agent, statistics
 from profiles.artifact import explain_os_errors, file_hash, write_text
+from profiles.conditions import ClockWatch, environment_of, pinned, warnings_of
 from profiles.device import TargetSection
+from profiles.energy import PowerSource, energy_per_query, find_power, no_energy
 from profiles.errors import EdgestillError, InputError
+from profiles.fresh_process import LOAD_SECONDS, HangError, Started, probe
 from profiles.measure_section import MeasureSection
 from profiles.measurement import (
+    Energy,
     Latency,
     LatencyDifference,
     Measurement,
-    Memory,
     Outcome,
     Scope,
-    Throughput,
-    ThroughputPoint,
 )
 from profiles.progress import Progress, Silent, Task
-from profiles.runtimes import Clock, Runtime, Session, Timed, WallClock, get_runtime
+from profiles.runtimes import Clock, Runtime, RuntimeOptions, Session, Timed, WallClock, get_runtime
+from profiles.watchdog import Beat, Hung, watched
 
 Array = np.ndarray[Any, Any]
 
@@ -53,13 +52,7 @@ RESETTLE = 2
 _BLOCK_SECONDS = 0.25
 _BLOCK_QUERIES = 64
 _KEPT_INPUTS = 64
-_BUSY_CORES = 0.2
-_PROBE_TIMEOUT = 300.0
-_SWEEP_SECONDS = 1.0
-_SATURATED = 0.95
-_PARTS = 8
-_ONE_WAY = 0.8
-"""Share of steps between the parts' medians in one direction, from which a movement is called a drift."""
+_CHECK_SECONDS = 1.0
 
 _QUANTISED = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger")
 
@@ -277,26 +270,6 @@ def describe(samples_ns: Array | Sequence[int], scope: Scope, percentile: float,
     )
 
 
-def movement(samples_ns: Array | Sequence[int], percentile: float) -> str:
-    """In words, how samples (N,) of an unstable latency moved: a drift, or slow spells."""
-    milliseconds = np.asarray(samples_ns, dtype=np.float64) / 1e6
-    medians = np.asarray([np.median(part) for part in np.array_split(milliseconds, _PARTS)])
-    steps = np.diff(medians)
-    if (
-        medians.max() > statistics.MATERIAL * medians.min()
-        and max((steps >= 0).mean(), (steps <= 0).mean()) >= _ONE_WAY
-    ):
-        return f"it drifted, the median from {medians[0]:.3g} to {medians[-1]:.3g} ms while it was sampled"
-    # the middle between what most queries take and what slow ones take
-    edge = (statistics.percentile(milliseconds, 50) + statistics.percentile(milliseconds, max(percentile, 75))) / 2
-    slow = milliseconds > edge
-    spells = int(slow[0]) + int((slow[1:] & ~slow[:-1]).sum())
-    return (
-        f"slow queries came in spells: {int(slow.sum()):,} over {edge:.3g} ms in {spells:,} spells, "
-        f"the median of a part of the run between {medians.min():.3g} and {medians.max():.3g} ms"
-    )
-
-
 def measure(
     candidates: Mapping[str, Path],
     inputs: Mapping[str, Array],
@@ -308,6 +281,8 @@ def measure(
     clock: Clock | None = None,
     progress: Progress | None = None,
     fresh_process: bool = True,
+    failures: dict[str, EdgestillError] | None = None,
+    power: PowerSource | None = None,
 ) -> dict[str, Measured]:
     """Measures model files against each other on this machine.
 
@@ -320,55 +295,69 @@ def measure(
         runtime: default ONNX Runtime.
         clock: default the machine's.
         progress: told how many samples there are.
-        fresh_process: measure load time, first inference and peak memory in a process of its own as well.
+        fresh_process: measure load time, first inference and peak memory in a process of its own as well. A model that
+            hangs or crashes there is not loaded here.
+        failures: given, it takes the errors of the candidates that could not be measured, and the others are measured;
+            left out, the first such error is raised.
+        power: where the energy is read; default the machine's own sensors, when the clock is its own too.
+
+    Returns:
+        By name; without the candidates in `failures`.
 
     Raises:
         InputError: no candidates, a missing or damaged file, inputs that the model does not take.
-        EdgestillError: a model that cannot be loaded or run, or whose output is not finite.
+        EdgestillError: a model that cannot be loaded or run, whose output is not finite, or that hangs.
     """
     if not candidates:
         raise InputError("there is no model to measure", fix="name at least one model file")
-    runtime = runtime or get_runtime("onnxruntime")
-    clock = clock or WallClock()
+    runtime = runtime or get_runtime("onnxruntime", runtime_options(section))
     progress = progress or Silent()
+    if clock is None:
+        power = power or find_power(runtime.name)
+    clock = clock or WallClock()
     batches = query_batches(inputs, target.batch)
     plan = plan_looks(target, section)
+    failed: dict[str, EdgestillError] = {}
     sessions: dict[str, Session] = {}
-    try:
-        for name, model in candidates.items():
-            sessions[name] = runtime.load(model, threads=section.threads)
-            _check_outputs(sessions[name], batches, clock, model)
-        started = {
-            name: probe(runtime.name, model, batches[0], section.threads) if fresh_process else _NOT_PROBED
-            for name, model in candidates.items()
-        }
-        queries = {name: querying(session, batches, clock, section.idle_gap_ms) for name, session in sessions.items()}
-        before, use_before = agent.read(), agent.CpuUse()
-        warm: dict[str, WarmUp] = {}
-        with progress.task("warming up", len(queries), "models") as task:
-            for name, query in queries.items():
-                warm[name] = warm_up(
-                    query,
-                    clock,
-                    percentile=target.percentile,
-                    scope=target.latency_scope,
-                    max_seconds=section.warmup_seconds,
-                )
-                task.advance(note=name)
-        with progress.task("measuring latency", None, "queries") as task:
-            sampled = sample(queries, {name: entry.typical_ns for name, entry in warm.items()}, plan, clock, task)
-        use, after = agent.CpuUse().since(use_before), agent.read()
-    finally:
-        for session in sessions.values():
-            session.close()
+    started: dict[str, Started] = {}
+    energies: dict[str, Energy] = {}
+    with pinned(section.affinity):
+        try:
+            for name, model in candidates.items():
+                with _collected(failed, name, failures):
+                    started[name] = Started.not_probed()
+                    if fresh_process:
+                        started[name] = probe(
+                            runtime.name,
+                            model,
+                            batches[0],
+                            section.threads,
+                            options=runtime_options(section),
+                            timeout_seconds=section.timeout_seconds,
+                        )
+                    sessions[name] = _ready(runtime, model, batches, section, clock)
+            before, use_before = agent.read(), agent.CpuUse()
+            watch = ClockWatch()
+            warm, sampled = _sampled(
+                sessions, batches, target, section, plan, clock, progress, failed, failures, watch, candidates, runtime
+            )
+            use, after = agent.CpuUse().since(use_before), agent.read()
+            for name in sampled:
+                energies[name] = _energy(name, sessions[name], batches, clock, section, power, watch)
+        finally:
+            for name, session in sessions.items():
+                # a session that hangs cannot be closed; it goes with the process
+                if not isinstance(failed.get(name), HangError):
+                    session.close()
+    if failures is not None:
+        failures.update(failed)
     differences = _differences(sampled, target.latency_scope)
-    environment = _environment(before, after, use)
-    precisions = {name: graph_precision(model) for name, model in candidates.items()}
+    environment = {**environment_of(before, after, use), **watch.found()}
     created = datetime.now(UTC).isoformat(timespec="seconds")
     results = {}
-    for name, model in candidates.items():
-        found = sampled[name]
-        probed = started[name]
+    for name, found in sampled.items():
+        model, probed = candidates[name], started[name]
+        precision = graph_precision(model)
         clocks = {
             scope: describe(found.in_scope(scope), scope, target.percentile, plan.look_confidence)
             for scope in get_args(Scope)
@@ -381,9 +370,13 @@ def measure(
             file_size_mib=sum(path.stat().st_size for path in model_files(model)) / 2**20,
             runtime=runtime.name,
             runtime_version=runtime.version,
-            options={**sessions[name].options, "idle_gap_ms": section.idle_gap_ms},
-            graph_precision=precisions[name],
-            compute_precision=_compute_precision(precisions[name], runtime.name),
+            options={
+                **sessions[name].options,
+                "affinity": list(section.affinity) or "all",
+                "idle_gap_ms": section.idle_gap_ms,
+            },
+            graph_precision=precision,
+            compute_precision=_compute_precision(precision, runtime.name),
             batch=target.batch,
             input_shapes={key: array.shape for key, array in batches[0].items()},
             input_source=input_source,
@@ -395,8 +388,8 @@ def measure(
             looks=found.looks,
             stopped_by=found.stopped_by or "samples",
             stable=stable,
-            warnings=_warnings(
-                warm[name], section, environment, clocks[target.latency_scope], found.in_scope(plan.scope)
+            warnings=warnings_of(
+                warm[name].stable, section, environment, clocks[target.latency_scope], found.in_scope(plan.scope)
             ),
             warmup_runs=warm[name].runs,
             warmup_seconds=warm[name].seconds,
@@ -404,6 +397,7 @@ def measure(
             load_ms=probed.load_ms,
             first_inference_ms=probed.first_inference_ms,
             memory=probed.memory,
+            energy=energies[name],
             differences=differences[name],
             environment=environment,
             created=created,
@@ -414,64 +408,169 @@ def measure(
     return results
 
 
-def sweep(
-    model: Path,
-    inputs: Mapping[str, Array],
+def runtime_options(section: MeasureSection) -> RuntimeOptions:
+    """What the section asks of a runtime."""
+    return RuntimeOptions(graph_optimization=section.graph_optimization, cuda_graph=section.cuda_graph)
+
+
+@contextmanager
+def _collected(
+    failed: dict[str, EdgestillError], name: str, failures: dict[str, EdgestillError] | None
+) -> Iterator[None]:
+    """One candidate's error ends only its own measurement, where the caller wants it so."""
+    try:
+        yield
+    except EdgestillError as error:
+        failed[name] = error
+        if failures is None:
+            raise
+
+
+def _ready(
+    runtime: Runtime, model: Path, batches: list[dict[str, Array]], section: MeasureSection, clock: Clock
+) -> Session:
+    """A loaded session whose outputs are finite."""
+
+    def load(beat: Beat) -> Session:
+        session = runtime.load(model, threads=section.threads)
+        try:
+            for inputs in _worth_checking(batches, session, beat, clock, model):
+                _check_outputs(session, inputs, clock, model)
+        except EdgestillError:
+            session.close()
+            raise
+        return session
+
+    try:
+        return watched(load, max(section.timeout_seconds, LOAD_SECONDS))
+    except Hung as hung:
+        raise _hang(model, runtime.name, section, "while it was loaded and first run") from hung
+
+
+def _worth_checking(
+    batches: list[dict[str, Array]], session: Session, beat: Beat, clock: Clock, model: Path
+) -> Iterator[dict[str, Array]]:
+    """The first queries, and more of the different ones while that takes little time."""
+    began = clock.now()
+    for index, inputs in enumerate(batches):
+        if index >= LEAST_RUNS and clock.now() - began > _CHECK_SECONDS * 1e9:
+            return
+        beat("checking outputs")
+        yield inputs
+
+
+def _hang(model: Path, runtime: str, section: MeasureSection, when: str) -> HangError:
+    return HangError(
+        f"{runtime} hangs on the model {when}",
+        where=str(model),
+        evidence=f"no answer within {section.timeout_seconds:g} s",
+        fix="raise measure.timeout_seconds if one query may take that long, else report it to the runtime's makers",
+    )
+
+
+class _CandidateError(Exception):
+    """A query of one candidate failed."""
+
+    def __init__(self, name: str, error: EdgestillError) -> None:
+        super().__init__(name)
+        self.name, self.error = name, error
+
+
+def _sampled(
+    sessions: Mapping[str, Session],
+    batches: list[dict[str, Array]],
+    target: TargetSection,
     section: MeasureSection,
-    *,
-    batches: Iterable[int] = (1, 2, 4, 8, 16, 32, 64, 128, 256),
-    runtime: Runtime | None = None,
-    clock: Clock | None = None,
-    progress: Progress | None = None,
-) -> Throughput:
-    """Throughput over batch sizes, about one second each; ends when two doublings in a row gain less than 5 %.
+    plan: Plan,
+    clock: Clock,
+    progress: Progress,
+    failed: dict[str, EdgestillError],
+    failures: dict[str, EdgestillError] | None,
+    watch: ClockWatch,
+    candidates: Mapping[str, Path],
+    runtime: Runtime,
+) -> tuple[dict[str, WarmUp], dict[str, Sampled]]:
+    """Warm-up and samples of all candidates; where one fails or hangs, the others are sampled anew without it."""
+    while names := [name for name in sessions if name not in failed]:
 
-    Args:
-        model: model file with a dynamic batch; with a fixed one, give that batch alone.
-        inputs: by input name, (N, ...).
+        def work(beat: Beat, names: list[str] = names) -> tuple[dict[str, WarmUp], dict[str, Sampled]]:
+            queries = {name: _alive(name, sessions[name], batches, clock, section, beat, watch) for name in names}
+            warm: dict[str, WarmUp] = {}
+            with progress.task("warming up", len(queries), "models") as task:
+                for name, query in queries.items():
+                    warm[name] = warm_up(
+                        query,
+                        clock,
+                        percentile=target.percentile,
+                        scope=target.latency_scope,
+                        max_seconds=section.warmup_seconds,
+                    )
+                    task.advance(note=name)
+            watch.start()
+            with progress.task("measuring latency", None, "queries") as task:
+                return warm, sample(
+                    queries, {name: entry.typical_ns for name, entry in warm.items()}, plan, clock, task
+                )
 
-    Raises:
-        InputError: as `measure`; also when the graph refuses the first batch size.
-        EdgestillError: the first batch size cannot be run.
-    """
-    runtime = runtime or get_runtime("onnxruntime")
-    clock = clock or WallClock()
-    points: list[ThroughputPoint] = []
-    session = runtime.load(model, threads=section.threads)
-    note = "largest batch size of the sweep"
-    with (progress or Silent()).task("batch sweep", None, "batch sizes") as task:
-        for batch in batches:
-            query = querying(session, query_batches(inputs, batch), clock, 0.0)
-            try:
-                warm = warm_up(
-                    query, clock, percentile=50, scope="end_to_end", max_seconds=min(section.warmup_seconds, 3.0)
-                )
-                latencies: list[int] = []
-                while sum(latencies) < _SWEEP_SECONDS * 1e9 or len(latencies) < LEAST_RUNS:
-                    latencies.append(query(len(latencies)).end_to_end_ns)
-            except EdgestillError as error:
-                if not points:
-                    raise
-                note = f"batch {batch} failed: {error.evidence or error.message}"
-                break
-            points.append(
-                ThroughputPoint(
-                    batch=batch,
-                    samples_per_second=batch * len(latencies) / (sum(latencies) / 1e9),
-                    p50_ms=statistics.percentile(latencies, 50) / 1e6,
-                    queries=len(latencies),
-                    stable=warm.stable,
-                )
-            )
-            task.advance(note=f"batch {batch}: {points[-1].samples_per_second:.0f} samples/s")
-            best_before = max((point.samples_per_second for point in points[:-2]), default=0.0)
-            if len(points) > 2 and max(point.samples_per_second for point in points[-2:]) < 1.05 * best_before:
-                note = "the last two batch sizes gained less than 5 %"
-                break
-    session.close()
-    best = max(point.samples_per_second for point in points)
-    saturation = min(point.batch for point in points if point.samples_per_second >= _SATURATED * best)
-    return Throughput(points=tuple(points), saturation_batch=saturation, note=note)
+        collecting = gc.isenabled()
+        try:
+            return watched(work, section.timeout_seconds + section.idle_gap_ms / 1e3)
+        except Hung as hung:
+            if collecting:  # the thread that was left behind had switched it off
+                gc.enable()
+            name = hung.label or names[0]
+            with _collected(failed, name, failures):
+                raise _hang(candidates[name], runtime.name, section, "after it had answered before") from hung
+        except _CandidateError as error:
+            with _collected(failed, error.name, failures):
+                raise error.error from error
+    return {}, {}
+
+
+def _energy(
+    name: str,
+    session: Session,
+    batches: list[dict[str, Array]],
+    clock: Clock,
+    section: MeasureSection,
+    power: PowerSource | None,
+    watch: ClockWatch,
+) -> Energy:
+    """The energy of one candidate that runs alone; a failure here leaves its latency as it is."""
+    if power is None or not power.readable or not section.energy_seconds:
+        return no_energy("not asked for" if power is None or not section.energy_seconds else power.how)
+    try:
+        return watched(
+            lambda beat: energy_per_query(
+                _alive(name, session, batches, clock, section, beat, watch), power, clock, section.energy_seconds
+            ),
+            section.timeout_seconds + section.energy_seconds,
+        )
+    except (Hung, _CandidateError) as error:
+        return no_energy(f"the queries failed: {error}")
+
+
+def _alive(
+    name: str,
+    session: Session,
+    batches: list[dict[str, Array]],
+    clock: Clock,
+    section: MeasureSection,
+    beat: Beat,
+    watch: ClockWatch,
+) -> Query:
+    """The session's queries with a sign of life before each, outside of what is timed."""
+    ask = querying(session, batches, clock, section.idle_gap_ms)
+
+    def query(index: int) -> Timed:
+        beat(name)
+        watch.look()
+        try:
+            return ask(index)
+        except EdgestillError as error:
+            raise _CandidateError(name, error) from error
+
+    return query
 
 
 def save_measurement(folder: Path, measurement: Measurement, samples: Samples) -> Path:
@@ -567,8 +666,8 @@ def graph_precision(model: Path) -> GraphPrecision:
 
 
 def _compute_precision(graph: GraphPrecision, runtime: str) -> str:
-    if runtime == "onnxruntime" and graph in ("fp16", "bf16"):
-        # its CPU provider has kernels in half precision for few operators, on some Arm cores; it casts around the rest
+    if runtime in ("onnxruntime", "openvino") and graph in ("fp16", "bf16"):
+        # the CPU provider has kernels in half precision for few operators, on some Arm cores; it casts around the rest
         return f"fp32 ({graph} graph on a CPU)"
     return graph
 
@@ -579,48 +678,6 @@ def model_hash(model: Path) -> str:
     if len(files) == 1:
         return file_hash(model)
     return hashlib.sha256("".join(file_hash(path) for path in files).encode()).hexdigest()
-
-
-class Started(NamedTuple):
-    """What a fresh process that loads one model and runs it told."""
-
-    load_ms: float | None
-    first_inference_ms: float | None
-    memory: Memory
-
-
-_NOT_PROBED = Started(
-    None, None, Memory(peak_mib=None, before_load_mib=None, how="n/a: no fresh process was asked for")
-)
-
-
-def probe(runtime_name: str, model: Path, inputs: Mapping[str, Array], threads: int) -> Started:
-    """Load time, first inference and peak memory, from a process that does nothing else."""
-    root = str(Path(__file__).resolve().parent.parent)
-    # -P keeps the working folder, which may hold a `profiles` of the user's, off the path
-    code = (
-        f"import sys; sys.path.append({root!r}); "
-        "from profiles.runtimes.probe import main; sys.exit(main(*sys.argv[1:]))"
-    )
-    with tempfile.TemporaryDirectory(prefix="edgestill-") as folder:
-        stored = Path(folder) / "inputs.npz"
-        arrays: dict[str, Any] = dict(inputs)
-        np.savez(stored, **arrays)
-        command = [sys.executable, "-P", "-c", code, runtime_name, str(model), str(stored), str(threads)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_TIMEOUT, check=False)
-            found = json.loads(done.stdout.strip().splitlines()[-1])
-        except subprocess.TimeoutExpired:
-            found = {"error": f"the fresh process took more than {_PROBE_TIMEOUT:.0f} s"}
-        except (OSError, ValueError, IndexError) as error:
-            found = {"error": f"the fresh process failed: {error}"}
-            if isinstance(error, IndexError):
-                last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-                found = {"error": f"the fresh process failed: {last[0]}"}
-    if "error" in found:
-        return Started(None, None, Memory(peak_mib=None, before_load_mib=None, how=f"n/a: {found['error']}"))
-    memory = Memory(peak_mib=found["peak_mib"], before_load_mib=found["before_load_mib"], how=found["how"])
-    return Started(found["load_ms"], found["first_inference_ms"], memory)
 
 
 def querying(session: Session, batches: list[dict[str, Array]], clock: Clock, idle_gap_ms: float) -> Query:
@@ -634,17 +691,16 @@ def querying(session: Session, batches: list[dict[str, Array]], clock: Clock, id
     return query
 
 
-def _check_outputs(session: Session, batches: list[dict[str, Array]], clock: Clock, model: Path) -> None:
-    for inputs in batches[:LEAST_RUNS]:
-        for name, output in session.query(inputs, clock).outputs.items():
-            if np.issubdtype(output.dtype, np.floating) and not np.isfinite(output).all():
-                bad = output.size - int(np.isfinite(output).sum())
-                raise EdgestillError(
-                    f'the model\'s output "{name}" is not finite',
-                    where=str(model),
-                    evidence=f"{bad} of {output.size} values are NaN or infinite",
-                    fix="a model that overflows in FP16 may run in FP32; check the exported weights",
-                )
+def _check_outputs(session: Session, inputs: dict[str, Array], clock: Clock, model: Path) -> None:
+    for name, output in session.query(inputs, clock).outputs.items():
+        if np.issubdtype(output.dtype, np.floating) and not np.isfinite(output).all():
+            bad = output.size - int(np.isfinite(output).sum())
+            raise EdgestillError(
+                f'the model\'s output "{name}" is not finite',
+                where=str(model),
+                evidence=f"{bad} of {output.size} values are NaN or infinite",
+                fix="a model that overflows in FP16 may run in FP32; check the exported weights",
+            )
 
 
 def _differences(sampled: Mapping[str, Sampled], scope: Scope) -> dict[str, tuple[LatencyDifference, ...]]:
@@ -674,26 +730,6 @@ def _differences(sampled: Mapping[str, Sampled], scope: Scope) -> dict[str, tupl
     return {name: tuple(entries) for name, entries in found.items()}
 
 
-def _environment(before: dict[str, Any], after: dict[str, Any], use: dict[str, Any]) -> dict[str, Any]:
-    """Facts that stayed, once; facts that moved, before and after."""
-    moving = (
-        "load",
-        "clocks_mhz",
-        "temperatures_c",
-        "throttle_events",
-        "memory_available_mib",
-        "governor",
-        "power_mode",
-    )
-    return {
-        **{key: value for key, value in before.items() if key not in moving},
-        "before": {key: before[key] for key in moving if key in before},
-        "after": {key: after[key] for key in moving if key in after},
-        "cpu_use": use,
-        "garbage_collection": "off while sampling",
-    }
-
-
 def _verdict(found: Sampled, plan: Plan, *, stable: bool) -> Outcome | None:
     """Of a latency that moved, only what holds for every single sample decides, when there are enough for a bound."""
     if stable or found.verdict is None or plan.limit_ms is None:
@@ -704,41 +740,3 @@ def _verdict(found: Sampled, plan: Plan, *, stable: bool) -> Outcome | None:
     if max(samples) <= plan.limit_ms * 1e6:
         return "pass"
     return "fail" if min(samples) > plan.limit_ms * 1e6 else "inconclusive"
-
-
-def _warnings(
-    warm: WarmUp,
-    section: MeasureSection,
-    environment: dict[str, Any],
-    asked: Latency,
-    samples_ns: Sequence[int],
-) -> tuple[str, ...]:
-    found = []
-    if not warm.stable:
-        found.append(f"unstable: latency did not settle within {section.warmup_seconds:g} s of warm-up")
-    if not asked.stable:
-        found.append(f"unstable: {movement(samples_ns, asked.percentile)}")
-    needed = statistics.samples_needed(asked.percentile)
-    if asked.samples < needed:
-        found.append(
-            f"too few samples: p{asked.percentile:g} needs {needed:,}, {asked.samples:,} were taken in "
-            f"{section.max_seconds:g} s; raise measure.max_seconds or ask for a lower percentile"
-        )
-    use = environment["cpu_use"]
-    if use.get("other_cores", 0) >= _BUSY_CORES:
-        names = ", ".join(f"{process['name']} {process['cores']:.1f}" for process in use["busiest"])
-        found.append(
-            f"the machine was busy: other processes used {use['other_cores']:.1f} of {environment['cores']} cores"
-            + (f" ({names})" if names else "")
-        )
-    if use.get("stolen_cores", 0) >= _BUSY_CORES:
-        found.append(f"the hypervisor took {use['stolen_cores']:.1f} cores away")
-    before, after = environment["before"], environment["after"]
-    if after.get("throttle_events", 0) != before.get("throttle_events", 0):
-        found.append(
-            f"the CPU was throttled: {before.get('throttle_events', 0)} events before, {after['throttle_events']} after"
-        )
-    for fact in ("governor", "power_mode"):
-        if before.get(fact) != after.get(fact):
-            found.append(f"the {fact.replace('_', ' ')} changed from {before.get(fact)} to {after.get(fact)}")
-    return tuple(found)

@@ -26,7 +26,8 @@ from profiles import agent
 from profiles.calibration import Calibration, Observation, busy, fit, observe
 from profiles.device import THIS_MACHINE, Device, detect, load_device
 from profiles.errors import EdgestillError, InputError
-from profiles.measure import probe, query_batches
+from profiles.fresh_process import probe
+from profiles.measure import query_batches
 from profiles.predict import roofline
 from profiles.progress import Progress
 from profiles.timing_model import priced_graph

@@ -296,7 +296,20 @@ def random_inputs(
             batch that is not `batch`.
     """
     session = OnnxRuntimeSession(model, 1)
-    names = [spec.name for spec in session.inputs]
+    session.close()
+    return random_for(session.inputs, model, batch, shapes, seed=seed)
+
+
+def random_for(
+    specs: tuple[TensorSpec, ...],
+    model: Path,
+    batch: int = 1,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    *,
+    seed: int = 0,
+) -> dict[str, Array]:
+    """`random_inputs` for a model whose inputs are known."""
+    names = [spec.name for spec in specs]
     for name in shapes or {}:
         if name not in names:
             raise InputError(
@@ -304,11 +317,10 @@ def random_inputs(
             )
     generator = np.random.default_rng(seed)
     inputs = {}
-    for spec in session.inputs:
+    for spec in specs:
         shape = (shapes or {}).get(spec.name) or _static_shape(spec, batch, model)
         inputs[spec.name] = _random(shape, spec.dtype, generator)
-    session.close()
-    check_inputs(inputs, session.inputs, model)
+    check_inputs(inputs, specs, model)
     return inputs
 
 

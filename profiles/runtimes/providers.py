@@ -1,4 +1,4 @@
-"""ONNX Runtime on its other execution providers: CUDA and TensorRT, and OpenVINO and TensorRT-RTX as plugins or built in.
+"""ONNX Runtime on other execution providers: CUDA and TensorRT; OpenVINO and TensorRT-RTX, as plugins or built in.
 
 A session that silently fell back to the CPU would be measured under another's name, so loading fails unless the
 provider that was asked for took part.
