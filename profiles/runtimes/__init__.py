@@ -173,6 +173,11 @@ def usable(name: str) -> Usable:
     return cast(Usable, import_module(_MODULES[name]).usable(name))
 
 
+def has_nvidia_gpu() -> bool:
+    """Whether the driver of an NVIDIA GPU, a Jetson's included, is loaded here."""
+    return any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/nvhost-ctrl-gpu", "/dev/dxg"))
+
+
 _MEMORY_WORDS = (
     "out of memory",
     "outofmemory",

@@ -79,8 +79,9 @@ class OpenVinoSession:
             self._request: Any = compiled.create_infer_request()
         except Exception as error:
             raise run_error(error, f"OpenVINO {_version()}", model) from error
-        self.inputs = tuple(_spec(port, model) for port in compiled.inputs)
-        self.outputs = tuple(_spec(port, model) for port in compiled.outputs)
+        # names as in the file: the compiled model's tensors may bear those of nodes that were merged into them
+        self.inputs = tuple(_spec(port, model) for port in read.inputs)
+        self.outputs = tuple(_spec(port, model) for port in read.outputs)
         self._ports = dict(zip((spec.name for spec in self.inputs), compiled.inputs, strict=True))
         self.options: dict[str, Any] = {
             "device": "CPU",

@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime as ort
 
 from profiles.errors import EdgestillError, InputError
-from profiles.runtimes import Clock, RuntimeOptions, Timed, Usable, run_error
+from profiles.runtimes import Clock, RuntimeOptions, Timed, Usable, has_nvidia_gpu, run_error
 from profiles.runtimes.onnxruntime import OnnxRuntimeSession, check_inputs, session_settings
 
 Array = np.ndarray[Any, Any]
@@ -52,13 +52,13 @@ def usable(name: str) -> Usable:
     """See `profiles.runtimes.usable`. A provider that ONNX Runtime lists may still find no device when it loads."""
     kind = _KINDS[name]
     if kind.provider in ort.get_available_providers():
-        if kind.on_cuda and not _has_gpu():
+        if kind.on_cuda and not has_nvidia_gpu():
             return Usable(False, "this onnxruntime has it, but there is no NVIDIA GPU here")
         return Usable(True, f"ONNX Runtime {ort.__version__}, built in")
     if kind.plugin is None or find_spec(kind.plugin) is None:
         reason = "this onnxruntime was built without it" if kind.plugin is None else "the plugin is not installed"
         needs_gpu = "openvino" not in name
-        if needs_gpu and not _has_gpu():
+        if needs_gpu and not has_nvidia_gpu():
             return Usable(False, f"{reason}, and there is no NVIDIA GPU here")
         return Usable(False, reason, kind.install)
     try:
@@ -203,7 +203,3 @@ def _plugin_devices(package: str) -> list[Any]:
     name = plugin.get_ep_name()
     ort.register_execution_provider_library(name, str(plugin.get_library_path()))
     return [device for device in ort.get_ep_devices() if device.ep_name == name]
-
-
-def _has_gpu() -> bool:
-    return Path("/dev/nvidiactl").exists() or Path("/dev/nvhost-ctrl-gpu").exists() or Path("/dev/dxg").exists()

@@ -17,20 +17,22 @@ from typing import Any
 import numpy as np
 
 from profiles.errors import EdgestillError, InputError
-from profiles.runtimes import Clock, RuntimeOptions, TensorSpec, Timed, Usable, run_error
+from profiles.runtimes import Clock, RuntimeOptions, TensorSpec, Timed, Usable, has_nvidia_gpu, run_error
 from profiles.runtimes.onnxruntime import check_inputs
 
 Array = np.ndarray[Any, Any]
 _MODULES = {"tensorrt": ("tensorrt", "TensorRT"), "tensorrt-rtx": ("tensorrt_rtx", "TensorRT-RTX")}
 _INSTALL = {
-    "tensorrt": "pip install tensorrt cuda-bindings",
-    "tensorrt-rtx": 'pip install "edgestill[tensorrt-rtx]" cuda-bindings',
+    "tensorrt": 'pip install tensorrt "edgestill[nvidia]"',
+    "tensorrt-rtx": 'pip install "edgestill[tensorrt-rtx,nvidia]"',
 }
 
 
 def usable(name: str) -> Usable:
     """See `profiles.runtimes.usable`: the module, the CUDA bindings, and a GPU that they see."""
     module, title = _MODULES[name]
+    if not has_nvidia_gpu():
+        return Usable(False, "there is no NVIDIA GPU here")
     if find_spec(module) is None:
         return Usable(False, "not installed", _INSTALL[name])
     try:
@@ -38,7 +40,7 @@ def usable(name: str) -> Usable:
     except Exception as error:  # shared libraries that do not load
         return Usable(False, f"installed, but cannot be imported: {' '.join(str(error).split())[:200]}", _INSTALL[name])
     if find_spec("cuda") is None:
-        return Usable(False, f"{found}, but the CUDA bindings are missing", "pip install cuda-bindings")
+        return Usable(False, f"{found}, but the CUDA bindings are missing", 'pip install "edgestill[nvidia]"')
     try:
         count = _call(_cudart().cudaGetDeviceCount())
     except Exception as error:
