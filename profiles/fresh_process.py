@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 from profiles.errors import EdgestillError
 from profiles.measurement import Memory
 from profiles.runtimes import RuntimeOptions
-from profiles.runtimes.stages import HUNG, LOADING
+from profiles.runtimes.stages import HUNG, LOADING, QUERYING
 
 Array = np.ndarray[Any, Any]
 LOAD_SECONDS = 300.0
@@ -82,25 +83,27 @@ def probe(
                 return Started.unknown(f"the fresh process took more than {4 * LOAD_SECONDS:.0f} s")
             except OSError as error:
                 return Started.unknown(f"the fresh process failed: {error}")
-            hung = HUNG in done.stderr
-            # once more: a machine that slept, or a process that was stopped meanwhile, looks the same
-            if not hung:
+            ended = time.monotonic()
+            lines = done.stdout.strip().splitlines()
+            stage, _, since = lines[-1].partition(" ") if lines else ("", "", "")
+            hung = HUNG in done.stderr and stage in (LOADING, QUERYING)
+            loading = stage == LOADING
+            allowed = LOAD_SECONDS if loading else timeout_seconds
+            # a machine that slept, or a process that was stopped meanwhile, took far longer: once more
+            if not hung or ended - float(since) < 1.5 * allowed + 1:
                 break
-    lines = done.stdout.strip().splitlines()
     if hung:
-        loading = not lines or lines[-1] == LOADING
         raise HangError(
             f"{runtime_name} hangs on the model {'while it is loaded' if loading else 'in its first queries'}",
             where=str(model),
-            evidence=f"no answer within {LOAD_SECONDS if loading else timeout_seconds:g} s, "
-            "in a process of its own, which was ended",
+            evidence=f"no answer within {allowed:g} s, in a process of its own, which was ended",
             fix="another runtime or version; raise measure.timeout_seconds if one query may take that long",
         )
     if done.returncode < 0:
         raise EdgestillError(
             f"{runtime_name} crashed on the model, in a process of its own",
             where=str(model),
-            evidence=f"{signal.Signals(-done.returncode).name} while {lines[-1] if lines else 'starting'}",
+            evidence=f"{signal.Signals(-done.returncode).name} while {stage or 'starting'}",
             fix="another runtime or version; SIGKILL is usually the system being out of memory",
         )
     try:

@@ -139,11 +139,13 @@ def warm_up(query: Query, clock: Clock, *, percentile: float, scope: Scope, max_
     """Runs until three successive windows of at least 200 ms agree within 10 %, and at least 10 times.
 
     They must agree in throughput and in `percentile` of the clock in question; in p50 where one of the windows holds
-    fewer samples than that percentile needs. After `max_seconds` it gives up: not stable.
+    fewer samples than that percentile needs. After `max_seconds` it gives up: not stable, unless the later half of the
+    queries came in random order (`statistics.stability`), since windows of a heavy tail never agree.
     """
     needed = statistics.samples_needed(percentile)
     began = clock.now()
     windows: list[list[Timed]] = []
+    taken: list[int] = []
     runs = 0
     while True:
         window: list[Timed] = []
@@ -152,11 +154,16 @@ def warm_up(query: Query, clock: Clock, *, percentile: float, scope: Scope, max_
             window.append(query(runs)._replace(outputs={}))
             runs += 1
         windows = [*windows, window][-WINDOWS:]
+        taken += [timed.compute_ns if scope == "compute" else timed.end_to_end_ns for timed in window]
         stable = runs >= LEAST_RUNS and len(windows) == WINDOWS and _agree(windows, needed, percentile, scope)
         seconds = (clock.now() - began) / 1e9
         if stable or (seconds >= max_seconds and runs >= LEAST_RUNS):
             typical = statistics.percentile([timed.end_to_end_ns for timed in window], 50)
-            return WarmUp(stable, runs, seconds, typical)
+            return WarmUp(stable or _in_random_order(taken[len(taken) // 2 :], percentile), runs, seconds, typical)
+
+
+def _in_random_order(latencies: list[int], percentile: float) -> bool:
+    return len(latencies) >= FIRST_LOOK and all(statistics.stability(latencies, p).stable for p in (50, percentile))
 
 
 def _agree(windows: list[list[Timed]], needed: int, percentile: float, scope: Scope) -> bool:

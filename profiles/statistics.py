@@ -25,7 +25,9 @@ Outcome = Literal["pass", "fail", "inconclusive"]
 MATERIAL = 1.10
 """A figure that moves by less than this factor is stable: what the warm-up's windows may differ by, too."""
 DEPENDENCE_ERROR = 0.001
-"""Probability that independent samples are taken for dependent ones, for each percentile that is tested."""
+"""Probability that independent samples are taken for unstable ones, for each percentile that is tested."""
+CAUTION = 0.05
+"""Below this probability of random order, bounds count the dependence that was seen; too wide ones do no harm."""
 
 _CELLS = 4_000_000
 """Resampled values that are held at once: 32 MB."""
@@ -203,12 +205,13 @@ def stability(series: ArrayLike, p: float, confidence: float = 0.99) -> Stabilit
 
     1. Are slow samples scattered at random? Those over the percentile, and over a value 10 % less, are counted in 128,
        64, ... 2 blocks of equal length. The largest standardised dispersion of these counts over all block lengths is
-       compared with what random order gives (by chi-square; by shuffling where marks are few), at `DEPENDENCE_ERROR`.
-       No distribution of latencies is assumed. Scattered: the usual bounds hold.
+       compared with what random order gives (by chi-square; by shuffling where marks are few). No distribution of
+       latencies is assumed. Scattered, at `CAUTION`: the usual bounds hold.
     2. If not, m dependent samples tell as much as m / F independent ones, with F the dispersion of the counts relative
        to its expectation (the variance inflation of block means, as in batch means of simulations), at the threshold in
        question. Bounds are taken anew with these counts.
-    3. Where the new bounds differ from the usual ones by less than 10 %, the figure is stable with them, else not.
+    3. Where the order is far from random, at `DEPENDENCE_ERROR`, and the new bounds differ from the usual ones by more
+       than 10 %, the figure is not stable. Else it is, with the new bounds.
 
     So a drift of 2 % and a hundred short bursts give a number, a drift of 30 % and two long bursts do not.
 
@@ -230,14 +233,14 @@ def stability(series: ArrayLike, p: float, confidence: float = 0.99) -> Stabilit
     # at the figure itself, and a little below, where a spell of slow samples shows as a whole
     slow = [_slow(values, figure), _slow(values, figure / MATERIAL)]
     chance = min(1.0, len(slow) * min(_scatter(marked) for marked in slow))
-    if chance > DEPENDENCE_ERROR:
+    if chance > CAUTION:
         return Stability(True, lower, upper, chance, 1.0)
     wide_upper, wide_lower = upper, lower
     if t is not None:
         wide_upper = _wider(values, ordered, t, "upper", tail, error)
     if s is not None:
         wide_lower = _wider(values, ordered, s, "lower", tail, error)
-    stable = all(
+    stable = chance > DEPENDENCE_ERROR or all(
         inner is None or outer is None or max(inner, outer) <= MATERIAL * min(inner, outer)
         for inner, outer in ((upper, wide_upper), (lower, wide_lower))
     )

@@ -965,13 +965,19 @@ class Run:
         folder = self.folder / "measurements" / (target.name if arch is None else f"{target.name}--{arch}")
         with self.timed(f"measure {target.name}" + ("" if arch is None else f" {arch}")) as stage:
             if not fresh and artifact.current(folder, "measurements", key) is not None:
-                stored = {name: load_measurement(folder / f"{name}.json").measurement for name in files}
+                # a candidate that failed has none
+                stored = {
+                    name: load_measurement(folder / f"{name}.json").measurement
+                    for name in files
+                    if (folder / f"{name}.json").is_file()
+                }
                 # what --strict would refuse is measured anew: the machine may be quiet by now
                 if not (self.strict and any(measurement.warnings for measurement in stored.values())):
                     stage["cached"] = True
                     return stored
             dataset = self.dataset
             rows = _spread(len(dataset.validation), max(MEASURED_SAMPLES, target.section.batch), self.recipe.seed)
+            failures: dict[str, EdgestillError] = {}
             results = measure(
                 files,
                 {dataset.input.name: np.asarray(dataset.validation.inputs[rows])},
@@ -979,7 +985,12 @@ class Run:
                 self.recipe.measure,
                 input_source="real samples (validation split)",
                 progress=self.progress,
+                failures=failures,
             )
+            if files and not results:
+                raise next(iter(failures.values()))
+            for name, error in failures.items():
+                self.say_once(f"{target.name}: {name} could not be measured: {error.message} ({error.evidence})")
             with artifact.create(folder, "measurements", key) as temporary:
                 for result in results.values():
                     save_measurement(temporary, result.measurement, result.samples)

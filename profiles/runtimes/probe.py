@@ -52,7 +52,7 @@ def main(runtime_name: str, options: str, model: str, inputs_file: str, threads:
         first = clock.now()
         end = time.monotonic() + _SECONDS
         for _ in range(_QUERIES):
-            faulthandler.dump_traceback_later(float(query), exit=True)
+            _watch(QUERYING, float(query))
             session.query(inputs, clock)
             if time.monotonic() > end:
                 break
@@ -71,8 +71,8 @@ def main(runtime_name: str, options: str, model: str, inputs_file: str, threads:
 
 
 def _watch(stage: str, seconds: float) -> None:
-    """Says what comes next; faulthandler's own thread ends the process when it takes longer, whatever holds the GIL."""
-    print(stage, flush=True)  # noqa: T201
+    """Says what comes next, and when; faulthandler ends the process if it takes longer, whatever holds the GIL."""
+    print(stage, time.monotonic(), flush=True)  # noqa: T201
     faulthandler.dump_traceback_later(seconds, exit=True)
 
 

@@ -214,8 +214,9 @@ def table(rows: list[Row], created: str) -> str:
     lines += ["", *(f"- {kind.name}: {kind.what}" for kind in KINDS)]
     lines += [
         "",
-        "A row of a steady distribution holds when both bounds contain the truth at least as often as claimed, a drifting "
-        f"or bursty one when at least as many end as unstable (tested at {SUSPECT}). The unstable ones among the steady "
+        "A row of a steady distribution holds when both bounds contain the truth at least as often as claimed, a "
+        f"drifting or bursty one when at least as many end as unstable (tested at {SUSPECT}). The unstable ones among "
+        "the steady "
         "rows are false alarms, of the warm-up's windows and of the test of the samples together; short bursts are "
         "dependent, so that being careful about them is none.",
         "",
