@@ -126,7 +126,7 @@ def _long_bursts(random: np.random.Generator, n: int) -> Floats:
 
 
 def _drift(random: np.random.Generator, n: int) -> Floats:
-    return random.normal(1, 0.02, n) * (1 + np.arange(n) / 3000)
+    return random.normal(1, 0.02, n) * np.exp(np.arange(n) / 2500)
 
 
 KINDS = (
@@ -140,7 +140,7 @@ KINDS = (
         lambda p: (1 - p / 100) ** (-1 / 1.5),
     ),
     Kind("short bursts", "1 ms, 3 % at 3 ms, four queries on end", True, _short_bursts, _mixture(0.03, 3, 0.06)),
-    Kind("drifting", "1 ms, slower by 33 % every 1,000 queries", False, _drift, lambda p: float("nan")),
+    Kind("drifting", "1 ms, slower by 49 % every 1,000 queries", False, _drift, lambda p: float("nan")),
     Kind("bursty", "1 ms, and 3 ms for 100 queries in every 700", False, _long_bursts, lambda p: float("nan")),
 )
 

@@ -4,9 +4,10 @@
 
 One model (resnet8x4), one thread. LoadGen (SingleStream) drives ONNX Runtime, benchmark_app's own loop (synchronous)
 drives OpenVINO, and our measuring loop drives both. The three hand each other the turn every few queries, so that a
-slow spell of the machine hits all alike; none of them counts the time in which it waits. Compared are p50 and p90: LoadGen's
-with our end to end, benchmark_app's, which times the inference call inside OpenVINO, with our compute. The medians of
-the repetitions' ratios must lie within 3 %. Writes results/others.json and .md. About two minutes on a quiet machine.
+slow spell of the machine hits all alike; none of them counts the time in which it waits. Compared are p50 and p90:
+LoadGen's with our end to end, benchmark_app's, which times the inference call inside OpenVINO, with our compute. The
+medians of the repetitions' ratios must lie within 3 %. Writes results/others.json and .md. About two minutes on a quiet
+machine.
 """
 
 from __future__ import annotations
