@@ -60,7 +60,7 @@ class Meter(Protocol):
 
 def no_energy(reason: str) -> Energy:
     """No figure, and why."""
-    return Energy(millijoules=None, how=f"n/a: {reason}")
+    return Energy(millijoules=None, how=reason)
 
 
 def find_power(runtime: str = "onnxruntime", root: str = "/") -> PowerSource:
@@ -179,7 +179,7 @@ def energy_per_query(query: Callable[[int], Any], power: PowerSource, clock: Clo
             idle_watts=resting,
             busy_watts=busy_joules / busy_seconds,
             queries=queries,
-            how=f"n/a: {how} told no more than idle",
+            how=f"{how} told no more than idle",
         )
     return Energy(
         millijoules=mean * 1e3,

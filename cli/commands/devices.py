@@ -133,7 +133,9 @@ def calibrate(
     console.emit(plain_table(headers, error_rows(found), right=(1, 2, 3, 4)))
     console.emit(
         f"errors of predicted medians on architectures that the fit did not see; {found.models} models measured, "
-        f"spread {found.spread:.1%}\n{place}"
+        f"spread {found.spread:.1%}\n"
+        f"medians are those of the {found.undisturbed:.0%} of the queries during which nothing slowed the core down\n"
+        f"{place}"
     )
 
 

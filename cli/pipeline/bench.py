@@ -232,7 +232,7 @@ def describe(measurement: Measurement, indent: str = "") -> str:
 def energy_words(energy: Energy) -> str:
     """The energy of a query in one line, or why it is not known."""
     if energy.millijoules is None or energy.low is None or energy.high is None:
-        return f"energy {energy.how}"
+        return f"energy n/a: {energy.how}"
     return (
         f"energy {energy.millijoules:.3g} mJ per query, between {energy.low:.3g} and {energy.high:.3g} mJ with "
         f"{energy.confidence:.0%} confidence ({energy.how})"

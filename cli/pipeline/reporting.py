@@ -83,6 +83,7 @@ def build_report(run: Run, shipped: Sequence[Shipped], *, require_measured: bool
             splits={name: len(dataset.split(name)) for name in ("train", "validation", "test")},
             labels=dataset.classes,
             input=f"{dataset.input.dtype} {'x'.join(str(side) for side in dataset.input.shape)}",
+            test_key=run.test_key,
         ),
         notes=(*run.notes, *weak),
     )
@@ -235,6 +236,7 @@ def _candidate(candidate: Candidate, outcome: Shipped) -> CandidateRow:
         if candidate.validation is not None
         else None,
         latency=LatencyValue.of(measurement) if measurement is not None else None,
+        peak_memory_mib=measurement.memory.peak_mib if measurement is not None else None,
         chosen=chosen,
         rejected_because=None if chosen else rejected,
     )

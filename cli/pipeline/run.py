@@ -34,6 +34,7 @@ from cli.pipeline.teachers import (
     variant_for,
 )
 from cli.recipe import LoadedRecipe, Recipe, to_toml
+from cli.report.predictions import PREDICTIONS, Predictions, save_predictions
 from cli.report.schema import Bought, MetricValue, ReferenceRow, Report, Selection, Stage
 from cli.report.schema import Difference as ReportedDifference
 from cli.report.words import metric_title
@@ -255,6 +256,15 @@ class Run:
             return load_dataset(
                 self.recipe.data, seed=self.recipe.seed, base=self.loaded.base, folder=folder, progress=self.progress
             )
+
+    @cached_property
+    def test_key(self) -> str:
+        """Hash of the test split's inputs and labels."""
+        dataset = self.dataset
+        files = artifact.read_manifest(self.folder / "data", "data").files
+        # the rows say where the samples were in the source, not what they are
+        held_out = {name: key for name, key in files.items() if name.startswith("test_") and "rows" not in name}
+        return artifact.content_key(held_out, dataset.task, dataset.classes)
 
     @property
     def teacher(self) -> Teacher | None:
@@ -721,7 +731,7 @@ class Run:
         told = None if self.recipe.teacher.moves else cache
         folder = self.folder / f"students/{arch}--qat-{artifact.content_key(spec)[:8]}"
         title = f"quantisation-aware training {arch}"
-        with self._stage(title) as stage:
+        with self.timed(title) as stage:
             before = _manifest_time(folder)
             objective = copy.deepcopy(trained.objective)
             student, result = train_quantized(
@@ -1095,6 +1105,12 @@ class Run:
         metric = self._metric(logits, test)
         drop = difference(self.dataset.task, logits, reference, test.labels, test.mask, seed=self.recipe.seed)
         bundle = self._bundle(target, found, candidate, metric)
+        save_predictions(
+            self.folder / PREDICTIONS / target.name,
+            Predictions.of(self.dataset.task, logits, test.labels, test.mask),
+            test_key=self.test_key,
+            model_key=artifact.file_hash(candidate.to_score or candidate.file),
+        )
         return Shipped(target, arch, found, choice, measured, rooflines, metric, drop, bundle)
 
     def report(self, *, require_measured: bool = False) -> Report:
@@ -1241,6 +1257,7 @@ class Run:
                 metric=metric,
                 tokenizer=dataset.tokenizer,
                 licence=dataset.licence,
+                section=self.recipe.export,
             )
 
 

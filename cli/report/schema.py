@@ -61,6 +61,21 @@ class MetricLike(Protocol):
     def method(self) -> str: ...
 
 
+class EnergyLike(Protocol):
+    """What `EnergyValue.of` reads: a measured energy of one inference."""
+
+    @property
+    def millijoules(self) -> float | None: ...
+    @property
+    def low(self) -> float | None: ...
+    @property
+    def high(self) -> float | None: ...
+    @property
+    def confidence(self) -> float: ...
+    @property
+    def how(self) -> str: ...
+
+
 class MetricValue(Part):
     """A metric with its interval, and where the model ran that it belongs to."""
 
@@ -121,6 +136,13 @@ class LatencyValue(Part):
     mean: float | None = None
     max: float | None = None
     outliers: int | None = None
+    runtime: str = ""
+    runtime_version: str = ""
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+    """Everything that was set in the runtime, and the pause between queries."""
+    input_shapes: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    input_source: str = ""
+    """runtime to input_source: what must be the same for two latencies to be compared."""
 
     @classmethod
     def of(cls, measurement: Measurement) -> LatencyValue:
@@ -140,6 +162,30 @@ class LatencyValue(Part):
             mean=asked.mean,
             max=asked.maximum,
             outliers=asked.outliers,
+            runtime=measurement.runtime,
+            runtime_version=measurement.runtime_version,
+            options=measurement.options,
+            input_shapes=measurement.input_shapes,
+            input_source=measurement.input_source,
+        )
+
+
+class EnergyValue(Part):
+    """Energy of one inference in millijoules, idle power subtracted."""
+
+    value: float | None = None
+    """None where this machine offers no sensor; `how` then has the reason."""
+    low: float | None = None
+    high: float | None = None
+    confidence: float = 0.95
+    how: str = ""
+    """Which sensor, over which parts of the device."""
+
+    @classmethod
+    def of(cls, energy: EnergyLike) -> EnergyValue:
+        """The report's copy of a measured energy."""
+        return cls(
+            value=energy.millijoules, low=energy.low, high=energy.high, confidence=energy.confidence, how=energy.how
         )
 
 
@@ -188,6 +234,8 @@ class CandidateRow(Part):
     metric: MetricValue | None = None
     """On the validation split: candidates are chosen there, the test split is used once."""
     latency: LatencyValue | None = None
+    peak_memory_mib: float | None = None
+    energy: EnergyValue | None = None
     chosen: bool = False
     rejected_because: str | None = None
 
@@ -345,6 +393,7 @@ class TargetRow(Part):
     first_inference_ms: float | None = None
     peak_memory_mib: float | None = None
     peak_memory_how: str = ""
+    energy: EnergyValue | None = None
     limits: tuple[LimitVerdict, ...] = ()
     verdict: RowVerdict
     """`overall_verdict(limits, measured=latency is not None, error=error)`."""
@@ -549,6 +598,8 @@ class DataFacts(Part):
     labels: tuple[str, ...] = ()
     input: str = ""
     """What one sample is: "uint8 1x28x28"."""
+    test_key: str = ""
+    """Hash of the test split, inputs and labels; metrics on other data are not compared."""
 
 
 class Machine(Part):

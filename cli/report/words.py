@@ -363,6 +363,18 @@ def provenance(row: TargetRow) -> str:
     return ", ".join([device_words(row), *state_words(row)])
 
 
+def energy_words(row: TargetRow) -> str:
+    """Energy of one inference with its interval and sensor, or why there is none; empty where nobody looked."""
+    energy = row.energy
+    if energy is None:
+        return ""
+    if energy.value is None:
+        return f"n/a: {energy.how}"
+    known = energy.low is not None and energy.high is not None
+    interval = f" [{milliseconds(energy.low)}, {milliseconds(energy.high)}]" if known else ""
+    return f"{milliseconds(energy.value)} mJ{interval}{f', {energy.how}' if energy.how else ''}"
+
+
 def engine_words(row: TargetRow) -> str:
     """What became of the engine: built, parsed only, or why not; empty for runtimes that need none."""
     engine = row.engine

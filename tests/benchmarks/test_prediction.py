@@ -27,6 +27,8 @@ def compared(model: str, precision: str, measured: float, error: float, family: 
         predicted_mib=66.0,
         measured_mib=60.0,
         spread=0.01,
+        undisturbed=0.8,
+        whole_ms=1.1 * measured,
         left_out_ms=measured * (1 + 2 * error),
     )
 

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.prediction [--per-family 9] [--threads 1]
 
 Calibrates this machine as `edgestill devices calibrate` does (nothing is stored), then exports and measures other
-architectures of every family, and writes results/prediction.json, .md and .png beside this folder. About ten minutes
+architectures of every family, and writes results/prediction.json, .md and .png beside this folder. About seven minutes
 on two quiet cores; a busy machine is refused.
 
 --quick: two architectures of two families, in a folder of its own and written there only, also on a busy machine: shows
@@ -32,7 +32,9 @@ from profiles.progress import Progress
 from tests.benchmarks.prediction.report import Compared, left_out, markdown, scatter, tables
 
 RESULTS = Path(__file__).parents[1] / "results"
-QUICK = Effort(families=("conv", "textc"), per_family=1, layers=2, runs=8, queries=64, seconds=0.3, probes=1)
+QUICK = Effort(
+    families=("conv", "textc"), per_family=1, layers=2, runs=8, profiles=1, queries=64, seconds=0.3, probes=1
+)
 _SEED = 1
 
 
@@ -71,6 +73,8 @@ def _compared(one: Observation, file: Path, calibrated: Calibrated, without: dic
         predicted_mib=found.memory_mib,
         measured_mib=one.peak_mib,
         spread=one.spread,
+        undisturbed=one.undisturbed,
+        whole_ms=one.whole_p50_ms or one.p50_ms,
         left_out_ms=without[one.model, one.precision],
     )
 
