@@ -324,7 +324,8 @@ def _ina3221(root: str) -> List[PowerSensor]:
 
 def _hwmon_power(root: str) -> List[PowerSensor]:
     """Other chips: energy counters where there are some, else readings of power."""
-    counters, readings = [], []
+    counters: List[PowerSensor] = []
+    readings: List[PowerSensor] = []
     for folder in sorted(glob.glob(os.path.join(root, "sys/class/hwmon/hwmon*"))):
         chip = (_text(folder + "/name") or os.path.basename(folder)).strip()
         if chip == "ina3221":

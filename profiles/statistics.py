@@ -287,15 +287,15 @@ def lag1_autocorrelation(samples: ArrayLike) -> float | None:
 def stability(series: ArrayLike, p: float, confidence: float = 0.99) -> Stability:
     """Whether the p-th percentile of a series in the order of measurement is one number, and its bounds.
 
-    1. Are slow samples scattered at random? Those over the percentile, and over a value 10 % less, are counted in 128,
+    1. Are slow samples scattered at random? Those over the percentile, and over 10 % less and more, are counted in 128,
        64, ... 2 blocks of equal length. The largest standardised dispersion of these counts over all block lengths is
        compared with what random order gives (by chi-square; by shuffling where marks are few). No distribution of
        latencies is assumed. Scattered, at `CAUTION`: the usual bounds hold.
     2. If not, m dependent samples tell as much as m / F independent ones, with F the dispersion of the counts relative
        to its expectation (the variance inflation of block means, as in batch means of simulations), at the threshold in
        question. Bounds are taken anew with these counts.
-    3. Where the order is far from random, at `DEPENDENCE_ERROR`, and the new bounds differ from the usual ones by more
-       than 10 %, the figure is not stable. Else it is, with the new bounds.
+    3. Where the order is far from random, at `DEPENDENCE_ERROR`, and the new bounds are wider than the usual ones by
+       more than 10 %, the figure is not stable. Else it is, with the new bounds.
 
     So a drift of 2 % and a hundred short bursts give a number, a drift of 30 % and two long bursts do not.
 
@@ -314,8 +314,8 @@ def stability(series: ArrayLike, p: float, confidence: float = 0.99) -> Stabilit
     upper = None if t is None else float(ordered[-t])
     lower = None if s is None else float(ordered[-s])
     figure = float(ordered[math.ceil(round(p / 100 * n, 9)) - 1])
-    # at the figure itself, and a little below, where a spell of slow samples shows as a whole
-    slow = [_slow(values, figure), _slow(values, figure / MATERIAL)]
+    # a little below the figure a spell of slow samples shows as a whole, a little above it free of the others
+    slow = [_slow(values, threshold) for threshold in (figure / MATERIAL, figure, figure * MATERIAL)]
     chance = min(1.0, len(slow) * min(_scatter(marked) for marked in slow))
     if chance > CAUTION:
         return Stability(True, lower, upper, chance, 1.0)
@@ -324,10 +324,11 @@ def stability(series: ArrayLike, p: float, confidence: float = 0.99) -> Stabilit
         wide_upper = _wider(values, ordered, t, "upper", tail, error)
     if s is not None:
         wide_lower = _wider(values, ordered, s, "lower", tail, error)
-    stable = chance > DEPENDENCE_ERROR or all(
-        inner is None or outer is None or max(inner, outer) <= MATERIAL * min(inner, outer)
-        for inner, outer in ((upper, wide_upper), (lower, wide_lower))
-    )
+    widened = 1.0
+    for inner, outer in ((upper, wide_upper), (lower, wide_lower)):
+        if inner is not None and outer is not None and min(inner, outer) > 0:
+            widened *= max(inner, outer) / min(inner, outer)
+    stable = chance > DEPENDENCE_ERROR or widened <= MATERIAL
     return Stability(stable, wide_lower, wide_upper, chance, max(_inflation(marked) for marked in slow))
 
 

@@ -63,6 +63,8 @@ def judge(
         verdicts.append(
             LimitVerdict(name="file_size_mib", limit=section.file_size_mib, value=size_mib, verdict=verdict)
         )
+    if section.energy_mj is not None:
+        verdicts.append(_energy(section.energy_mj, measurement))
     if section.metric_floor is not None:
         verdicts.append(_floor(section.metric_floor, metric, on_device))
     if section.max_metric_drop is not None:
@@ -114,6 +116,23 @@ def _latency(limit: float, measurement: Measurement | None) -> LimitVerdict:
         high=asked.upper_bound,
         verdict=verdict,
         reason=reason,
+    )
+
+
+def _energy(limit: float, measurement: Measurement | None) -> LimitVerdict:
+    energy = measurement.energy if measurement is not None else None
+    if energy is None or energy.millijoules is None or energy.low is None or energy.high is None:
+        reason = NOT_HERE if measurement is None else energy.how if energy is not None else "energy was not looked at"
+        return LimitVerdict(name="energy_mj", limit=limit, verdict="not measured", reason=reason)
+    verdict: Verdict = "pass" if energy.high <= limit else "fail" if energy.low > limit else "inconclusive"
+    return LimitVerdict(
+        name="energy_mj",
+        limit=limit,
+        value=energy.millijoules,
+        low=energy.low,
+        high=energy.high,
+        verdict=verdict,
+        reason="the limit lies inside the interval; raise measure.energy_seconds" if verdict == "inconclusive" else "",
     )
 
 

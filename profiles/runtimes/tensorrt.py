@@ -240,7 +240,7 @@ def _allocate(cuda: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> _Buffe
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     pointer = int(_call(cuda.cudaMallocHost(size)))
     raw = (ctypes.c_uint8 * size).from_address(pointer)
-    host = np.frombuffer(raw, dtype=dtype).reshape(shape)
+    host = np.ctypeslib.as_array(raw).view(dtype).reshape(shape)
     return _Buffer(host, pointer, int(_call(cuda.cudaMalloc(size))))
 
 

@@ -42,13 +42,17 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True)
 class Kind:
-    """A distribution of latencies in milliseconds. `steady`: it has percentiles, so that a number is right."""
+    """A distribution of latencies in milliseconds.
+
+    steady: it has percentiles, so that a number is right. independent: its samples are, which the bounds' claim supposes.
+    """
 
     name: str
     what: str
     steady: bool
     draw: Callable[[np.random.Generator, int], Floats]
     quantile: Callable[[float], float]
+    independent: bool = True
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,8 @@ class Row:
     """Median of the estimate's relative error."""
     samples: float
     """Mean number of samples."""
-    holds: bool
+    holds: bool | None
+    """None where nothing is claimed."""
 
 
 class Virtual:
@@ -139,7 +144,7 @@ KINDS = (
         lambda random, n: 1 + random.pareto(1.5, n),
         lambda p: (1 - p / 100) ** (-1 / 1.5),
     ),
-    Kind("short bursts", "1 ms, 3 % at 3 ms, four queries on end", True, _short_bursts, _mixture(0.03, 3, 0.06)),
+    Kind("short bursts", "1 ms, 3 % at 3 ms, four queries on end", True, _short_bursts, _mixture(0.03, 3, 0.06), False),
     Kind("drifting", "1 ms, slower by 49 % every 1,000 queries", False, _drift, lambda p: float("nan")),
     Kind("bursty", "1 ms, and 3 ms for 100 queries in every 700", False, _long_bursts, lambda p: float("nan")),
 )
@@ -171,6 +176,10 @@ def run(kind: Kind, percentile: float, repetitions: int, seed: int = 0) -> Row:
             lower += found.lower_bound <= truth + 1e-6
             errors.append(abs(found.value - truth) / truth)
     given = repetitions - unstable
+    if not kind.steady:
+        holds: bool | None = _chance(unstable, repetitions) >= SUSPECT
+    else:
+        holds = min(_chance(upper, given), _chance(lower, given)) >= SUSPECT if kind.independent else None
     return Row(
         kind=kind.name,
         percentile=percentile,
@@ -180,9 +189,7 @@ def run(kind: Kind, percentile: float, repetitions: int, seed: int = 0) -> Row:
         lower=lower / given if given and kind.steady else None,
         error=float(np.median(errors)) if given and kind.steady else None,
         samples=float(np.mean(samples)),
-        holds=min(_chance(upper, given), _chance(lower, given)) >= SUSPECT
-        if kind.steady
-        else _chance(unstable, repetitions) >= SUSPECT,
+        holds=holds,
     )
 
 
@@ -208,7 +215,7 @@ def table(rows: list[Row], created: str) -> str:
 
     lines += [
         f"| {row.kind} | p{row.percentile:g} | {row.samples:,.0f} | {row.unstable:.1%} | {share(row.upper)} | "
-        f"{share(row.lower)} | {share(row.error)} | {'holds' if row.holds else 'FAILS'} |"
+        f"{share(row.lower)} | {share(row.error)} | {'not claimed' if row.holds is None else 'holds' if row.holds else 'FAILS'} |"
         for row in rows
     ]
     lines += ["", *(f"- {kind.name}: {kind.what}" for kind in KINDS)]
@@ -216,9 +223,8 @@ def table(rows: list[Row], created: str) -> str:
         "",
         "A row of a steady distribution holds when both bounds contain the truth at least as often as claimed, a "
         f"drifting or bursty one when at least as many end as unstable (tested at {SUSPECT}). The unstable ones among "
-        "the steady "
-        "rows are false alarms, of the warm-up's windows and of the test of the samples together; short bursts are "
-        "dependent, so that being careful about them is none.",
+        "the first three are false alarms, of the warm-up's windows and of the test of the samples together. Short bursts "
+        "are dependent samples with a percentile: the bounds claim nothing there, and are shown for how far they are off.",
         "",
     ]
     return "\n".join(lines)
@@ -249,7 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
         }
         (RESULTS / "coverage.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         (RESULTS / "coverage.md").write_text(text, encoding="utf-8")
-    return 0 if all(row.holds for row in rows) else 1
+    return 1 if any(row.holds is False for row in rows) else 0
 
 
 if __name__ == "__main__":
