@@ -44,7 +44,7 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 class Kind:
     """A distribution of latencies in milliseconds.
 
-    steady: it has percentiles, so that a number is right. independent: its samples are, which the bounds' claim supposes.
+    steady: it has percentiles, so that a number is right. independent: its samples are, as the bounds' claim supposes.
     """
 
     name: str
@@ -198,6 +198,9 @@ def _chance(successes: int, n: int) -> float:
     return float(stats.binom.cdf(successes, n, _CONFIDENCE)) if n else 1.0
 
 
+_WORDS = {True: "holds", False: "FAILS", None: "not claimed"}
+
+
 def table(rows: list[Row], created: str) -> str:
     """The page."""
     lines = [
@@ -215,7 +218,7 @@ def table(rows: list[Row], created: str) -> str:
 
     lines += [
         f"| {row.kind} | p{row.percentile:g} | {row.samples:,.0f} | {row.unstable:.1%} | {share(row.upper)} | "
-        f"{share(row.lower)} | {share(row.error)} | {'not claimed' if row.holds is None else 'holds' if row.holds else 'FAILS'} |"
+        f"{share(row.lower)} | {share(row.error)} | {_WORDS[row.holds]} |"
         for row in rows
     ]
     lines += ["", *(f"- {kind.name}: {kind.what}" for kind in KINDS)]
@@ -223,8 +226,9 @@ def table(rows: list[Row], created: str) -> str:
         "",
         "A row of a steady distribution holds when both bounds contain the truth at least as often as claimed, a "
         f"drifting or bursty one when at least as many end as unstable (tested at {SUSPECT}). The unstable ones among "
-        "the first three are false alarms, of the warm-up's windows and of the test of the samples together. Short bursts "
-        "are dependent samples with a percentile: the bounds claim nothing there, and are shown for how far they are off.",
+        "the first three are false alarms, of the warm-up's windows and of the test of the samples together. Short "
+        "bursts are dependent samples with a percentile: the bounds claim nothing there, and are shown for how far they "
+        "are off.",
         "",
     ]
     return "\n".join(lines)
