@@ -265,6 +265,228 @@ def _number(path: str) -> Optional[float]:
         return None
 
 
+# -- power and energy --------------------------------------------------------------------------------------------------
+
+
+TOTAL_RAILS = ("VDD_IN", "POM_5V_IN", "VIN_SYS_5V0", "VIN")
+"""Rails that feed the whole board of a Jetson; the others are parts of them."""
+
+
+class PowerSensor:
+    """One place where a machine tells energy or power, read through files.
+
+    kind: "rapl", "hwmon" or "ina3221". name: what it covers, such as "package-0" or "VDD_IN". unit: "joules" for a
+    counter, "watts" for a reading of now. wraps: joules at which the counter starts again, None where it does not.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        name: str,
+        unit: str,
+        paths: List[str],
+        scale: float,
+        wraps: Optional[float] = None,
+    ) -> None:
+        self.kind, self.name, self.unit = kind, name, unit
+        self.paths, self.scale, self.wraps = paths, scale, wraps
+
+    def read(self) -> Optional[float]:
+        """Joules or watts, the product of its files' numbers; None where one cannot be read now."""
+        value = self.scale
+        for path in self.paths:
+            number = _number(path)
+            if number is None:
+                return None
+            value *= number
+        return value
+
+
+def power_sensors(root: str = "/") -> Tuple[List[PowerSensor], str]:
+    """The sensors whose sum is the most complete figure that this machine tells; none, with the reason.
+
+    A Jetson's input rail first, then RAPL (processor packages and memory), then other hwmon chips with a counter or a
+    reading. Sensors of parts that another one covers are left out.
+    """
+    for found in (_ina3221(root), _rapl(root), _hwmon_power(root)):
+        readable = [sensor for sensor in found if sensor.read() is not None]
+        if readable:
+            return readable, ""
+        if found:
+            path = found[0].paths[0]
+            return [], f"{found[0].kind.upper()} is there and cannot be read (sudo chmod a+r {path})"
+    return [], "this machine tells no energy: neither RAPL, INA3221 nor another hwmon sensor in /sys"
+
+
+def _rapl(root: str) -> List[PowerSensor]:
+    """Intel's and AMD's running average power limit counters: every package, and the memory beside it."""
+    found = []
+    base = os.path.join(root, "sys/class/powercap")
+    for folder in sorted(glob.glob(base + "/intel-rapl:*")):
+        name = (_text(folder + "/name") or "").strip()
+        if not (name.startswith("package") or name == "dram"):
+            continue  # cores and graphics are parts of the package, psys would count it twice
+        wraps = _number(folder + "/max_energy_range_uj")
+        found.append(PowerSensor("rapl", name, "joules", [folder + "/energy_uj"], 1e-6, wraps and (wraps + 1) / 1e6))
+    return found
+
+
+def _ina3221(root: str) -> List[PowerSensor]:
+    """The power monitor of the Jetson boards: by hwmon (JetPack 5 and up), by iio (JetPack 4)."""
+    rails: Dict[str, PowerSensor] = {}
+    for folder in sorted(glob.glob(os.path.join(root, "sys/class/hwmon/hwmon*"))):
+        if (_text(folder + "/name") or "").strip() != "ina3221":
+            continue
+        for path in sorted(glob.glob(folder + "/in[0-9]*_label")):
+            name = (_text(path) or "").strip()
+            channel = os.path.basename(path)[2 : -len("_label")]
+            volts, amperes = f"{folder}/in{channel}_input", f"{folder}/curr{channel}_input"
+            if name and _number(amperes) is not None:
+                rails[name] = PowerSensor("ina3221", name, "watts", [volts, amperes], 1e-6)  # mV times mA
+    for path in sorted(glob.glob(os.path.join(root, "sys/bus/i2c/drivers/ina3221x/*/iio:device*/rail_name_*"))):
+        name, channel = (_text(path) or "").strip(), path.rsplit("_", 1)[1]
+        power = f"{os.path.dirname(path)}/in_power{channel}_input"
+        rails.setdefault(name, PowerSensor("ina3221", name, "watts", [power], 1e-3))
+    for name in TOTAL_RAILS:
+        if name in rails:
+            return [rails[name]]
+    return [rails[name] for name in sorted(rails)]
+
+
+def _hwmon_power(root: str) -> List[PowerSensor]:
+    """Other chips: energy counters where there are some, else readings of power."""
+    counters: List[PowerSensor] = []
+    readings: List[PowerSensor] = []
+    for folder in sorted(glob.glob(os.path.join(root, "sys/class/hwmon/hwmon*"))):
+        chip = (_text(folder + "/name") or os.path.basename(folder)).strip()
+        if chip == "ina3221":
+            continue
+        for pattern, unit, into in (("energy", "joules", counters), ("power", "watts", readings)):
+            for path in sorted(glob.glob(f"{folder}/{pattern}[0-9]*_input")):
+                label = (_text(path[: -len("_input")] + "_label") or "").strip()
+                into.append(PowerSensor("hwmon", (chip + " " + label).strip(), unit, [path], 1e-6))
+        if not glob.glob(folder + "/power[0-9]*_input"):
+            readings += [
+                PowerSensor("hwmon", chip, "watts", [path], 1e-6)
+                for path in sorted(glob.glob(folder + "/power[0-9]*_average"))
+            ]
+    return counters or readings
+
+
+def tegrastats_watts(line: str) -> Dict[str, float]:
+    """Watts by rail from one line of tegrastats, as JetPack 4 ("POM_5V_IN 2100/2100") and later ones write.
+
+    The first number is that of now, the second an average since the start.
+    """
+    found = re.findall(r"(?<!\S)([A-Z][A-Z0-9_]*) (\d+)(?:mW)?/\d+(?:mW)?(?!\S)", line)
+    return {name: int(value) / 1000 for name, value in found}
+
+
+def board_watts(rails: Dict[str, float]) -> Optional[Tuple[str, float]]:
+    """What the whole board takes: its input rail, else the sum of all rails; None without rails."""
+    for name in TOTAL_RAILS:
+        if name in rails:
+            return name, rails[name]
+    return ("sum of " + ", ".join(sorted(rails)), sum(rails.values())) if rails else None
+
+
+class Tegrastats:
+    """tegrastats in the background, for boards whose sensor files cannot be read; it needs no rights."""
+
+    def __init__(self, command: str = "tegrastats", interval_ms: int = 100) -> None:
+        self.watts: Optional[float] = None
+        self.name = ""
+        self._process = subprocess.Popen(
+            [command, "--interval", str(interval_ms)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            universal_newlines=True,
+        )
+        self._thread = threading.Thread(target=self._follow)
+        self._thread.daemon = True
+        self._thread.start()
+
+    def _follow(self) -> None:
+        for line in self._process.stdout or ():
+            total = board_watts(tegrastats_watts(line))
+            if total is not None:
+                self.name, self.watts = total
+
+    def close(self) -> None:
+        """Ends it."""
+        self._process.terminate()
+        self._process.wait()
+        self._thread.join(5)
+
+
+class EnergyMeter:
+    """Joules since it was made, of all its sensors together.
+
+    A counter is followed over its wrap-around, for which it must be read at least once per turn. A reading of power is
+    taken every `interval` seconds in the background and summed up by the trapezoidal rule.
+    """
+
+    def __init__(
+        self,
+        sensors: List[PowerSensor],
+        interval: float = 0.02,
+        tegrastats: Optional[Tegrastats] = None,
+    ) -> None:
+        self.how = ", ".join(f"{sensor.kind.upper()} {sensor.name}" for sensor in sensors)
+        self._sensors, self._interval, self._tegrastats = sensors, interval, tegrastats
+        self._total = 0.0
+        self._counters = {s.paths[0]: s.read() for s in sensors if s.unit == "joules"}
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._watts, self._at = self._read_watts(), time.monotonic()
+        self._thread: Optional[threading.Thread] = None
+        if tegrastats is not None or any(sensor.unit == "watts" for sensor in sensors):
+            self._thread = threading.Thread(target=self._follow)
+            self._thread.daemon = True
+            self._thread.start()
+
+    def joules(self) -> float:
+        """Since the meter was made."""
+        with self._lock:
+            self._integrate()
+            for sensor in self._sensors:
+                if sensor.unit == "joules":
+                    before, now = self._counters[sensor.paths[0]], sensor.read()
+                    if before is not None and now is not None:
+                        step = now - before
+                        self._total += step if step >= 0 else step + (sensor.wraps or 0.0)
+                        self._counters[sensor.paths[0]] = now
+            return self._total
+
+    def close(self) -> None:
+        """Ends the reading in the background."""
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join(5)
+        if self._tegrastats is not None:
+            self._tegrastats.close()
+
+    def _follow(self) -> None:
+        while not self._stopped.wait(self._interval):
+            with self._lock:
+                self._integrate()
+
+    def _integrate(self) -> None:
+        now, watts = time.monotonic(), self._read_watts()
+        if watts is not None:
+            self._total += (now - self._at) * (watts if self._watts is None else (watts + self._watts) / 2)
+            self._watts, self._at = watts, now
+
+    def _read_watts(self) -> Optional[float]:
+        if self._tegrastats is not None:
+            self.how = "tegrastats " + self._tegrastats.name
+            return self._tegrastats.watts
+        readings = [sensor.read() for sensor in self._sensors if sensor.unit == "watts"]
+        known = [reading for reading in readings if reading is not None]
+        return sum(known) if known else None
+
+
 # -- a Jetson's own tools ----------------------------------------------------------------------------------------------
 
 
@@ -333,9 +555,7 @@ def parse_tegrastats(line: str) -> Dict[str, Any]:
             found["gpu_mhz"] = int(match.group(2))
     degrees = {name: float(value) for name, value in re.findall(r"\b(\w+)@(-?[\d.]+)C\b", line)}
     found["temperatures_c"] = {name: value for name, value in degrees.items() if -60 < value < 150}
-    found["power_mw"] = {
-        name: int(value) for name, value in re.findall(r"\b((?:VDD|VIN|POM)_\w+) (\d+)(?:mW)?/\d+(?:mW)?", line)
-    }
+    found["power_mw"] = {name: round(watts * 1000) for name, watts in tegrastats_watts(line).items()}
     return {key: value for key, value in found.items() if value not in (None, {}, "")}
 
 

@@ -215,6 +215,8 @@ class TargetSection(Section):
     batch: int = Field(1, ge=1)
     memory_mib: float | None = Field(None, gt=0, allow_inf_nan=False)
     file_size_mib: float | None = Field(None, gt=0, allow_inf_nan=False)
+    energy_mj: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Energy of one query above idle, in millijoules; not measured where the machine tells no power."""
     metric_floor: float | None = Field(None, ge=0, le=1)
     """Lowest accepted metric of the exported model, as a fraction."""
     max_metric_drop: float | None = Field(None, ge=0, le=1)

@@ -4,39 +4,39 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import re
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 import numpy as np
 
 from profiles import agent, statistics
 from profiles.artifact import explain_os_errors, file_hash, write_text
+from profiles.conditions import ClockWatch, environment_of, pinned, warnings_of
 from profiles.device import TargetSection
+from profiles.energy import PowerSource, energy_per_query, find_power, no_energy
 from profiles.errors import EdgestillError, InputError
+from profiles.fresh_process import LOAD_SECONDS, HangError, Started, probe
 from profiles.measure_section import MeasureSection
 from profiles.measurement import (
+    Energy,
     Latency,
     LatencyDifference,
     Measurement,
-    Memory,
     Outcome,
     Scope,
-    Throughput,
-    ThroughputPoint,
 )
 from profiles.opening import open_arrays
 from profiles.progress import Progress, Silent, Task
-from profiles.runtimes import Clock, Runtime, Session, Timed, WallClock, get_runtime
+from profiles.runtimes import Clock, Runtime, RuntimeOptions, Session, Timed, WallClock, get_runtime
+from profiles.watchdog import Beat, Hung, watched
 
 Array = np.ndarray[Any, Any]
+T = TypeVar("T")
 
 WINDOW_NS = 200_000_000
 """Shortest window of the warm-up, in nanoseconds."""
@@ -53,10 +53,7 @@ RESETTLE = 2
 _BLOCK_SECONDS = 0.25
 _BLOCK_QUERIES = 64
 _KEPT_INPUTS = 64
-_BUSY_CORES = 0.2
-_PROBE_TIMEOUT = 300.0
-_SWEEP_SECONDS = 1.0
-_SATURATED = 0.95
+_CHECK_SECONDS = 1.0
 
 _QUANTISED = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger")
 
@@ -145,11 +142,13 @@ def warm_up(query: Query, clock: Clock, *, percentile: float, scope: Scope, max_
     """Runs until three successive windows of at least 200 ms agree within 10 %, and at least 10 times.
 
     They must agree in throughput and in `percentile` of the clock in question; in p50 where one of the windows holds
-    fewer samples than that percentile needs. After `max_seconds` it gives up: not stable.
+    fewer samples than that percentile needs. After `max_seconds` it gives up: not stable, unless the later half of the
+    queries came in random order (`statistics.stability`), since windows of a heavy tail never agree.
     """
     needed = statistics.samples_needed(percentile)
     began = clock.now()
     windows: list[list[Timed]] = []
+    taken: list[int] = []
     runs = 0
     while True:
         window: list[Timed] = []
@@ -158,11 +157,16 @@ def warm_up(query: Query, clock: Clock, *, percentile: float, scope: Scope, max_
             window.append(query(runs)._replace(outputs={}))
             runs += 1
         windows = [*windows, window][-WINDOWS:]
+        taken += [timed.compute_ns if scope == "compute" else timed.end_to_end_ns for timed in window]
         stable = runs >= LEAST_RUNS and len(windows) == WINDOWS and _agree(windows, needed, percentile, scope)
         seconds = (clock.now() - began) / 1e9
         if stable or (seconds >= max_seconds and runs >= LEAST_RUNS):
             typical = statistics.percentile([timed.end_to_end_ns for timed in window], 50)
-            return WarmUp(stable, runs, seconds, typical)
+            return WarmUp(stable or _in_random_order(taken[len(taken) // 2 :], percentile), runs, seconds, typical)
+
+
+def _in_random_order(latencies: list[int], percentile: float) -> bool:
+    return len(latencies) >= FIRST_LOOK and all(statistics.stability(latencies, p).stable for p in (50, percentile))
 
 
 def _agree(windows: list[list[Timed]], needed: int, percentile: float, scope: Scope) -> bool:
@@ -240,7 +244,7 @@ def _judge(result: Sampled, plan: Plan, looks: tuple[int, ...]) -> None:
     result.looks += 1
     if plan.limit_ms is not None:
         milliseconds = np.asarray(result.in_scope(plan.scope), dtype=np.float64) / 1e6
-        result.verdict = statistics.verdict(milliseconds, plan.limit_ms, plan.percentile, plan.look_confidence)
+        result.verdict = statistics.judge(milliseconds, plan.limit_ms, plan.percentile, plan.look_confidence)
     if result.verdict in ("pass", "fail"):
         result.stopped_by = "decided"
     elif due and (plan.limit_ms is None or result.looks == len(looks)):
@@ -258,6 +262,8 @@ def describe(samples_ns: Array | Sequence[int], scope: Scope, percentile: float,
         return statistics.percentile(milliseconds, p) if n >= statistics.samples_needed(p) else None
 
     first, third = np.quantile(milliseconds, [0.25, 0.75])
+    found = statistics.stability(milliseconds, percentile, bound_confidence)
+    stable = found.stable and statistics.stability(milliseconds, 50, bound_confidence).stable
     return Latency(
         scope=scope,
         samples=n,
@@ -270,12 +276,14 @@ def describe(samples_ns: Array | Sequence[int], scope: Scope, percentile: float,
         p99=value(99),
         p99_9=value(99.9),
         percentile=percentile,
-        value=value(percentile),
-        upper_bound=statistics.upper_bound(milliseconds, percentile, bound_confidence),
-        lower_bound=statistics.lower_bound(milliseconds, percentile, bound_confidence),
+        value=value(percentile) if stable else None,
+        upper_bound=found.upper if stable else None,
+        lower_bound=found.lower if stable else None,
         bound_confidence=bound_confidence,
         outliers=int((milliseconds > third + 1.5 * (third - first)).sum()),
         lag1=statistics.lag1_autocorrelation(milliseconds),
+        stable=stable,
+        inflation=found.inflation,
     )
 
 
@@ -290,6 +298,8 @@ def measure(
     clock: Clock | None = None,
     progress: Progress | None = None,
     fresh_process: bool = True,
+    failures: dict[str, EdgestillError] | None = None,
+    power: PowerSource | None = None,
     place: Place | None = None,
 ) -> dict[str, Measured]:
     """Measures model files against each other.
@@ -303,61 +313,90 @@ def measure(
         runtime: default ONNX Runtime.
         clock: default the machine's.
         progress: told how many samples there are.
-        fresh_process: measure load time, first inference and peak memory in a process of its own as well.
+        fresh_process: measure load time, first inference and peak memory in a process of its own as well. A model that
+            hangs or crashes there is not loaded here.
+        failures: given, it takes the errors of the candidates that could not be measured, and the others are measured;
+            left out, the first such error is raised.
+        power: where the energy is read; default the machine's own sensors, when the clock is its own too.
         place: the machine that `runtime` works on; default this one.
+
+    Returns:
+        By name; without the candidates in `failures`.
 
     Raises:
         InputError: no candidates, a missing or damaged file, inputs that the model does not take.
-        EdgestillError: a model that cannot be loaded or run, or whose output is not finite.
+        EdgestillError: a model that cannot be loaded or run, whose output is not finite, or that hangs.
     """
     if not candidates:
         raise InputError("there is no model to measure", fix="name at least one model file")
-    runtime = runtime or get_runtime("onnxruntime")
-    clock = clock or WallClock()
+    runtime = runtime or get_runtime("onnxruntime", runtime_options(section))
     progress = progress or Silent()
     place = place or Here()
+    if clock is None:
+        power = power or find_power(runtime.name)
+    clock = clock or WallClock()
     batches = query_batches(inputs, target.batch)
     plan = plan_looks(target, section)
+    failed: dict[str, EdgestillError] = {}
     sessions: dict[str, Session] = {}
-    try:
-        for name, model in candidates.items():
-            sessions[name] = runtime.load(model, threads=section.threads)
-            _check_outputs(sessions[name], batches, clock, model)
-        started = {
-            name: place.probe(runtime.name, model, batches[0], section.threads) if fresh_process else _NOT_PROBED
-            for name, model in candidates.items()
-        }
-        queries = {name: querying(session, batches, clock, section.idle_gap_ms) for name, session in sessions.items()}
-        before = place.facts()
-        place.others()
-        warm: dict[str, WarmUp] = {}
-        with progress.task("warming up", len(queries), "models") as task:
-            for name, query in queries.items():
-                warm[name] = warm_up(
-                    query,
-                    clock,
-                    percentile=target.percentile,
-                    scope=target.latency_scope,
-                    max_seconds=section.warmup_seconds,
-                )
-                task.advance(note=name)
-        with progress.task("measuring latency", None, "queries") as task:
-            sampled = sample(
-                queries, {name: entry.typical_ns for name, entry in warm.items()}, plan, clock, task, place.ahead
+    started: dict[str, Started] = {}
+    energies: dict[str, Energy] = {}
+    with pinned(section.affinity):
+        try:
+            for name, model in candidates.items():
+                with _collected(failed, name, failures):
+                    started[name] = Started.not_probed()
+                    if fresh_process:
+                        started[name] = place.probe(
+                            runtime.name,
+                            model,
+                            batches[0],
+                            section.threads,
+                            options=runtime_options(section),
+                            timeout_seconds=section.timeout_seconds,
+                        )
+                    sessions[name] = _ready(runtime, model, batches, section, clock, place)
+            before = place.facts()
+            place.others()
+            watch = ClockWatch(place.clocks)
+            warm, sampled = _sampled(
+                sessions,
+                batches,
+                target,
+                section,
+                plan,
+                clock,
+                progress,
+                failed,
+                failures,
+                watch,
+                candidates,
+                runtime,
+                place,
             )
-        use, after = place.others(), place.facts()
-    finally:
-        for session in sessions.values():
-            session.close()
+            use, after = place.others(), place.facts()
+            for name in sampled:
+                energies[name] = _energy(name, sessions[name], batches, clock, section, power, watch)
+        finally:
+            for name, session in sessions.items():
+                # a session that hangs cannot be closed; it goes with the process
+                if not isinstance(failed.get(name), HangError):
+                    session.close()
+    if failures is not None:
+        failures.update(failed)
     differences = _differences(sampled, target.latency_scope)
-    environment = _environment(before, after, use)
-    precisions = {name: graph_precision(model) for name, model in candidates.items()}
+    environment = {**environment_of(before, after, use), **watch.found()}
     created = datetime.now(UTC).isoformat(timespec="seconds")
     both = place.tells_end_to_end
     results = {}
-    for name, model in candidates.items():
-        found = sampled[name]
-        probed = started[name]
+    for name, found in sampled.items():
+        model, probed = candidates[name], started[name]
+        precision = graph_precision(model)
+        clocks = {
+            scope: describe(found.in_scope(scope), scope, target.percentile, plan.look_confidence)
+            for scope in get_args(Scope)
+        }
+        stable = warm[name].stable and clocks[plan.scope].stable
         measurement = Measurement(
             name=name,
             file=model.name,
@@ -365,29 +404,34 @@ def measure(
             file_size_mib=sum(path.stat().st_size for path in model_files(model)) / 2**20,
             runtime=runtime.name,
             runtime_version=runtime.version,
-            options={**sessions[name].options, "idle_gap_ms": section.idle_gap_ms},
-            graph_precision=precisions[name],
-            compute_precision=_compute_precision(precisions[name], runtime.name),
+            options={
+                **sessions[name].options,
+                "affinity": list(section.affinity) or "all",
+                "idle_gap_ms": section.idle_gap_ms,
+            },
+            graph_precision=precision,
+            compute_precision=_compute_precision(precision, runtime.name),
             batch=target.batch,
             input_shapes={key: array.shape for key, array in batches[0].items()},
             input_source=input_source,
-            compute=describe(found.compute_ns, "compute", target.percentile, plan.look_confidence),
-            end_to_end=describe(found.end_to_end_ns, "end_to_end", target.percentile, plan.look_confidence)
-            if both
-            else None,
+            compute=clocks["compute"],
+            end_to_end=clocks["end_to_end"] if both else None,
             scope=target.latency_scope,
             limit_ms=target.latency_ms,
-            verdict=found.verdict,
+            verdict=_verdict(found, plan, stable=stable),
             looks=found.looks,
             stopped_by=found.stopped_by or "samples",
-            stable=warm[name].stable,
-            warnings=_warnings(warm[name], section, environment),
+            stable=stable,
+            warnings=warnings_of(
+                warm[name].stable, section, environment, clocks[target.latency_scope], found.in_scope(plan.scope)
+            ),
             warmup_runs=warm[name].runs,
             warmup_seconds=warm[name].seconds,
             seconds=found.spent_ns / 1e9,
             load_ms=probed.load_ms,
             first_inference_ms=probed.first_inference_ms,
             memory=probed.memory,
+            energy=energies[name],
             differences=differences[name],
             environment=environment,
             created=created,
@@ -399,64 +443,169 @@ def measure(
     return results
 
 
-def sweep(
-    model: Path,
-    inputs: Mapping[str, Array],
+def runtime_options(section: MeasureSection) -> RuntimeOptions:
+    """What the section asks of a runtime."""
+    return RuntimeOptions(graph_optimization=section.graph_optimization, cuda_graph=section.cuda_graph)
+
+
+@contextmanager
+def _collected(
+    failed: dict[str, EdgestillError], name: str, failures: dict[str, EdgestillError] | None
+) -> Iterator[None]:
+    """One candidate's error ends only its own measurement, where the caller wants it so."""
+    try:
+        yield
+    except EdgestillError as error:
+        failed[name] = error
+        if failures is None:
+            raise
+
+
+def _ready(
+    runtime: Runtime, model: Path, batches: list[dict[str, Array]], section: MeasureSection, clock: Clock, place: Place
+) -> Session:
+    """A loaded session whose outputs are finite."""
+
+    def load(beat: Beat) -> Session:
+        session = runtime.load(model, threads=section.threads)
+        try:
+            for inputs in _worth_checking(batches, session, beat, clock, model):
+                _check_outputs(session, inputs, clock, model)
+        except EdgestillError:
+            session.close()
+            raise
+        return session
+
+    try:
+        return place.guarded(load, max(section.timeout_seconds, LOAD_SECONDS))
+    except Hung as hung:
+        raise _hang(model, runtime.name, section, "while it was loaded and first run") from hung
+
+
+def _worth_checking(
+    batches: list[dict[str, Array]], session: Session, beat: Beat, clock: Clock, model: Path
+) -> Iterator[dict[str, Array]]:
+    """The first queries, and more of the different ones while that takes little time."""
+    began = clock.now()
+    for index, inputs in enumerate(batches):
+        if index >= LEAST_RUNS and clock.now() - began > _CHECK_SECONDS * 1e9:
+            return
+        beat("checking outputs")
+        yield inputs
+
+
+def _hang(model: Path, runtime: str, section: MeasureSection, when: str) -> HangError:
+    return HangError(
+        f"{runtime} hangs on the model {when}",
+        where=str(model),
+        evidence=f"no answer within {section.timeout_seconds:g} s",
+        fix="raise measure.timeout_seconds if one query may take that long, else report it to the runtime's makers",
+    )
+
+
+class _CandidateError(Exception):
+    """A query of one candidate failed."""
+
+    def __init__(self, name: str, error: EdgestillError) -> None:
+        super().__init__(name)
+        self.name, self.error = name, error
+
+
+def _sampled(
+    sessions: Mapping[str, Session],
+    batches: list[dict[str, Array]],
+    target: TargetSection,
     section: MeasureSection,
-    *,
-    batches: Iterable[int] = (1, 2, 4, 8, 16, 32, 64, 128, 256),
-    runtime: Runtime | None = None,
-    clock: Clock | None = None,
-    progress: Progress | None = None,
-) -> Throughput:
-    """Throughput over batch sizes, about one second each; ends when two doublings in a row gain less than 5 %.
+    plan: Plan,
+    clock: Clock,
+    progress: Progress,
+    failed: dict[str, EdgestillError],
+    failures: dict[str, EdgestillError] | None,
+    watch: ClockWatch,
+    candidates: Mapping[str, Path],
+    runtime: Runtime,
+    place: Place,
+) -> tuple[dict[str, WarmUp], dict[str, Sampled]]:
+    """Warm-up and samples of all candidates; where one fails or hangs, the others are sampled anew without it."""
+    while names := [name for name in sessions if name not in failed]:
 
-    Args:
-        model: model file with a dynamic batch; with a fixed one, give that batch alone.
-        inputs: by input name, (N, ...).
+        def work(beat: Beat, names: list[str] = names) -> tuple[dict[str, WarmUp], dict[str, Sampled]]:
+            queries = {name: _alive(name, sessions[name], batches, clock, section, beat, watch) for name in names}
+            warm: dict[str, WarmUp] = {}
+            with progress.task("warming up", len(queries), "models") as task:
+                for name, query in queries.items():
+                    warm[name] = warm_up(
+                        query,
+                        clock,
+                        percentile=target.percentile,
+                        scope=target.latency_scope,
+                        max_seconds=section.warmup_seconds,
+                    )
+                    task.advance(note=name)
+            watch.start()
+            with progress.task("measuring latency", None, "queries") as task:
+                typical = {name: entry.typical_ns for name, entry in warm.items()}
+                return warm, sample(queries, typical, plan, clock, task, place.ahead)
 
-    Raises:
-        InputError: as `measure`; also when the graph refuses the first batch size.
-        EdgestillError: the first batch size cannot be run.
-    """
-    runtime = runtime or get_runtime("onnxruntime")
-    clock = clock or WallClock()
-    points: list[ThroughputPoint] = []
-    session = runtime.load(model, threads=section.threads)
-    note = "largest batch size of the sweep"
-    with (progress or Silent()).task("batch sweep", None, "batch sizes") as task:
-        for batch in batches:
-            query = querying(session, query_batches(inputs, batch), clock, 0.0)
-            try:
-                warm = warm_up(
-                    query, clock, percentile=50, scope="end_to_end", max_seconds=min(section.warmup_seconds, 3.0)
-                )
-                latencies: list[int] = []
-                while sum(latencies) < _SWEEP_SECONDS * 1e9 or len(latencies) < LEAST_RUNS:
-                    latencies.append(query(len(latencies)).end_to_end_ns)
-            except EdgestillError as error:
-                if not points:
-                    raise
-                note = f"batch {batch} failed: {error.evidence or error.message}"
-                break
-            points.append(
-                ThroughputPoint(
-                    batch=batch,
-                    samples_per_second=batch * len(latencies) / (sum(latencies) / 1e9),
-                    p50_ms=statistics.percentile(latencies, 50) / 1e6,
-                    queries=len(latencies),
-                    stable=warm.stable,
-                )
-            )
-            task.advance(note=f"batch {batch}: {points[-1].samples_per_second:.0f} samples/s")
-            best_before = max((point.samples_per_second for point in points[:-2]), default=0.0)
-            if len(points) > 2 and max(point.samples_per_second for point in points[-2:]) < 1.05 * best_before:
-                note = "the last two batch sizes gained less than 5 %"
-                break
-    session.close()
-    best = max(point.samples_per_second for point in points)
-    saturation = min(point.batch for point in points if point.samples_per_second >= _SATURATED * best)
-    return Throughput(points=tuple(points), saturation_batch=saturation, note=note)
+        collecting = gc.isenabled()
+        try:
+            return place.guarded(work, section.timeout_seconds + section.idle_gap_ms / 1e3)
+        except Hung as hung:
+            if collecting:  # the thread that was left behind had switched it off
+                gc.enable()
+            name = hung.label or names[0]
+            with _collected(failed, name, failures):
+                raise _hang(candidates[name], runtime.name, section, "after it had answered before") from hung
+        except _CandidateError as error:
+            with _collected(failed, error.name, failures):
+                raise error.error from error
+    return {}, {}
+
+
+def _energy(
+    name: str,
+    session: Session,
+    batches: list[dict[str, Array]],
+    clock: Clock,
+    section: MeasureSection,
+    power: PowerSource | None,
+    watch: ClockWatch,
+) -> Energy:
+    """The energy of one candidate that runs alone; a failure here leaves its latency as it is."""
+    if power is None or not power.readable or not section.energy_seconds:
+        return no_energy("not asked for" if power is None or not section.energy_seconds else power.how)
+    try:
+        return watched(
+            lambda beat: energy_per_query(
+                _alive(name, session, batches, clock, section, beat, watch), power, clock, section.energy_seconds
+            ),
+            section.timeout_seconds + section.energy_seconds,
+        )
+    except (Hung, _CandidateError) as error:
+        return no_energy(f"the queries failed: {error}")
+
+
+def _alive(
+    name: str,
+    session: Session,
+    batches: list[dict[str, Array]],
+    clock: Clock,
+    section: MeasureSection,
+    beat: Beat,
+    watch: ClockWatch,
+) -> Query:
+    """The session's queries with a sign of life before each, outside of what is timed."""
+    ask = querying(session, batches, clock, section.idle_gap_ms)
+
+    def query(index: int) -> Timed:
+        beat(name)
+        watch.look()
+        try:
+            return ask(index)
+        except EdgestillError as error:
+            raise _CandidateError(name, error) from error
+
+    return query
 
 
 def save_measurement(folder: Path, measurement: Measurement, samples: Samples) -> Path:
@@ -553,8 +702,8 @@ def graph_precision(model: Path) -> GraphPrecision:
 
 
 def _compute_precision(graph: GraphPrecision, runtime: str) -> str:
-    if runtime == "onnxruntime" and graph in ("fp16", "bf16"):
-        # its CPU provider has kernels in half precision for few operators, on some Arm cores; it casts around the rest
+    if runtime in ("onnxruntime", "openvino") and graph in ("fp16", "bf16"):
+        # the CPU provider has kernels in half precision for few operators, on some Arm cores; it casts around the rest
         return f"fp32 ({graph} graph on a CPU)"
     return graph
 
@@ -565,48 +714,6 @@ def model_hash(model: Path) -> str:
     if len(files) == 1:
         return file_hash(model)
     return hashlib.sha256("".join(file_hash(path) for path in files).encode()).hexdigest()
-
-
-class Started(NamedTuple):
-    """What a fresh process that loads one model and runs it told."""
-
-    load_ms: float | None
-    first_inference_ms: float | None
-    memory: Memory
-
-
-_NOT_PROBED = Started(
-    None, None, Memory(peak_mib=None, before_load_mib=None, how="n/a: no fresh process was asked for")
-)
-
-
-def probe(runtime_name: str, model: Path, inputs: Mapping[str, Array], threads: int) -> Started:
-    """Load time, first inference and peak memory, from a process that does nothing else."""
-    root = str(Path(__file__).resolve().parent.parent)
-    # -P keeps the working folder, which may hold a `profiles` of the user's, off the path
-    code = (
-        f"import sys; sys.path.append({root!r}); "
-        "from profiles.runtimes.probe import main; sys.exit(main(*sys.argv[1:]))"
-    )
-    with tempfile.TemporaryDirectory(prefix="edgestill-") as folder:
-        stored = Path(folder) / "inputs.npz"
-        arrays: dict[str, Any] = dict(inputs)
-        np.savez(stored, **arrays)
-        command = [sys.executable, "-P", "-c", code, runtime_name, str(model), str(stored), str(threads)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_TIMEOUT, check=False)
-            found = json.loads(done.stdout.strip().splitlines()[-1])
-        except subprocess.TimeoutExpired:
-            found = {"error": f"the fresh process took more than {_PROBE_TIMEOUT:.0f} s"}
-        except (OSError, ValueError, IndexError) as error:
-            found = {"error": f"the fresh process failed: {error}"}
-            if isinstance(error, IndexError):
-                last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-                found = {"error": f"the fresh process failed: {last[0]}"}
-    if "error" in found:
-        return Started(None, None, Memory(peak_mib=None, before_load_mib=None, how=f"n/a: {found['error']}"))
-    memory = Memory(peak_mib=found["peak_mib"], before_load_mib=found["before_load_mib"], how=found["how"])
-    return Started(found["load_ms"], found["first_inference_ms"], memory)
 
 
 class Place(Protocol):
@@ -625,12 +732,33 @@ class Place(Protocol):
         """What `agent.read` tells there, now."""
         ...
 
+    def clocks(self) -> Mapping[str, float]:
+        """What `agent.clocks` tells there, now; empty where asking would disturb the queries."""
+        ...
+
+    def guarded(self, work: Callable[[Beat], T], seconds: float) -> T:
+        """The result of work that may hang; it beats at least every `seconds`.
+
+        Raises:
+            Hung: no beat, where that can be told (`profiles.watchdog`).
+        """
+        ...
+
     def others(self) -> dict[str, Any]:
         """What others did there since the last call; see `agent.CpuUse.since`."""
         ...
 
-    def probe(self, runtime_name: str, model: Path, inputs: Mapping[str, Array], threads: int) -> Started:
-        """See `probe`."""
+    def probe(
+        self,
+        runtime_name: str,
+        model: Path,
+        inputs: Mapping[str, Array],
+        threads: int,
+        *,
+        options: RuntimeOptions | None = None,
+        timeout_seconds: float = 60.0,
+    ) -> Started:
+        """See `profiles.fresh_process.probe`."""
         ...
 
 
@@ -649,14 +777,31 @@ class Here:
         """See `Place.facts`."""
         return agent.read()
 
+    def clocks(self) -> Mapping[str, float]:
+        """See `Place.clocks`."""
+        return agent.clocks()
+
+    def guarded(self, work: Callable[[Beat], T], seconds: float) -> T:
+        """See `Place.guarded`."""
+        return watched(work, seconds)
+
     def others(self) -> dict[str, Any]:
         """See `Place.others`."""
         before, self._use = self._use, agent.CpuUse()
         return self._use.since(before)
 
-    def probe(self, runtime_name: str, model: Path, inputs: Mapping[str, Array], threads: int) -> Started:
-        """See `probe`."""
-        return probe(runtime_name, model, inputs, threads)
+    def probe(
+        self,
+        runtime_name: str,
+        model: Path,
+        inputs: Mapping[str, Array],
+        threads: int,
+        *,
+        options: RuntimeOptions | None = None,
+        timeout_seconds: float = 60.0,
+    ) -> Started:
+        """See `Place.probe`."""
+        return probe(runtime_name, model, inputs, threads, options=options, timeout_seconds=timeout_seconds)
 
 
 def querying(session: Session, batches: list[dict[str, Array]], clock: Clock, idle_gap_ms: float) -> Query:
@@ -670,17 +815,16 @@ def querying(session: Session, batches: list[dict[str, Array]], clock: Clock, id
     return query
 
 
-def _check_outputs(session: Session, batches: list[dict[str, Array]], clock: Clock, model: Path) -> None:
-    for inputs in batches[:LEAST_RUNS]:
-        for name, output in session.query(inputs, clock).outputs.items():
-            if np.issubdtype(output.dtype, np.floating) and not np.isfinite(output).all():
-                bad = output.size - int(np.isfinite(output).sum())
-                raise EdgestillError(
-                    f'the model\'s output "{name}" is not finite',
-                    where=str(model),
-                    evidence=f"{bad} of {output.size} values are NaN or infinite",
-                    fix="a model that overflows in FP16 may run in FP32; check the exported weights",
-                )
+def _check_outputs(session: Session, inputs: dict[str, Array], clock: Clock, model: Path) -> None:
+    for name, output in session.query(inputs, clock).outputs.items():
+        if np.issubdtype(output.dtype, np.floating) and not np.isfinite(output).all():
+            bad = output.size - int(np.isfinite(output).sum())
+            raise EdgestillError(
+                f'the model\'s output "{name}" is not finite',
+                where=str(model),
+                evidence=f"{bad} of {output.size} values are NaN or infinite",
+                fix="a model that overflows in FP16 may run in FP32; check the exported weights",
+            )
 
 
 def _differences(sampled: Mapping[str, Sampled], scope: Scope) -> dict[str, tuple[LatencyDifference, ...]]:
@@ -710,45 +854,13 @@ def _differences(sampled: Mapping[str, Sampled], scope: Scope) -> dict[str, tupl
     return {name: tuple(entries) for name, entries in found.items()}
 
 
-def _environment(before: dict[str, Any], after: dict[str, Any], use: dict[str, Any]) -> dict[str, Any]:
-    """Facts that stayed, once; facts that moved, before and after."""
-    moving = (
-        "load",
-        "clocks_mhz",
-        "temperatures_c",
-        "throttle_events",
-        "memory_available_mib",
-        "governor",
-        "power_mode",
-    )
-    return {
-        **{key: value for key, value in before.items() if key not in moving},
-        "before": {key: before[key] for key in moving if key in before},
-        "after": {key: after[key] for key in moving if key in after},
-        "cpu_use": use,
-        "garbage_collection": "off while sampling",
-    }
-
-
-def _warnings(warm: WarmUp, section: MeasureSection, environment: dict[str, Any]) -> tuple[str, ...]:
-    found = []
-    if not warm.stable:
-        found.append(f"unstable: latency did not settle within {section.warmup_seconds:g} s of warm-up")
-    use = environment["cpu_use"]
-    if use.get("other_cores", 0) >= _BUSY_CORES:
-        names = ", ".join(f"{process['name']} {process['cores']:.1f}" for process in use["busiest"])
-        found.append(
-            f"the machine was busy: other processes used {use['other_cores']:.1f} of {environment['cores']} cores"
-            + (f" ({names})" if names else "")
-        )
-    if use.get("stolen_cores", 0) >= _BUSY_CORES:
-        found.append(f"the hypervisor took {use['stolen_cores']:.1f} cores away")
-    before, after = environment["before"], environment["after"]
-    if after.get("throttle_events", 0) != before.get("throttle_events", 0):
-        found.append(
-            f"the CPU was throttled: {before.get('throttle_events', 0)} events before, {after['throttle_events']} after"
-        )
-    for fact in ("governor", "power_mode"):
-        if before.get(fact) != after.get(fact):
-            found.append(f"the {fact.replace('_', ' ')} changed from {before.get(fact)} to {after.get(fact)}")
-    return tuple(found)
+def _verdict(found: Sampled, plan: Plan, *, stable: bool) -> Outcome | None:
+    """Of a latency that moved, only what holds for every single sample decides, when there are enough for a bound."""
+    if stable or found.verdict is None or plan.limit_ms is None:
+        return found.verdict
+    samples = found.in_scope(plan.scope)
+    if len(samples) < statistics.samples_needed(plan.percentile, plan.look_confidence):
+        return "inconclusive"
+    if max(samples) <= plan.limit_ms * 1e6:
+        return "pass"
+    return "fail" if min(samples) > plan.limit_ms * 1e6 else "inconclusive"

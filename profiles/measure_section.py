@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from profiles.runtimes import GraphOptimization
 from profiles.section import Section
 
 
@@ -24,3 +25,13 @@ class MeasureSection(Section):
     """Bound on the warm-up of one candidate; a candidate that has not settled by then is called unstable."""
     idle_gap_ms: float = Field(default=0.0, ge=0)
     """Duty cycle: pause between two queries. A device that sleeps between frames is slower per frame."""
+    timeout_seconds: float = Field(default=60.0, gt=0)
+    """A runtime that answers no query for this long hangs: it is named and left out, the others are measured."""
+    affinity: tuple[int, ...] = ()
+    """Cores that the measured threads may use; none named: those of this process. Part of a measurement's identity."""
+    graph_optimization: GraphOptimization = "all"
+    """How far ONNX Runtime rewrites the graph before it runs: all, extended, basic or none."""
+    cuda_graph: bool = True
+    """On a GPU: launches are recorded once and replayed, where the runtime and the model allow it."""
+    energy_seconds: float = Field(default=2.0, ge=0)
+    """Where the machine tells its power: how long each candidate runs for its energy, and idle as long; 0: none."""

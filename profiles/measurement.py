@@ -13,7 +13,9 @@ Outcome = Literal["pass", "fail", "inconclusive"]
 class Latency(Section):
     """The distribution of one clock's samples, all in milliseconds; nothing is clipped.
 
-    A percentile is None when there are fewer samples than it needs (p90 64, p95 130, p99 662, p99.9 6636).
+    mean to p99_9 describe these samples; a percentile is None when there are fewer than it needs (p90 64, p95 130, p99
+    662, p99.9 6636). `value` and its bounds are what is claimed of the model; they are None as well when the latency
+    moved while it was sampled (`stable`), since then there is no such number.
     """
 
     scope: Scope
@@ -42,6 +44,10 @@ class Latency(Section):
     """Samples above the third quartile by more than 1.5 interquartile ranges (Tukey); counted, never removed."""
     lag1: float | None
     """Lag-1 autocorrelation, -1 to 1; far from 0 means that neighbouring queries are not independent."""
+    stable: bool = True
+    """False when the median or the asked percentile drifted or came in slow spells (`statistics.stability`)."""
+    inflation: float = 1.0
+    """How many samples tell as much about the asked percentile as one independent sample; the bounds count it."""
 
 
 class LatencyDifference(Section):
@@ -66,6 +72,22 @@ class Memory(Section):
     """Resident size with interpreter and runtime imported, before the model was loaded."""
     how: str
     """What was read, and where; the reason when there is no figure."""
+
+
+class Energy(Section):
+    """Energy of one query above what the idle machine takes, from the sensors that it has; never 0 for "not known"."""
+
+    millijoules: float | None
+    """Mean over the queries of several spells; None when no sensor was readable, or idling took as much."""
+    low: float | None = None
+    high: float | None = None
+    """Ends of the interval of the mean, by Student's t over the spells' means, with idle uncertain as well."""
+    confidence: float = 0.95
+    idle_watts: float | None = None
+    busy_watts: float | None = None
+    queries: int = 0
+    how: str
+    """Which sensor, and what it covers; the reason when there is no figure."""
 
 
 class Measurement(Section):
@@ -103,7 +125,7 @@ class Measurement(Section):
     """How often the samples were judged."""
     stopped_by: Literal["decided", "samples", "time"]
     stable: bool
-    """Whether the warm-up settled."""
+    """Whether the warm-up settled and the latency in `scope` stayed where it was."""
     warnings: tuple[str, ...]
     """What a reader of the figures must know: did not settle, the machine was busy, clocks were throttled."""
     warmup_runs: int
@@ -114,6 +136,8 @@ class Measurement(Section):
     """Model file to ready session, in the fresh process of `memory`."""
     first_inference_ms: float | None
     memory: Memory
+    energy: Energy | None = None
+    """None in measurements of before energy was measured."""
     differences: tuple[LatencyDifference, ...]
     """Against every other candidate that was measured interleaved with this one."""
     environment: dict[str, Any]
@@ -136,6 +160,26 @@ class ThroughputPoint(Section):
     """End to end, per query of `batch` samples."""
     queries: int
     stable: bool
+
+
+class ThreadPoint(Section):
+    """One thread count of a sweep."""
+
+    threads: int
+    p50_ms: float
+    """End to end."""
+    queries: int
+    stable: bool
+
+
+class ThreadSweep(Section):
+    """Median latency over thread counts, one query in flight."""
+
+    points: tuple[ThreadPoint, ...]
+    saturation_threads: int
+    """The fewest threads whose median is within 5 % of the best."""
+    note: str
+    """Why the sweep ended."""
 
 
 class Throughput(Section):

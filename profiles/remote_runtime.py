@@ -10,25 +10,29 @@ import hashlib
 import json
 import shlex
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
 from profiles.artifact import content_key, explain_os_errors, file_hash, write_text
 from profiles.device import TargetSection
-from profiles.errors import EdgestillError
-from profiles.measure import Measured, Started, measure, model_files, query_batches
+from profiles.energy import no_energy
+from profiles.errors import EdgestillError, InputError
+from profiles.fresh_process import Started
+from profiles.measure import Measured, measure, model_files, query_batches
 from profiles.measure_section import MeasureSection
 from profiles.measurement import Measurement, Memory
 from profiles.progress import Progress
 from profiles.remote import Link
-from profiles.runtimes import Clock, TensorSpec, Timed
+from profiles.runtimes import Clock, RuntimeOptions, TensorSpec, Timed
 from profiles.runtimes.onnxruntime import TracedNode, read_trace, traced_runs
+from profiles.watchdog import Beat
 
 Array = np.ndarray[Any, Any]
+T = TypeVar("T")
 Stack = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
 
 MODULES: dict[Stack, str] = {"onnxruntime": "onnxruntime", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -339,15 +343,32 @@ class RemoteRuntime:
         found: dict[str, Any] = self.link.ask("facts")["facts"]
         return {**found, **self._added, "host": self.link.host.name}
 
+    def clocks(self) -> Mapping[str, float]:
+        """See `profiles.measure.Place.clocks`; the facts before and after have them."""
+        return {}
+
+    def guarded(self, work: Callable[[Beat], T], seconds: float) -> T:
+        """See `profiles.measure.Place.guarded`. The link bounds how long it waits for each answer."""
+        return work(Beat())
+
     def others(self) -> dict[str, Any]:
         """See `profiles.measure.Place.others`."""
         found: dict[str, Any] = self.link.ask("use")["use"]
         return found
 
-    def probe(self, runtime_name: str, model: Path, inputs: Mapping[str, Array], threads: int) -> Started:
-        """See `profiles.measure.probe`; on a device whose GPU shares the memory, what the whole system lost."""
+    def probe(
+        self,
+        runtime_name: str,
+        model: Path,
+        inputs: Mapping[str, Array],
+        threads: int,
+        *,
+        options: RuntimeOptions | None = None,
+        timeout_seconds: float = _OPEN_SECONDS,
+    ) -> Started:
+        """See `profiles.fresh_process.probe`; on a device whose GPU shares the memory, what the whole system lost."""
+        name = self._send_model(model)
         try:
-            name = self._send_model(model)
             found = self.link.ask(
                 "probe",
                 model=name,
@@ -478,6 +499,7 @@ def measure_on(
     mismatches: Sequence[str] = (),
     fresh_process: bool = True,
     progress: Progress | None = None,
+    failures: dict[str, EdgestillError] | None = None,
 ) -> dict[str, Measured]:
     """Measures the runtime's candidates on its device, by the same loop and rules as on this machine.
 
@@ -490,10 +512,19 @@ def measure_on(
         mismatches: where the device is not what the target says; a limit then is inconclusive.
         fresh_process: as for `profiles.measure.measure`.
         progress: told how many samples there are.
+        failures: as for `profiles.measure.measure`.
 
     Raises:
+        InputError: the section asks for what is set on this machine only.
         EdgestillError: what the device told; see `profiles.remote`.
     """
+    for key, asked_for in (("affinity", section.affinity), ("graph_optimization", section.graph_optimization != "all")):
+        if asked_for:
+            raise InputError(
+                "this is set on the machine that edgestill runs on only",
+                where=f"measure.{key}",
+                fix=f"leave {key} out to measure on {runtime.link.host.name}",
+            )
     reasons, asked = list(mismatches), target
     if not runtime.tells_end_to_end and target.latency_scope == "end_to_end":
         target = target.model_copy(update={"latency_scope": "compute", "latency_ms": None})
@@ -512,10 +543,14 @@ def measure_on(
         clock=runtime.clock,
         progress=progress,
         fresh_process=fresh_process,
+        failures=failures,
         place=runtime,
     )
+    energy = no_energy("energy is read on the machine that edgestill runs on only")
     return {
-        name: Measured(_judged(each.measurement, asked.latency_ms, reasons), each.samples)
+        name: Measured(
+            _judged(each.measurement.model_copy(update={"energy": energy}), asked.latency_ms, reasons), each.samples
+        )
         for name, each in found.items()
     }
 

@@ -1,8 +1,8 @@
 """Percentiles with bounds that hold, verdicts, intervals and paired comparisons: pure functions on plain arrays.
 
 Nothing here assumes a distribution of latencies: the bounds are order statistics, so they hold for two modes and for
-heavy tails alike. They assume independent samples; `lag1_autocorrelation` tells how far that is from true, and the
-comparisons of series resample blocks.
+heavy tails alike. They assume independent samples; `stability` tests that and says what is left when it does not hold,
+`lag1_autocorrelation` tells how far neighbours depend on each other, and the comparisons of series resample blocks.
 """
 
 from __future__ import annotations
@@ -22,8 +22,24 @@ from profiles.errors import EdgestillError
 Floats = NDArray[np.float64]
 Outcome = Literal["pass", "fail", "inconclusive"]
 
+MATERIAL = 1.10
+"""A figure that moves by less than this factor is stable: what the warm-up's windows may differ by, too."""
+DEPENDENCE_ERROR = 0.001
+"""Probability that independent samples are taken for unstable ones, for each percentile that is tested."""
+CAUTION = 0.05
+"""Below this probability of random order, bounds count the dependence that was seen; too wide ones do no harm."""
+
 _CELLS = 4_000_000
 """Resampled values that are held at once: 32 MB."""
+_FINEST_BLOCKS = 128
+_FEWEST_BLOCKS = 8
+_SHUFFLES = 4000
+_DENSE = 2
+"""Marks per finest block from which the counts' dispersion follows a chi-square well enough."""
+_SURELY_RANDOM = 3.0
+"""Standard deviations below which shuffling need not be tried: seven block lengths reach them in 1 % of the series."""
+_SURELY_CLUSTERED = 10.0
+"""And above which: five of seven slow samples in one of 128 blocks is less likely than 1 in 10,000,000."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +59,22 @@ class PairedDifference(Interval):
 
     wins: int
     n: int
+
+
+@dataclass(frozen=True)
+class Stability:
+    """Whether a percentile of a series has one value, and its bounds with the dependence in the series counted in.
+
+    stable: the bounds hold, as they are here. lower, upper: in the unit of the samples; those of `lower_bound` and
+    `upper_bound` where samples are independent, wider otherwise, None when the samples are too few. p_value: of the
+    series being in random order. inflation: how many dependent samples tell as much as one independent one.
+    """
+
+    stable: bool
+    lower: float | None
+    upper: float | None
+    p_value: float
+    inflation: float
 
 
 def percentile(samples: ArrayLike, p: float) -> float:
@@ -252,6 +284,71 @@ def lag1_autocorrelation(samples: ArrayLike) -> float | None:
     return float(centred[:-1] @ centred[1:]) / variance
 
 
+def stability(series: ArrayLike, p: float, confidence: float = 0.99) -> Stability:
+    """Whether the p-th percentile of a series in the order of measurement is one number, and its bounds.
+
+    1. Are slow samples scattered at random? Those over the percentile, and over 10 % less and more, are counted in 128,
+       64, ... 2 blocks of equal length. The largest standardised dispersion of these counts over all block lengths is
+       compared with what random order gives (by chi-square; by shuffling where marks are few). No distribution of
+       latencies is assumed. Scattered, at `CAUTION`: the usual bounds hold.
+    2. If not, m dependent samples tell as much as m / F independent ones, with F the dispersion of the counts relative
+       to its expectation (the variance inflation of block means, as in batch means of simulations), at the threshold in
+       question. Bounds are taken anew with these counts.
+    3. Where the order is far from random, at `DEPENDENCE_ERROR`, and the new bounds are wider than the usual ones by
+       more than 10 %, the figure is not stable. Else it is, with the new bounds.
+
+    So a drift of 2 % and a hundred short bursts give a number, a drift of 30 % and two long bursts do not.
+
+    Args:
+        series: (N,) latencies.
+        p: percentile.
+        confidence: of each bound.
+
+    >>> stability([1.0] * 700 + [2.0] * 300, 50).stable
+    False
+    """
+    values = _array(series)
+    ordered = np.sort(values)
+    n, tail, error = values.size, _tail(p), _error(confidence)
+    t, s = _upper_rank(n, tail, error), _lower_rank(n, tail, error)
+    upper = None if t is None else float(ordered[-t])
+    lower = None if s is None else float(ordered[-s])
+    figure = float(ordered[math.ceil(round(p / 100 * n, 9)) - 1])
+    # a little below the figure a spell of slow samples shows as a whole, a little above it free of the others
+    slow = [_slow(values, threshold) for threshold in (figure / MATERIAL, figure, figure * MATERIAL)]
+    chance = min(1.0, len(slow) * min(_scatter(marked) for marked in slow))
+    if chance > CAUTION:
+        return Stability(True, lower, upper, chance, 1.0)
+    wide_upper, wide_lower = upper, lower
+    if t is not None:
+        wide_upper = _wider(values, ordered, t, "upper", tail, error)
+    if s is not None:
+        wide_lower = _wider(values, ordered, s, "lower", tail, error)
+    widened = 1.0
+    for inner, outer in ((upper, wide_upper), (lower, wide_lower)):
+        if inner is not None and outer is not None and min(inner, outer) > 0:
+            widened *= max(inner, outer) / min(inner, outer)
+    stable = chance > DEPENDENCE_ERROR or widened <= MATERIAL
+    return Stability(stable, wide_lower, wide_upper, chance, max(_inflation(marked) for marked in slow))
+
+
+def judge(series: ArrayLike, limit: float, p: float, confidence: float = 0.99) -> Outcome:
+    """`verdict` for samples in the order of measurement, which may depend on each other: by the bounds of `stability`.
+
+    Where the percentile is not stable, only what holds for every single sample decides, and only when there are enough.
+
+    >>> judge([1.0] * 700 + [2.0] * 300, limit=1.5, p=50)
+    'inconclusive'
+    """
+    values = _array(series)
+    found = stability(values, p, confidence)
+    upper = found.upper if found.stable or found.upper is None else float(values.max())
+    lower = found.lower if found.stable or found.lower is None else float(values.min())
+    if upper is not None and upper <= limit:
+        return "pass"
+    return "fail" if lower is not None and lower > limit else "inconclusive"
+
+
 def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Two-sided score interval of a proportion (Wilson, 1927): low and high, as fractions.
 
@@ -389,6 +486,106 @@ def _interval(value: float, resampled: Floats, confidence: float, method: str) -
 
 def _mean(values: Floats) -> Any:
     return values.mean(axis=-1)
+
+
+def _slow(values: Floats, threshold: float) -> NDArray[np.bool_]:
+    """Which samples lie above the threshold, or at it: whichever tells more where many are equal."""
+    above, reached = values > threshold, values >= threshold
+    return above if min(above.sum(), (~above).sum()) > min(reached.sum(), (~reached).sum()) else reached
+
+
+def _dispersions(counts: NDArray[np.int64], length: int, k: int) -> tuple[list[int], list[NDArray[np.float64]]]:
+    """Numbers of blocks, halved until 2, and for each the squared dispersion of the counts relative to its expectation.
+
+    Args:
+        counts: (..., B) marked samples in each of B blocks of `length`; B is a power of two.
+        k: all marked samples.
+    """
+    blocks, ratios = [], []
+    n = counts.shape[-1] * length
+    while counts.shape[-1] > 1:
+        b = counts.shape[-1]
+        size = n // b
+        expected = b * size * (k / n) * (1 - k / n) * (n - size) / (n - 1)
+        blocks.append(b)
+        ratios.append(((counts - k / b) ** 2).sum(axis=-1) / expected)
+        counts = counts.reshape(*counts.shape[:-1], b // 2, 2).sum(axis=-1)
+    return blocks, ratios
+
+
+def _counted(marked: NDArray[np.bool_]) -> tuple[NDArray[np.int64], int, int] | None:
+    """Marks in each of the finest blocks, their length, and all of them; None where there is nothing to compare."""
+    n = marked.size
+    b = min(_FINEST_BLOCKS, 2 ** int(math.log2(max(n // 4, 1))))
+    if b < _FEWEST_BLOCKS:
+        return None
+    length = n // b
+    counts = marked[n - b * length :].reshape(b, length).sum(axis=1)
+    k = int(counts.sum())
+    return (counts, length, k) if 1 < k < b * length - 1 else None
+
+
+def _inflation(marked: NDArray[np.bool_]) -> float:
+    """How many marks tell as much as one in random order would: variance inflation of block means, at least 1."""
+    found = _counted(marked)
+    if found is None:
+        return 1.0
+    blocks, ratios = _dispersions(*found)
+    return max(1.0, *(float(ratio) for b, ratio in zip(blocks, ratios, strict=True) if b >= _FEWEST_BLOCKS))
+
+
+def _scatter(marked: NDArray[np.bool_]) -> float:
+    """How probable it is that marks in random order are as clustered as these."""
+    found = _counted(marked)
+    if found is None:
+        return 1.0
+    counts, length, k = found
+    blocks, ratios = _dispersions(counts, length, k)
+    seen = float(_largest(blocks, ratios))
+    if min(k, counts.size * length - k) >= _DENSE * counts.size:
+        return min(1.0, len(blocks) * NormalDist().cdf(-seen))
+    if seen < _SURELY_RANDOM:
+        return 1.0
+    if seen > _SURELY_CLUSTERED:
+        return 1 / (_SHUFFLES + 1)
+    # few marks, many block lengths: no formula, so they are thrown into the blocks at random; the rarer kind of mark
+    rare = min(k, counts.size * length - k)
+    places = np.random.default_rng(0).integers(0, counts.size, (_SHUFFLES, rare))
+    rows = np.arange(_SHUFFLES)[:, None] * counts.size
+    thrown = np.bincount((places + rows).ravel(), minlength=_SHUFFLES * counts.size).reshape(_SHUFFLES, -1)
+    _, random = _dispersions(thrown, length, rare)
+    # thrown marks may share a place, which real ones cannot: their counts vary more by this factor
+    random = [ratio * (1 - rare / (counts.size * length)) for ratio in random]
+    return (1 + int((_largest(blocks, random) >= seen).sum())) / (_SHUFFLES + 1)
+
+
+def _largest(blocks: list[int], ratios: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """The largest dispersion in standard deviations, by Wilson and Hilferty's (1931) cube root of a chi-square."""
+    scores = []
+    for b, ratio in zip(blocks, ratios, strict=True):
+        spread = 2 / (9 * (b - 1))
+        scores.append((np.cbrt(ratio) - (1 - spread)) / math.sqrt(spread))
+    return np.asarray(np.max(scores, axis=0))
+
+
+def _wider(
+    values: Floats, ordered: Floats, rank: int, side: Literal["upper", "lower"], tail: float, error: float
+) -> float:
+    """The bound nearest to the usual one (the rank-th largest) that holds when samples count less; else the extreme."""
+    from scipy.stats import binom
+
+    n = values.size
+    while 1 <= rank <= n:
+        bound = float(ordered[-rank])
+        marked = values > bound if side == "upper" else values >= bound
+        factor = _inflation(marked)
+        k = int(marked.sum())
+        if side == "upper" and binom.cdf(max(1, math.ceil((k + 1) / factor)), int(n / factor), tail) <= error:
+            return bound
+        if side == "lower" and binom.sf(int(k / factor) - 1, math.ceil(n / factor), tail) <= error:
+            return bound
+        rank = rank // 2 if side == "upper" else rank * 2
+    return float(ordered[-1] if side == "upper" else ordered[0])
 
 
 @lru_cache(maxsize=1024)

@@ -54,6 +54,29 @@ def bench(
         list[str] | None, typer.Option("--shape", metavar="NAME:SHAPE", help="Size of an input's dynamic dimensions.")
     ] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Also throughput over batch sizes.")] = False,
+    sweep_threads: Annotated[
+        bool, typer.Option("--sweep-threads", help="Also the median latency over thread counts.")
+    ] = False,
+    runtime: Annotated[
+        str | None,
+        typer.Option("--runtime", help="What runs it; edgestill doctor lists them.  [default: onnxruntime]"),
+    ] = None,
+    affinity: Annotated[
+        str | None, typer.Option("--affinity", metavar="0,1,...", help="Cores to run on.  [default: all]")
+    ] = None,
+    graph_optimization: Annotated[
+        str | None,
+        typer.Option("--graph-optimization", help="ONNX Runtime: all, extended, basic or none.  [default: all]"),
+    ] = None,
+    cuda_graph: Annotated[
+        bool | None, typer.Option("--cuda-graph/--no-cuda-graph", help="GPU: replay recorded launches.  [default: on]")
+    ] = None,
+    idle_gap_ms: Annotated[
+        float | None, typer.Option("--idle-gap-ms", min=0, help="Duty cycle: pause before each query.  [default: 0]")
+    ] = None,
+    timeout_seconds: Annotated[
+        float | None, typer.Option("--timeout-seconds", min=0.1, help="A longer query hangs.  [default: 60]")
+    ] = None,
     strict: Strict = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -78,14 +101,26 @@ def bench(
             "--latency-ms": (latency_ms, "target.NAME.latency_ms"),
             "--scope": (scope, "target.NAME.latency_scope"),
             "--max-seconds": (seconds, "measure.max_seconds"),
+            "--affinity": (None if affinity is None else f"[{affinity}]", "measure.affinity"),
+            "--graph-optimization": (graph_optimization, "measure.graph_optimization"),
+            "--cuda-graph": (None if cuda_graph is None else str(cuda_graph).lower(), "measure.cuda_graph"),
+            "--idle-gap-ms": (idle_gap_ms, "measure.idle_gap_ms"),
+            "--timeout-seconds": (timeout_seconds, "measure.timeout_seconds"),
         }
         for option, (given, key) in instead.items():
             if given is not None:
                 raise InputError("a run is measured as its recipe says", where=option, fix=f"--set {key}={given}")
-        if shape or sweep:
+        for option, asked in (
+            ("--shape", shape),
+            ("--sweep", sweep),
+            ("--sweep-threads", sweep_threads),
+            ("--runtime", runtime),
+        ):
+            if not asked:
+                continue
             raise InputError(
                 "this option is for an ONNX file or a bundle",
-                where="--shape" if shape else "--sweep",
+                where=option,
                 fix=f"name one of {path / 'bundles'}",
             )
         from cli.commands.runs import open_folder_or_recipe
@@ -123,6 +158,13 @@ def bench(
         strict=strict,
         host=one_host(hosts),
         lock_clocks=lock_clocks,
+        runtime=runtime or "onnxruntime",
+        sweep_threads=sweep_threads,
+        affinity=_cores(affinity),
+        graph_optimization=graph_optimization or "all",
+        cuda_graph=True if cuda_graph is None else cuda_graph,
+        idle_gap_ms=idle_gap_ms or 0.0,
+        timeout_seconds=timeout_seconds or 60.0,
     )
     result = bench_file(path, options, console.make_progress())
     if as_json:
@@ -133,4 +175,17 @@ def bench(
             for point in result.throughput.points:
                 console.emit(f"  batch {point.batch:>4}  {point.samples_per_second:10,.0f} samples/s")
             console.emit(f"  saturates at batch {result.throughput.saturation_batch}; {result.throughput.note}")
+        if result.thread_sweep is not None:
+            for step in result.thread_sweep.points:
+                console.emit(f"  {step.threads:>4} threads  p50 {step.p50_ms:.3f} ms")
+            console.emit(f"  saturates at {result.thread_sweep.saturation_threads} threads; {result.thread_sweep.note}")
     raise typer.Exit(worst_status([result.measurement]))
+
+
+def _cores(text: str | None) -> tuple[int, ...]:
+    from profiles.errors import InputError
+
+    parts = (text or "").replace(" ", "").split(",") if text is not None else []
+    if not all(part.isdigit() for part in parts):
+        raise InputError(f'"{text}" names no cores', where="--affinity", fix="for example --affinity 0,1")
+    return tuple(int(part) for part in parts)

@@ -42,7 +42,11 @@ def doctor(as_json: JsonOption = False) -> None:
 
     It changes nothing and always exits 0.
     """
-    checks = [check for group in (_machine, _libraries, _gpus, _extras, _sensors, _data) for check in _safely(group)]
+    checks = [
+        check
+        for group in (_machine, _libraries, _gpus, _runtimes, _extras, _sensors, _data)
+        for check in _safely(group)
+    ]
     if as_json:
         console.emit_json({"checks": [asdict(check) for check in checks]})
         return
@@ -186,6 +190,15 @@ def _extras() -> Iterator[Check]:
             yield Check(name, "bad", f"installed, but cannot be imported: {broken}", fix)
 
 
+def _runtimes() -> Iterator[Check]:
+    """What `edgestill bench --runtime` takes."""
+    from profiles.runtimes import available, usable
+
+    for name in available():
+        found = usable(name)
+        yield Check(f"runtime {name}", "yes" if found.ok else "no", found.found, found.fix)
+
+
 def _sensors() -> Iterator[Check]:
     from profiles.agent import read
 
@@ -204,6 +217,12 @@ def _sensors() -> Iterator[Check]:
         "yes" if temperatures else "no",
         f"{len(temperatures)}, the hottest {max(temperatures.values()):.0f} °C" if temperatures else "not told here",
     )
+    from profiles.energy import find_power
+
+    for title, runtime in (("energy sensor", "onnxruntime"), ("energy sensor of the GPU", "onnxruntime-cuda")):
+        if runtime == "onnxruntime" or _has_nvidia_gpu():
+            power = find_power(runtime)
+            yield Check(title, "yes" if power.readable else "no", power.how)
     load = found.get("load")
     if load:
         yield Check("load", "yes", f"{load[0]:.1f} now; measurements want a quiet machine")

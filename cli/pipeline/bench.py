@@ -15,13 +15,15 @@ from cli.report.verdict import exit_status
 from profiles import artifact
 from profiles.device import THIS_MACHINE, TargetSection, load_device
 from profiles.errors import InputError
-from profiles.measure import measure, sweep
+from profiles.measure import measure, runtime_options
 from profiles.measure_section import MeasureSection
-from profiles.measurement import Measurement, Outcome, Scope, Throughput
+from profiles.measurement import Energy, Measurement, Outcome, Scope, ThreadSweep, Throughput
 from profiles.opening import open_arrays, open_bundle, open_graph
 from profiles.progress import Progress
-from profiles.runtimes.onnxruntime import random_inputs
+from profiles.runtimes import GraphOptimization, get_runtime
+from profiles.runtimes.onnxruntime import random_for, random_inputs
 from profiles.section import Section
+from profiles.sweep import sweep, sweep_threads
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class BenchOptions:
     strict: bool
     host: str | None = None
     lock_clocks: bool = False
+    runtime: str = "onnxruntime"
+    sweep_threads: bool = False
 
     @classmethod
     def checked(
@@ -52,6 +56,13 @@ class BenchOptions:
         strict: bool,
         host: str | None = None,
         lock_clocks: bool = False,
+        runtime: str = "onnxruntime",
+        sweep_threads: bool = False,
+        affinity: tuple[int, ...] = (),
+        graph_optimization: str = "all",
+        cuda_graph: bool = True,
+        idle_gap_ms: float = 0.0,
+        timeout_seconds: float = 60.0,
     ) -> BenchOptions:
         """The options of a command line.
 
@@ -62,10 +73,15 @@ class BenchOptions:
             raise InputError(f'no scope "{scope}"', where="--scope", fix="end_to_end, or compute")
         if host is None and lock_clocks:
             raise InputError("clocks are locked on a remote device only", where="--lock-clocks", fix="add --on HOST")
-        if host is not None and sweep:
-            raise InputError(
-                "a batch sweep runs on this machine only", where="--sweep", fix="leave --sweep or --on out"
-            )
+        for option, asked in (
+            ("--sweep", sweep),
+            ("--sweep-threads", sweep_threads),
+            ("--runtime", runtime != "onnxruntime"),
+            ("--affinity", affinity),
+            ("--graph-optimization", graph_optimization != "all"),
+        ):
+            if host is not None and asked:
+                raise InputError("this is for this machine only", where=option, fix=f"leave {option} or --on out")
         if host is None and device != THIS_MACHINE:
             title = load_device(device).title
             raise InputError(
@@ -86,9 +102,24 @@ class BenchOptions:
             first = error.errors()[0]
             option = str(first["loc"][0]).replace("_", "-")
             raise InputError(first["msg"].removeprefix("Value error, "), where=f"--{option}") from error
-        return cls(
-            target, MeasureSection(threads=threads, max_seconds=seconds), shapes, sweep, strict, host, lock_clocks
+        if graph_optimization not in get_args(GraphOptimization):
+            raise InputError(
+                f'no level "{graph_optimization}"',
+                where="--graph-optimization",
+                fix=", ".join(get_args(GraphOptimization)),
+            )
+        section = MeasureSection(
+            threads=threads,
+            max_seconds=seconds,
+            affinity=affinity,
+            graph_optimization=cast(GraphOptimization, graph_optimization),
+            cuda_graph=cuda_graph,
+            idle_gap_ms=idle_gap_ms,
+            timeout_seconds=timeout_seconds,
         )
+        if host is None:
+            get_runtime(runtime)  # refused before anything is read
+        return cls(target, section, shapes, sweep, strict, host, lock_clocks, runtime, sweep_threads)
 
 
 class BenchResult(Section):
@@ -96,10 +127,11 @@ class BenchResult(Section):
 
     measurement: Measurement
     throughput: Throughput | None = None
+    thread_sweep: ThreadSweep | None = None
 
 
 def bench_file(path: Path, options: BenchOptions, progress: Progress) -> BenchResult:
-    """Measures an ONNX file (random inputs) or a bundle (its golden sample).
+    """Measures a model file (random inputs) or a bundle (its golden samples).
 
     Raises:
         InputError: neither of both, a damaged one, or options that do not fit the model.
@@ -111,15 +143,31 @@ def bench_file(path: Path, options: BenchOptions, progress: Progress) -> BenchRe
         from cli.pipeline.remote import bench_on
 
         found = bench_on(options.host, name, model, inputs, options, input_source=source, progress=progress)
-    else:
-        found = measure({name: model}, inputs, options.target, options.measure, input_source=source, progress=progress)
+        if options.strict:
+            refuse_unquiet([found[name].measurement])
+        return BenchResult(measurement=found[name].measurement)
+    runtime = get_runtime(options.runtime, runtime_options(options.measure))
+    found = measure(
+        {name: model},
+        inputs,
+        options.target,
+        options.measure,
+        input_source=source,
+        runtime=runtime,
+        progress=progress,
+    )
     if options.strict:
         refuse_unquiet([found[name].measurement])
     throughput = None
     if options.sweep:
         wide = {key: np.concatenate([array] * (256 // len(array) + 1))[:256] for key, array in inputs.items()}
-        throughput = sweep(model, wide, options.measure, progress=progress)
-    return BenchResult(measurement=found[name].measurement, throughput=throughput)
+        throughput = sweep(model, wide, options.measure, runtime=runtime, progress=progress)
+    threads = None
+    if options.sweep_threads:
+        threads = sweep_threads(
+            model, inputs, options.measure, batch=options.target.batch, runtime=runtime, progress=progress
+        )
+    return BenchResult(measurement=found[name].measurement, throughput=throughput, thread_sweep=threads)
 
 
 def _model_and_inputs(path: Path, options: BenchOptions) -> tuple[Path, dict[str, np.ndarray[Any, Any]], str]:
@@ -127,10 +175,17 @@ def _model_and_inputs(path: Path, options: BenchOptions) -> tuple[Path, dict[str
         raise InputError(
             f"no such file or folder: {path}", where=str(path), fix="name an .onnx file, a bundle or a run"
         )
-    if path.is_file():
+    of_its_own = path.suffix != ".onnx" and options.host is None and not options.runtime.startswith("onnxruntime")
+    if path.is_file() and not of_its_own:
         graph = open_graph(path).graph
         shapes = _same_names(graph, options.target.batch, _sizes(options.shapes))
         return path, random_inputs(path, options.target.batch, shapes), "random"
+    if path.is_file():
+        session = get_runtime(options.runtime, runtime_options(options.measure)).load(path, threads=1)
+        try:
+            return path, random_for(session.inputs, path, options.target.batch, _sizes(options.shapes)), "random"
+        finally:
+            session.close()
     if not (path / artifact.MANIFEST).is_file():
         raise InputError(
             f"{path} is neither a bundle nor a run folder",
@@ -209,13 +264,21 @@ def describe(measurement: Measurement, indent: str = "") -> str:
     host = measurement.environment.get("host")
     lines = [
         f"{measurement.name}: {f'on {host}, ' if host else ''}{word}, batch {measurement.batch}, "
-        f"{f'{threads} thread(s), ' if threads else ''}"
+        f"{f'{threads} thread(s), ' if threads is not None else ''}"
         f"{measurement.runtime} {measurement.runtime_version}, {measurement.input_source}",
-        f"  p50 {figure(asked.p50)}  p90 {figure(asked.p90)}  p99 {figure(asked.p99)}  max {asked.maximum:.3f} ms, "
-        f"{asked.samples:,} runs, {asked.outliers:,} outliers counted",
-        f"  p{asked.percentile:g} {figure(asked.value)} ms, between {figure(asked.lower_bound)} and "
-        f"{figure(asked.upper_bound)} ms with {asked.bound_confidence:.1%} confidence each",
     ]
+    if measurement.stable:
+        lines += [
+            f"  p50 {figure(asked.p50)}  p90 {figure(asked.p90)}  p99 {figure(asked.p99)}  max {asked.maximum:.3f} ms, "
+            f"{asked.samples:,} runs, {asked.outliers:,} outliers counted",
+            f"  p{asked.percentile:g} {figure(asked.value)} ms, between {figure(asked.lower_bound)} and "
+            f"{figure(asked.upper_bound)} ms with {asked.bound_confidence:.1%} confidence each",
+        ]
+    else:
+        lines.append(
+            f"  p{asked.percentile:g} UNSTABLE, no figure: {asked.samples:,} runs between {asked.minimum:.3f} and "
+            f"{asked.maximum:.3f} ms"
+        )
     if measurement.limit_ms is not None:
         lines.append(f"  limit {measurement.limit_ms:g} ms: {(measurement.verdict or 'inconclusive').upper()}")
     peak = measurement.memory.peak_mib
@@ -223,9 +286,21 @@ def describe(measurement: Measurement, indent: str = "") -> str:
         f"  load {figure(measurement.load_ms)} ms, first inference {figure(measurement.first_inference_ms)} ms, "
         + (f"peak memory {peak:.0f} MiB" if peak is not None else f"peak memory n/a: {measurement.memory.how}")
     )
+    if measurement.energy is not None:
+        lines.append(f"  {energy_words(measurement.energy)}")
     lines += [f"  not decided: {reason}" for reason in measurement.mismatches]
     lines += [f"  note: {warning}" for warning in measurement.warnings]
     return "\n".join(indent + line for text in lines for line in text.splitlines())
+
+
+def energy_words(energy: Energy) -> str:
+    """The energy of a query in one line, or why it is not known."""
+    if energy.millijoules is None or energy.low is None or energy.high is None:
+        return f"energy n/a: {energy.how}"
+    return (
+        f"energy {energy.millijoules:.3g} mJ per query, between {energy.low:.3g} and {energy.high:.3g} mJ with "
+        f"{energy.confidence:.0%} confidence ({energy.how})"
+    )
 
 
 @dataclass(frozen=True)

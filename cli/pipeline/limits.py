@@ -10,6 +10,7 @@ from distill.students.choose import Miss
 from profiles.device import TargetSection
 from profiles.measurement import Measurement
 from profiles.metrics import Difference, Metric
+from profiles.statistics import samples_needed
 
 NOT_HERE = "the device is not this machine, and nothing ran on it"
 NOT_MADE = "no student was made for it"
@@ -64,6 +65,8 @@ def judge(
         verdicts.append(
             LimitVerdict(name="file_size_mib", limit=section.file_size_mib, value=size_mib, verdict=verdict)
         )
+    if section.energy_mj is not None:
+        verdicts.append(_energy(section.energy_mj, measurement))
     if section.metric_floor is not None:
         verdicts.append(_floor(section.metric_floor, metric, on_device))
     if section.max_metric_drop is not None:
@@ -113,14 +116,15 @@ def _latency(limit: float, measurement: Measurement | None) -> LimitVerdict:
     if measurement.mismatches:
         verdict, reason = "inconclusive", "; ".join(measurement.mismatches)
     elif not measurement.stable:
-        # The bounds suppose that samples come from one distribution. Without a settled warm-up that is not known, so
-        # only what holds for every single sample decides, and only when there are enough of them for a bound.
-        inside = asked.upper_bound is not None and asked.maximum <= limit
-        outside = asked.lower_bound is not None and asked.minimum > limit
+        # The bounds suppose that samples come from one distribution. Where the latency moved that is not so, and only
+        # what holds for every single sample decides, when there are enough of them for a bound.
+        enough = asked.samples >= samples_needed(asked.percentile, asked.bound_confidence)
+        inside = enough and asked.maximum <= limit
+        outside = enough and asked.minimum > limit
         verdict = "pass" if inside else "fail" if outside else "inconclusive"
-        reason = f"never settled; every run was {'within' if inside else 'over'} the limit"
+        reason = f"unstable; every run was {'within' if inside else 'over'} the limit"
         if verdict == "inconclusive":
-            reason = "never settled: " + "; ".join(measurement.warnings)
+            reason = "; ".join(measurement.warnings)
     elif verdict == "inconclusive":
         enough = asked.upper_bound is not None
         reason = "the limit lies inside the interval" if enough else "too few runs to bound this percentile"
@@ -131,6 +135,26 @@ def _latency(limit: float, measurement: Measurement | None) -> LimitVerdict:
         value=asked.value,
         low=asked.lower_bound,
         high=asked.upper_bound,
+        verdict=verdict,
+        reason=reason,
+    )
+
+
+def _energy(limit: float, measurement: Measurement | None) -> LimitVerdict:
+    energy = measurement.energy if measurement is not None else None
+    if energy is None or energy.millijoules is None or energy.low is None or energy.high is None:
+        reason = NOT_HERE if measurement is None else energy.how if energy is not None else "energy was not looked at"
+        return LimitVerdict(name="energy_mj", limit=limit, verdict="not measured", reason=reason)
+    verdict: Verdict = "pass" if energy.high <= limit else "fail" if energy.low > limit else "inconclusive"
+    reason = "the limit lies inside the interval; raise measure.energy_seconds" if verdict == "inconclusive" else ""
+    if measurement is not None and measurement.mismatches:
+        verdict, reason = "inconclusive", "; ".join(measurement.mismatches)
+    return LimitVerdict(
+        name="energy_mj",
+        limit=limit,
+        value=energy.millijoules,
+        low=energy.low,
+        high=energy.high,
         verdict=verdict,
         reason=reason,
     )

@@ -14,7 +14,7 @@ import numpy as np
 from export.candidate import Candidate, Engine, Plan
 from profiles import artifact
 from profiles.device import THIS_MACHINE, Stack, Target, resolve_target
-from profiles.errors import InputError
+from profiles.errors import EdgestillError, InputError
 from profiles.measure import load_measurement, save_measurement
 from profiles.progress import Progress
 from profiles.remote import Host, Link
@@ -177,11 +177,17 @@ class Remote:
                 self.lock_clocks,
             )
             if not fresh and artifact.current(folder, "measurements", key) is not None:
-                stored = {name: load_measurement(folder / f"{name}.json").measurement for name in files}
+                # a candidate that failed has none
+                stored = {
+                    name: load_measurement(folder / f"{name}.json").measurement
+                    for name in files
+                    if (folder / f"{name}.json").is_file()
+                }
                 # what --strict would refuse is measured anew: the device may be quiet by now
                 if not (run.strict and any(measurement.warnings for measurement in stored.values())):
                     stage["cached"] = True
                     return stored
+            failures: dict[str, EdgestillError] = {}
             with clocks_locked(link, self.lock_clocks) as clocks:
                 inputs = run.measured_inputs(target)
                 runtime = self._runtime(link, target, found, files, inputs, rung, clocks)
@@ -193,7 +199,12 @@ class Remote:
                     input_source="real samples (validation split)",
                     mismatches=mismatches(target, link.facts, rung, host),
                     progress=run.progress,
+                    failures=failures,
                 )
+            if files and not results:
+                raise next(iter(failures.values()))
+            for failed, error in failures.items():
+                run.say_once(f"{target.name}: {failed} could not be measured: {error.message} ({error.evidence})")
             with artifact.create(folder, "measurements", key) as temporary:
                 for result in results.values():
                     save_measurement(temporary, result.measurement, result.samples)

@@ -18,6 +18,7 @@ from cli.report.schema import (
     Counts,
     CurvePoint,
     DataFacts,
+    EnergyValue,
     Engine,
     LatencyValue,
     LimitVerdict,
@@ -127,6 +128,7 @@ def _row(run: Run, outcome: Shipped) -> TargetRow:
         if outcome.metric is not None
         else None,
         latency=LatencyValue.of(measurement) if measurement is not None else None,
+        energy=_energy_of(measurement),
         roofline=ReportedRoofline(bound_ms=bound.bound_ms, limiting=bound.limiting)
         if bound is not None and bound.bound_ms is not None and bound.limiting is not None
         else None,
@@ -145,6 +147,11 @@ def _row(run: Run, outcome: Shipped) -> TargetRow:
         fixes=fixes,
         environment=measurement.environment if measurement is not None else {},
     )
+
+
+def _energy_of(measurement: Measurement | None) -> EnergyValue | None:
+    energy = measurement.energy if measurement is not None else None
+    return EnergyValue.of(energy) if energy is not None else None
 
 
 def _explain(run: Run, outcome: Shipped, limits: Sequence[LimitVerdict]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -245,6 +252,7 @@ def _candidate(candidate: Candidate, outcome: Shipped) -> CandidateRow:
         if candidate.validation is not None
         else None,
         latency=LatencyValue.of(measurement) if measurement is not None else None,
+        energy=_energy_of(measurement),
         peak_memory_mib=measurement.memory.peak_mib if measurement is not None else None,
         chosen=chosen,
         rejected_because=None if chosen else rejected,

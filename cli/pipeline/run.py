@@ -1003,11 +1003,17 @@ class Run:
         folder = self.folder / "measurements" / name
         with self.timed(f"measure {target.name}" + ("" if arch is None else f" {arch}")) as stage:
             if not fresh and artifact.current(folder, "measurements", key) is not None:
-                stored = {name: load_measurement(folder / f"{name}.json").measurement for name in files}
+                # a candidate that failed has none
+                stored = {
+                    name: load_measurement(folder / f"{name}.json").measurement
+                    for name in files
+                    if (folder / f"{name}.json").is_file()
+                }
                 # what --strict would refuse is measured anew: the machine may be quiet by now
                 if not (self.strict and any(measurement.warnings for measurement in stored.values())):
                     stage["cached"] = True
                     return stored
+            failures: dict[str, EdgestillError] = {}
             results = measure(
                 files,
                 self.measured_inputs(target),
@@ -1015,7 +1021,12 @@ class Run:
                 self.recipe.measure,
                 input_source="real samples (validation split)",
                 progress=self.progress,
+                failures=failures,
             )
+            if files and not results:
+                raise next(iter(failures.values()))
+            for name, error in failures.items():
+                self.say_once(f"{target.name}: {name} could not be measured: {error.message} ({error.evidence})")
             with artifact.create(folder, "measurements", key) as temporary:
                 for result in results.values():
                     save_measurement(temporary, result.measurement, result.samples)
@@ -1138,7 +1149,8 @@ class Run:
         assert candidate.file is not None
         assert fp32.file is not None
         test = self.dataset.test
-        logits = self.outputs(candidate.to_score or candidate.file, test)
+        scored = candidate.to_score or candidate.file
+        logits = self.outputs(scored, test)
         on_device, note = True, ""
         if measured and self.remote.has(target):
             found = self.remote.with_engines(target, found)
@@ -1152,7 +1164,7 @@ class Run:
             self.folder / PREDICTIONS / target.name,
             Predictions.of(self.dataset.task, logits, test.labels, test.mask),
             test_key=self.test_key,
-            model_key=artifact.file_hash(candidate.to_score or candidate.file),
+            model_key=artifact.file_hash(scored),
         )
         return Shipped(target, arch, found, choice, measured, rooflines, metric, drop, bundle,
                        metric_on_device=on_device, device_note=note)  # fmt: skip

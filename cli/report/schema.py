@@ -25,7 +25,7 @@ SCHEMA_VERSION: Final = 1
 SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
 
 Scope = Literal["end_to_end", "compute"]
-LimitName = Literal["latency_ms", "memory_mib", "file_size_mib", "metric_floor", "max_metric_drop"]
+LimitName = Literal["latency_ms", "memory_mib", "file_size_mib", "energy_mj", "metric_floor", "max_metric_drop"]
 """A limit goes by its key in the recipe, so that a reader knows what to change."""
 MetricPlace = Literal["artifact in its runtime", "ONNX Runtime here, not the device", "PyTorch"]
 

@@ -237,6 +237,7 @@ def _measured(measurement: Measurement, target: str, stored: Path | None) -> Fig
         latency=LatencyValue.of(measurement),
         memory_mib=measurement.memory.peak_mib,
         memory_how=measurement.memory.how,
+        energy=EnergyValue.of(measurement.energy) if measurement.energy is not None else None,
         environment=measurement.environment,
         samples=lambda: None if stored is None else _in_scope(stored),
         looks=measurement.looks,

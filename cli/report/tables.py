@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from typing import cast, get_args
 
 from cli.report.schema import LimitName, MetricValue, Report, ShotName, ShotRow
 from cli.report.words import (
@@ -75,13 +76,14 @@ CSV_COLUMNS = (
     "limit_latency_ms",
     "limit_memory_mib",
     "limit_file_size_mib",
+    "limit_energy_mj",
     "limit_metric_floor",
     "limit_max_metric_drop",
     "bundle",
     "exploration",
     *(f"{group}_shot_{part}" for group in _SHOTS for part in ("value", "low", "high", "n")),
 )
-_LIMITS: tuple[LimitName, ...] = ("latency_ms", "memory_mib", "file_size_mib", "metric_floor", "max_metric_drop")
+_LIMITS = cast(tuple[LimitName, ...], get_args(LimitName))
 
 
 def to_csv(report: Report) -> str:

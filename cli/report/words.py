@@ -38,6 +38,7 @@ LIMIT_TITLES: dict[LimitName, str] = {
     "latency_ms": "latency",
     "memory_mib": "memory",
     "file_size_mib": "file size",
+    "energy_mj": "energy",
     "metric_floor": "metric floor",
     "max_metric_drop": "metric drop",
 }
@@ -173,7 +174,7 @@ def limit_figures(limit: LimitVerdict) -> tuple[str, str, str]:
     def write(value: float | None) -> str:
         if as_metric:
             return percent(value)
-        return milliseconds(value, limit.limit) if limit.name == "latency_ms" else mebibytes(value)
+        return milliseconds(value, limit.limit) if limit.name in ("latency_ms", "energy_mj") else mebibytes(value)
 
     asked = plain_number(round(limit.limit * 100, 6) if as_metric else limit.limit)
     interval = "-" if limit.low is None or limit.high is None else f"{write(limit.low)} to {write(limit.high)}"
@@ -184,7 +185,7 @@ def limit_unit(limit: LimitVerdict) -> str:
     """The unit that `limit_figures` writes in."""
     if limit.name == "latency_ms":
         return "ms"
-    return {"metric_floor": "%", "max_metric_drop": "pt"}.get(limit.name, "MiB")
+    return {"energy_mj": "mJ", "metric_floor": "%", "max_metric_drop": "pt"}.get(limit.name, "MiB")
 
 
 def limit_sentence(limit: LimitVerdict) -> str:

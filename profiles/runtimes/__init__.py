@@ -7,14 +7,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast
 
-from profiles.errors import InputError, nearest
+from profiles.errors import EdgestillError, InputError, nearest
 
 if TYPE_CHECKING:
     import numpy as np
 
-_MODULES = {"onnxruntime": "profiles.runtimes.onnxruntime"}
+GraphOptimization = Literal["all", "extended", "basic", "none"]
+
+_MODULES = {
+    "onnxruntime": "profiles.runtimes.onnxruntime",
+    "onnxruntime-cuda": "profiles.runtimes.providers",
+    "onnxruntime-tensorrt": "profiles.runtimes.providers",
+    "onnxruntime-tensorrt-rtx": "profiles.runtimes.providers",
+    "onnxruntime-openvino": "profiles.runtimes.providers",
+    "openvino": "profiles.runtimes.openvino",
+    "tensorrt": "profiles.runtimes.tensorrt",
+    "tensorrt-rtx": "profiles.runtimes.tensorrt",
+    "torch": "profiles.runtimes.torch",
+    "torch-compiled": "profiles.runtimes.torch",
+}
 
 
 class Clock(Protocol):
@@ -37,6 +50,26 @@ class WallClock:
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """What is set in a runtime beside its threads. What a runtime does not know of, it leaves out of its `options`."""
+
+    graph_optimization: GraphOptimization = "all"
+    """How far ONNX Runtime rewrites the graph before it runs."""
+    cuda_graph: bool = True
+    """Whether a GPU's launches are recorded once and replayed (where the model allows it)."""
+
+
+@dataclass(frozen=True)
+class Usable:
+    """Whether a runtime can be used on this machine. `found`: its version, or the reason why not."""
+
+    ok: bool
+    found: str
+    fix: str | None = None
+    """The command that would add it; None where it is there or cannot be had on this machine."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +128,7 @@ class Runtime(Protocol):
 
     @property
     def name(self) -> str:
-        """As in a device's stack: "onnxruntime", "tensorrt", ..."""
+        """As `get_runtime` takes it."""
         ...
 
     @property
@@ -118,12 +151,62 @@ def available() -> list[str]:
     return sorted(_MODULES)
 
 
-def get_runtime(name: str) -> Runtime:
+def get_runtime(name: str, options: RuntimeOptions | None = None) -> Runtime:
     """The runtime of that name.
 
     Raises:
-        InputError: no such runtime, with the nearest name.
+        InputError: no such runtime, with the nearest name; or one that this machine cannot use, with the reason and the
+            command that would add it.
     """
     if name not in _MODULES:
         raise InputError(f'this machine cannot measure with "{name}"', where="runtime", fix=nearest(name, available()))
-    return cast(Runtime, import_module(_MODULES[name]).RUNTIME)
+    found = usable(name)
+    if not found.ok:
+        raise InputError(
+            f'the runtime "{name}" cannot be used on this machine', where="runtime", evidence=found.found, fix=found.fix
+        )
+    return cast(Runtime, import_module(_MODULES[name]).make(name, options or RuntimeOptions()))
+
+
+def usable(name: str) -> Usable:
+    """Whether a runtime of `available()` can be used here; imports what it needs."""
+    return cast(Usable, import_module(_MODULES[name]).usable(name))
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether the driver of an NVIDIA GPU, a Jetson's included, is loaded here."""
+    return any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/nvhost-ctrl-gpu", "/dev/dxg"))
+
+
+_MEMORY_WORDS = (
+    "out of memory",
+    "outofmemory",
+    "failed to allocate",
+    "bad_alloc",
+    "bad allocation",
+    "can't allocate",
+    "cannot allocate",
+    "could not allocate",
+    "insufficient memory",
+)
+
+
+def run_error(error: Exception, title: str, model: Path) -> EdgestillError:
+    """A runtime's failure on a model, as the user is told it; a lack of memory is told apart.
+
+    Args:
+        error: as the runtime raised it.
+        title: the runtime and its version.
+        model: the file.
+    """
+    if isinstance(error, EdgestillError):
+        return error
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if isinstance(error, MemoryError) or any(word in str(error).lower() for word in _MEMORY_WORDS):
+        return EdgestillError(
+            "the device has not enough memory for the model",
+            where=str(model),
+            evidence=f"{title}: {reason}",
+            fix="a smaller batch, a smaller student, or fewer programs on the device",
+        )
+    return EdgestillError(f"{title} failed on the model", where=str(model), evidence=reason)

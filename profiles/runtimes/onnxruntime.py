@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU."""
+"""ONNX Runtime on the CPU, and the session that its other execution providers share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 
 from profiles.errors import EdgestillError, InputError
-from profiles.runtimes import Clock, TensorSpec, Timed
+from profiles.runtimes import Clock, RuntimeOptions, TensorSpec, Timed, Usable, run_error
 
 Array = np.ndarray[Any, Any]
 
@@ -37,13 +37,20 @@ _ERRORS_ONLY = 3
 _KERNEL = "_kernel_time"
 _SKIPPED_RUNS = 5
 _FASTEST = 4
+_DEFAULT = RuntimeOptions()
+_LEVELS = {
+    "all": "ORT_ENABLE_ALL",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "basic": "ORT_ENABLE_BASIC",
+    "none": "ORT_DISABLE_ALL",
+}
 
 
-def _settings(threads: int | None) -> Any:
+def session_settings(threads: int | None, options: RuntimeOptions = _DEFAULT) -> Any:
     """The session options of every measurement."""
     settings = ort.SessionOptions()
     settings.log_severity_level = _ERRORS_ONLY
-    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    settings.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[options.graph_optimization])
     settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     settings.inter_op_num_threads = 1
     settings.intra_op_num_threads = threads or 0
@@ -60,14 +67,14 @@ def _open(model: Path, settings: Any) -> Any:
 
 
 class OnnxRuntimeSession:
-    """One model on the CPU provider, every graph optimisation on.
+    """One model on the CPU provider.
 
     The input buffers are allocated once per shape and bound, so that the run call finds its inputs in place.
     """
 
-    def __init__(self, model: Path, threads: int | None) -> None:
+    def __init__(self, model: Path, threads: int | None, options: RuntimeOptions = _DEFAULT) -> None:
         self._model = model
-        self._session: Any = _open(model, _settings(threads))
+        self._session: Any = self._opened(model, threads, options)
         self.inputs = _specs(self._session.get_inputs(), model)
         self.outputs = _specs(self._session.get_outputs(), model)
         self.options: dict[str, Any] = {
@@ -75,7 +82,7 @@ class OnnxRuntimeSession:
             "intra_op_threads": threads,
             "inter_op_threads": 1,
             "execution_mode": "sequential",
-            "graph_optimization": "all",
+            "graph_optimization": options.graph_optimization,
         }
         self._binding: Any = None
         self._buffers: dict[str, Array] = {}
@@ -124,6 +131,9 @@ class OnnxRuntimeSession:
         self._buffers = {}
         self._session = None
 
+    def _opened(self, model: Path, threads: int | None, options: RuntimeOptions) -> Any:
+        return _open(model, session_settings(threads, options))
+
     def _bind(self, inputs: Mapping[str, Array]) -> None:
         check_inputs(inputs, self.inputs, self._model)
         self._binding = self._session.io_binding()
@@ -140,6 +150,9 @@ class OnnxRuntime:
 
     name = "onnxruntime"
 
+    def __init__(self, options: RuntimeOptions = _DEFAULT) -> None:
+        self._options = options
+
     @property
     def version(self) -> str:
         """The installed version."""
@@ -147,10 +160,17 @@ class OnnxRuntime:
 
     def load(self, model: Path, *, threads: int | None) -> OnnxRuntimeSession:
         """See `Runtime.load`."""
-        return OnnxRuntimeSession(model, threads)
+        return OnnxRuntimeSession(model, threads, self._options)
 
 
-RUNTIME = OnnxRuntime()
+def make(name: str, options: RuntimeOptions) -> OnnxRuntime:
+    """See `get_runtime`."""
+    return OnnxRuntime(options)
+
+
+def usable(name: str) -> Usable:
+    """See `profiles.runtimes.usable`: the CPU provider is part of every ONNX Runtime."""
+    return Usable(True, f"ONNX Runtime {ort.__version__}")
 
 
 def run_model(
@@ -220,7 +240,7 @@ def trace(
         EdgestillError: the runtime cannot load or run the model.
     """
     with tempfile.TemporaryDirectory(prefix="edgestill-") as folder:
-        settings = _settings(threads)
+        settings = session_settings(threads)
         settings.optimized_model_filepath = str(optimised)
         settings.enable_profiling = True
         settings.profile_file_prefix = str(Path(folder) / "trace")
@@ -286,7 +306,20 @@ def random_inputs(
             batch that is not `batch`.
     """
     session = OnnxRuntimeSession(model, 1)
-    names = [spec.name for spec in session.inputs]
+    session.close()
+    return random_for(session.inputs, model, batch, shapes, seed=seed)
+
+
+def random_for(
+    specs: tuple[TensorSpec, ...],
+    model: Path,
+    batch: int = 1,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    *,
+    seed: int = 0,
+) -> dict[str, Array]:
+    """`random_inputs` for a model whose inputs are known."""
+    names = [spec.name for spec in specs]
     for name in shapes or {}:
         if name not in names:
             raise InputError(
@@ -294,11 +327,10 @@ def random_inputs(
             )
     generator = np.random.default_rng(seed)
     inputs = {}
-    for spec in session.inputs:
+    for spec in specs:
         shape = (shapes or {}).get(spec.name) or _static_shape(spec, batch, model)
         inputs[spec.name] = _random(shape, spec.dtype, generator)
-    session.close()
-    check_inputs(inputs, session.inputs, model)
+    check_inputs(inputs, specs, model)
     return inputs
 
 
@@ -391,6 +423,9 @@ def _load_error(error: Exception, model: Path) -> EdgestillError:
             evidence=reason,
             fix="export it again, and copy its external data file beside it if it has one",
         )
+    found = _run_error(error, model)
+    if "memory" in found.message:
+        return found
     return EdgestillError(
         f"ONNX Runtime {ort.__version__} cannot load the model",
         where=str(model),
@@ -400,7 +435,4 @@ def _load_error(error: Exception, model: Path) -> EdgestillError:
 
 
 def _run_error(error: Exception, model: Path) -> EdgestillError:
-    if isinstance(error, EdgestillError):
-        return error
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return EdgestillError(f"ONNX Runtime {ort.__version__} failed on the model", where=str(model), evidence=reason)
+    return run_error(error, f"ONNX Runtime {ort.__version__}", model)

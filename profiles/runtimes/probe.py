@@ -6,6 +6,7 @@ nothing that running a model does not need.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import re
 import sys
@@ -15,41 +16,64 @@ from pathlib import Path
 import numpy as np
 
 from profiles.errors import EdgestillError
-from profiles.runtimes import WallClock, get_runtime
+from profiles.runtimes import RuntimeOptions, WallClock, get_runtime
+from profiles.runtimes.stages import LOADING, QUERYING
 
 _QUERIES = 20
 _SECONDS = 2.0
 
 
-def main(runtime_name: str, model: str, inputs_file: str, threads: str) -> int:
-    """Prints one JSON document: load_ms, first_inference_ms, before_load_mib, peak_mib, how; or error. See `Memory`."""
+def main(runtime_name: str, options: str, model: str, inputs_file: str, threads: str, load: str, query: str) -> int:
+    """Prints what it does next, a line each, and last a JSON document: load_ms, first_inference_ms, before_load_mib,
+    peak_mib, how; or error. See `Memory`.
+
+    Args:
+        runtime_name: of the runtime.
+        options: its `RuntimeOptions` as JSON.
+        model: the file.
+        inputs_file: one query, an .npz file.
+        threads: inside an operator.
+        load: seconds after which loading counts as hanging; the process then ends itself.
+        query: the same for one query.
+    """
     with np.load(inputs_file) as stored:
         inputs = dict(stored)
     clock = WallClock()
     try:
-        runtime = get_runtime(runtime_name)
+        runtime = get_runtime(runtime_name, RuntimeOptions(**json.loads(options)))
         before = _resident("VmRSS")
+        _watch(LOADING, float(load))
         start = clock.now()
         session = runtime.load(Path(model), threads=int(threads))
         loaded = clock.now()
+        _watch(QUERYING, float(query))
+        asked = clock.now()
         session.query(inputs, clock)
         first = clock.now()
         end = time.monotonic() + _SECONDS
         for _ in range(_QUERIES):
+            _watch(QUERYING, float(query))
             session.query(inputs, clock)
             if time.monotonic() > end:
                 break
+        faulthandler.cancel_dump_traceback_later()
     except EdgestillError as error:
         print(json.dumps({"error": f"{error.message} ({error.evidence})"}))  # noqa: T201
         return 1
     found = {
         "load_ms": (loaded - start) / 1e6,
-        "first_inference_ms": (first - loaded) / 1e6,
+        "first_inference_ms": (first - asked) / 1e6,
         "before_load_mib": before,
         **_peak(),
     }
     print(json.dumps(found))  # noqa: T201
     return 0
+
+
+def _watch(stage: str, seconds: float) -> None:
+    """Says what comes next, and when; faulthandler ends the process if it takes longer, whatever holds the GIL."""
+    print(stage, time.monotonic(), flush=True)  # noqa: T201
+    faulthandler.dump_traceback_later(seconds, exit=True)
 
 
 def _peak() -> dict[str, float | str | None]:

@@ -10,6 +10,7 @@ from importlib.machinery import ModuleSpec
 import pytest
 
 from cli.commands import doctor
+from profiles.runtimes import available
 from tests.cli.cli_runner import edgestill
 
 
@@ -30,6 +31,11 @@ def test_it_tells_the_machine_and_exits_0() -> None:
     assert checks["torch"]["state"] == "yes"
     assert checks["data fashion-mnist-small"]["state"] == "yes"
     assert all(check["fix"] for check in checks.values() if check["state"] == "bad")
+    runtimes = {name.removeprefix("runtime "): check for name, check in checks.items() if name.startswith("runtime ")}
+    assert set(runtimes) == set(available())
+    assert runtimes["onnxruntime"]["state"] == runtimes["torch"]["state"] == "yes"
+    assert all(check["found"] for check in runtimes.values()), "the version, or the reason"
+    assert checks["energy sensor"]["found"]
     assert edgestill("doctor").status == 0
 
 

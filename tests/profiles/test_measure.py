@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from profiles import agent
 from profiles import measure as m
+from profiles.conditions import ClockWatch, environment_of, warnings_of
 from profiles.device import TargetSection
 from profiles.errors import EdgestillError, InputError
 from profiles.measure_section import MeasureSection
 from profiles.runtimes import Clock, TensorSpec, Timed
+from profiles.sweep import sweep, sweep_threads
 
 MS = 1_000_000
 COPY_NS = 50_000
@@ -374,7 +379,7 @@ def test_a_batch_sweep_finds_where_throughput_saturates(tmp_path: Path) -> None:
 
     runtime = SyntheticRuntime({})
     runtime.sessions["a"] = Growing("a", constant(1), [], 0.5)
-    found = m.sweep(
+    found = sweep(
         tmp_path / "a.bin", {"image": np.zeros((8, 2), np.uint8)}, MeasureSection(), runtime=runtime, clock=clock
     )
     assert [point.batch for point in found.points[:4]] == [1, 2, 4, 8]
@@ -387,14 +392,176 @@ def test_what_disturbed_the_machine_is_said() -> None:
     before = {"cores": 4, "throttle_events": 3, "governor": ["schedutil"], "temperatures_c": {"cpu": 50.0}}
     after = {"cores": 4, "throttle_events": 5, "governor": ["performance"], "temperatures_c": {"cpu": 90.0}}
     use = {"other_cores": 1.3, "stolen_cores": 0.4, "busiest": [{"name": "ffmpeg", "cores": 1.2}], "seconds": 2.0}
-    environment = m._environment(before, after, use)
+    environment = environment_of(before, after, use)
     assert environment["before"]["temperatures_c"] != environment["after"]["temperatures_c"]
-    said = m._warnings(m.WarmUp(True, 10, 1.0, 1e6), MeasureSection(), environment)
+    environment["clock_mhz"] = {"lowest": 1200.0, "highest": 2400.0}
+    latency = m.describe([1_000_000] * 662, "compute", 99, 0.99)
+    said = warnings_of(True, MeasureSection(), environment, latency, [])
     assert said == (
         "the machine was busy: other processes used 1.3 of 4 cores (ffmpeg 1.2)",
         "the hypervisor took 0.4 cores away",
         "the CPU was throttled: 3 events before, 5 after",
+        'the clock changed while sampling, between 1200 and 2400 MHz; the governor "performance" or fixed clocks avoid '
+        "that",
         "the governor changed from ['schedutil'] to ['performance']",
     )
-    quiet = m._environment(before, before, {**use, "other_cores": 0.05, "stolen_cores": 0.0})
-    assert m._warnings(m.WarmUp(True, 10, 1.0, 1e6), MeasureSection(), quiet) == ()
+    quiet = environment_of(before, before, {**use, "other_cores": 0.05, "stolen_cores": 0.0})
+    quiet["clock_mhz"] = {"lowest": 2350.0, "highest": 2400.0}
+    assert warnings_of(True, MeasureSection(), quiet, latency, []) == ()
+
+
+def test_clocks_are_read_while_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for core, khz in enumerate((1_200_000, 2_400_000)):
+        folder = tmp_path / f"cpu{core}" / "cpufreq"
+        folder.mkdir(parents=True)
+        (folder / "scaling_cur_freq").write_text(f"{khz}\n")
+    monkeypatch.setattr(agent, "CPU", str(tmp_path))
+    watch = ClockWatch()
+    watch.look()
+    assert watch.found() == {}, "what comes before sampling does not count"
+    watch.start()
+    watch.look()
+    (tmp_path / "cpu1" / "cpufreq" / "scaling_cur_freq").write_text("1800000\n")
+    watch.look()
+    assert watch.found() == {"clock_mhz": {"lowest": 2400.0, "highest": 2400.0}}, "every other second is enough"
+    watch._due = 0.0
+    watch.look()
+    assert watch.found() == {"clock_mhz": {"lowest": 1800.0, "highest": 2400.0}}
+
+
+def test_a_drift_while_sampling_ends_unstable_and_not_as_a_number(tmp_path: Path) -> None:
+    # settles in the warm-up, then slows down by half
+    found = run(tmp_path, {"a": lambda index, now: MS * (1 + max(0, index - 700) / 3000)}, limit=1.4)[0][
+        "a"
+    ].measurement
+    assert found.warmup_seconds < 2
+    assert not found.stable
+    assert found.compute.value is None
+    assert found.compute.upper_bound is None
+    assert found.verdict == "inconclusive"
+    assert any("unstable: it drifted" in line for line in found.warnings)
+
+
+def test_slow_spells_while_sampling_end_unstable_and_not_as_a_number(tmp_path: Path) -> None:
+    # one query in twenty is slow, and all of these come in two spells
+    found = run(tmp_path, {"a": lambda index, now: MS * (3 if 900 <= index < 930 or 1500 <= index < 1530 else 1)})[0][
+        "a"
+    ]
+    assert not found.measurement.stable
+    assert found.measurement.compute.value is None
+    assert found.measurement.compute.p50 == pytest.approx(1.0), "what the samples were is told all the same"
+    assert any("unstable: slow queries came in spells" in line for line in found.measurement.warnings)
+
+
+def test_what_is_far_from_the_limit_is_decided_although_it_moved(tmp_path: Path) -> None:
+    drift: Latency = lambda index, now: MS * (1 + max(0, index - 700) / 3000)  # noqa: E731
+    assert run(tmp_path, {"a": drift}, limit=50)[0]["a"].measurement.verdict == "pass"
+    assert run(tmp_path, {"a": drift}, limit=0.5)[0]["a"].measurement.verdict == "fail"
+
+
+def test_too_few_samples_for_the_percentile_are_said_with_the_number(tmp_path: Path) -> None:
+    found = run(tmp_path, {"a": constant(10)}, percentile=99.9, max_seconds=1)[0]["a"].measurement
+    assert found.compute.value is None
+    assert any("p99.9 needs 6,636" in line and "max_seconds" in line for line in found.warnings)
+
+
+def hanging(released: threading.Event) -> Latency:
+    """Answers the first queries, then never again."""
+
+    def latency(index: int, now: int) -> float:
+        if index >= 1000:
+            released.wait()
+        return MS
+
+    return latency
+
+
+def test_a_runtime_that_hangs_is_named_and_the_others_are_measured(tmp_path: Path) -> None:
+    released = threading.Event()
+    runtime = SyntheticRuntime({"a": constant(1), "b": hanging(released), "c": constant(2)})
+    failures: dict[str, EdgestillError] = {}
+    found = measure_with(tmp_path, runtime, failures, timeout_seconds=0.4)
+    released.set()
+    assert sorted(found) == ["a", "c"]
+    assert found["c"].measurement.compute.p99 == pytest.approx(2.0)
+    assert "hangs on the model after it had answered before" in failures["b"].message
+    assert failures["b"].where == str(tmp_path / "b.bin")
+    assert "0.4 s" in str(failures["b"].evidence)
+    assert gc.isenabled()
+    assert [difference.against for difference in found["a"].measurement.differences] == ["c"]
+
+
+def test_one_model_that_fails_does_not_end_the_measurement_of_the_others(tmp_path: Path) -> None:
+    def failing(index: int, now: int) -> float:
+        if index > 900:
+            raise EdgestillError("the device has not enough memory for the model")
+        return MS
+
+    runtime = SyntheticRuntime({"a": failing, "b": constant(1)})
+    failures: dict[str, EdgestillError] = {}
+    assert list(measure_with(tmp_path, runtime, failures)) == ["b"]
+    assert "not enough memory" in failures["a"].message
+
+
+def test_when_every_model_fails_nothing_is_measured_and_each_error_is_told(tmp_path: Path) -> None:
+    runtime = SyntheticRuntime({"a": constant(1), "b": constant(1)}, value=float("nan"))
+    failures: dict[str, EdgestillError] = {}
+    assert measure_with(tmp_path, runtime, failures) == {}
+    assert ["not finite" in failures[name].message for name in "ab"] == [True, True]
+
+
+def measure_with(
+    tmp_path: Path, runtime: SyntheticRuntime, failures: dict[str, EdgestillError], **section: Any
+) -> dict[str, m.Measured]:
+    candidates = {name: tmp_path / f"{name}.bin" for name in runtime.sessions}
+    for path in candidates.values():
+        path.write_bytes(b"synthetic")
+    return m.measure(
+        candidates,
+        {"image": np.zeros((8, 2), np.uint8)},
+        TargetSection(name="t"),
+        MeasureSection(**section),
+        runtime=runtime,
+        clock=SyntheticClock(),
+        fresh_process=False,
+        failures=failures,
+    )
+
+
+def test_a_core_that_may_not_be_used_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="may not be used") as caught:
+        run(tmp_path, {"a": constant(1)}, affinity=(10_000,))
+    assert caught.value.where == "affinity"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system has no affinities")
+def test_cores_are_pinned_recorded_and_given_back(tmp_path: Path) -> None:
+    before = os.sched_getaffinity(0)
+    seen = []
+
+    def latency(index: int, now: int) -> float:
+        seen.append(os.sched_getaffinity(0))
+        return MS
+
+    core = min(before)
+    found = run(tmp_path, {"a": latency}, affinity=(core,))[0]["a"].measurement
+    assert set(map(frozenset, seen)) == {frozenset({core})}
+    assert found.options["affinity"] == [core]
+    assert os.sched_getaffinity(0) == before
+
+
+def test_a_thread_sweep_finds_where_more_threads_bring_nothing(tmp_path: Path) -> None:
+    class Threaded(SyntheticRuntime):
+        def load(self, model: Path, *, threads: int | None) -> SyntheticSession:
+            return SyntheticSession("a", constant(8 / min(threads or 1, 4)), self.log, 0.5)
+
+    found = sweep_threads(
+        tmp_path / "a.bin",
+        {"image": np.zeros((8, 2), np.uint8)},
+        MeasureSection(),
+        threads=(1, 2, 4, 8),
+        runtime=Threaded({}),
+        clock=SyntheticClock(),
+    )
+    assert [point.threads for point in found.points] == [1, 2, 4, 8]
+    assert found.saturation_threads == 4

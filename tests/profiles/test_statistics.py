@@ -295,3 +295,82 @@ def test_blocks_grow_with_dependence() -> None:
     assert ours.block_length(random.normal(size=1000)) == 10
     assert ours.block_length(autoregression(random, 1000, 0.9)) > 30
     assert ours.block_length([1.0, 2.0]) == 1
+
+
+def drifting(random: np.random.Generator, n: int) -> np.ndarray:
+    return gamma(random, n) / 2 + np.linspace(0, 1, n)
+
+
+def two_spells(random: np.random.Generator, n: int) -> np.ndarray:
+    """One query in twenty takes three times as long, in two spells."""
+    slow = np.zeros(n, bool)
+    for start in random.choice(n // 2, 2) + np.array([0, n // 2]):
+        slow[start : start + n // 40] = True
+    return random.normal(1.0, 0.02, n) * np.where(slow, 3, 1)
+
+
+@pytest.mark.parametrize("draw", [gamma, bimodal, heavy_tail])
+@pytest.mark.parametrize(("p", "n"), [(50, 300), (99, 1324)])
+def test_independent_samples_are_stable_with_the_usual_bounds(draw: object, p: float, n: int) -> None:
+    random = np.random.default_rng(1)
+    dependent = 0
+    for _ in range(150):
+        samples = draw(random, n)  # type: ignore[operator]
+        found = ours.stability(samples, p)
+        if found.p_value > ours.CAUTION:
+            assert (found.lower, found.upper) == (ours.lower_bound(samples, p), ours.upper_bound(samples, p))
+        assert found.stable or found.p_value <= ours.DEPENDENCE_ERROR
+        dependent += not found.stable
+    assert dependent <= 2
+
+
+@pytest.mark.parametrize(("draw", "p"), [(drifting, 50), (two_spells, 99)])
+def test_a_drift_and_slow_spells_are_not_stable(draw: object, p: float) -> None:
+    random = np.random.default_rng(2)
+    for _ in range(20):
+        found = ours.stability(draw(random, 1324), p)  # type: ignore[operator]
+        assert not found.stable
+        assert found.inflation > 3
+
+
+def test_a_drift_that_does_not_matter_is_stable_within_wider_bounds() -> None:
+    samples = np.random.default_rng(3).normal(1, 0.001, 2000) * np.linspace(1, 1.02, 2000)
+    found = ours.stability(samples, 50)
+    lower, upper = ours.lower_bound(samples, 50), ours.upper_bound(samples, 50)
+    assert found.stable
+    assert found.p_value <= ours.DEPENDENCE_ERROR
+    assert found.lower is not None
+    assert found.upper is not None
+    assert found.lower < lower < upper < found.upper  # type: ignore[operator]
+
+
+def test_many_short_spells_give_a_number_whose_bounds_hold() -> None:
+    random = np.random.default_rng(4)
+    n, length, stable, missed = 20_000, 8, 0, 0
+    for _ in range(40):
+        # slow in 3 % of the time, 8 queries on end: the median is 1 ms and the p99 about 3 ms
+        slow = np.repeat(random.random(n // length) < 0.03, length)
+        found = ours.stability(random.normal(1, 0.02, n) * np.where(slow, 3, 1), 99)
+        truth = 3 * float(stats.norm.ppf(1 - 0.01 / 0.03, 1, 0.02))
+        stable += found.stable
+        missed += found.stable and not (found.lower or 0) <= truth <= (found.upper or 0)
+    assert stable == 40
+    assert missed <= 1
+
+
+@given(latencies, percentiles, confidences)
+@settings(max_examples=40, deadline=None)
+def test_bounds_with_dependence_are_never_narrower(samples: list[float], p: float, confidence: float) -> None:
+    found = ours.stability(samples, p, confidence)
+    lower, upper = ours.lower_bound(samples, p, confidence), ours.upper_bound(samples, p, confidence)
+    assert (found.lower is None, found.upper is None) == (lower is None, upper is None)
+    assert lower is None or found.lower is None or min(samples) <= found.lower <= lower
+    assert upper is None or found.upper is None or upper <= found.upper <= max(samples)
+    assert 0 < found.p_value <= 1
+    assert found.inflation >= 1
+
+
+@given(latencies, percentiles, st.floats(0.01, 1e4))
+@settings(max_examples=40, deadline=None)
+def test_what_is_judged_in_order_is_no_bolder_than_without(samples: list[float], p: float, limit: float) -> None:
+    assert ours.judge(samples, limit, p) in (ours.verdict(samples, limit, p), "inconclusive")
