@@ -904,6 +904,8 @@ class Agent:
             remove(self.folder)
             raise _explained(error)
         self.janitor, self.pipe = _start_janitor(self.folder)
+        with open(self.path("owners"), "w", encoding="utf-8") as file:
+            file.writelines("%d %s\n" % (pid, _started(pid)) for pid in (os.getpid(), self.janitor))
         self.requests: "queue.Queue[Dict[str, Any]]" = queue.Queue()
         self.worker: Optional[Worker] = None
         self.rung: List[str] = []
@@ -1747,7 +1749,8 @@ def sweep(folder: str) -> int:
     if not os.path.basename(folder).startswith("edgestill-"):
         return 1
     for _ in range(80):
-        if not os.path.exists(folder):
+        owners = [line.split(" ") for line in (_text(os.path.join(folder, "owners")) or "").splitlines()]
+        if not os.path.exists(folder) or not any(_started(int(pid)) == started for pid, started in owners):
             break
         time.sleep(0.1)
     alone = not os.path.exists(folder)

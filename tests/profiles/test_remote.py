@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cli.pipeline.prepare import prepare_host
@@ -386,6 +386,7 @@ def test_releases_and_versions_are_read() -> None:
     assert agent.trtexec_version("nothing") == ""
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.floats(0.001, 1000), min_size=1, max_size=50), st.integers(0, 40), st.booleans())
 def test_trtexec_times_are_those_after_the_warm_up(times: list[float], warm: int, old: bool) -> None:
     first = "startInMs" if old else "startH2dMs"
@@ -394,12 +395,14 @@ def test_trtexec_times_are_those_after_the_warm_up(times: list[float], warm: int
     assert agent.parse_trtexec_times(json.dumps(entries), 200) == times
 
 
+@settings(deadline=None, max_examples=50)
 @given(ASCII | st.sampled_from(["[]", "[{}]", '[{"startComputeMs": 300, "computeMs": -1}]', "null", "[1]"]))
 def test_times_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(agent.Problem):
         agent.parse_trtexec_times(text, 200)
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.none() | st.integers(-20, 260), ASCII, st.booleans())
 def test_every_end_of_ssh_is_explained(status: int | None, errors: str, started: bool) -> None:
     error = explain_ssh(Host("h"), status, errors, started=started)
