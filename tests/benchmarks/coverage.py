@@ -227,7 +227,7 @@ def table(rows: list[Row], created: str) -> str:
         "A row of a steady distribution holds when both bounds contain the truth at least as often as claimed, a "
         f"drifting or bursty one when at least as many end as unstable (tested at {SUSPECT}). The unstable ones among "
         "the first three are false alarms, of the warm-up's windows and of the test of the samples together. Short "
-        "bursts are dependent samples with a percentile: the bounds claim nothing there, and are shown for how far they "
+        "bursts are dependent samples with a percentile: the bounds claim nothing there and are shown for how far they "
         "are off.",
         "",
     ]
