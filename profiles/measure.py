@@ -410,7 +410,7 @@ def measure(
                 "idle_gap_ms": section.idle_gap_ms,
             },
             graph_precision=precision,
-            compute_precision=_compute_precision(precision, runtime.name),
+            compute_precision=_compute_precision(precision, runtime.name, model),
             batch=target.batch,
             input_shapes={key: array.shape for key, array in batches[0].items()},
             input_source=input_source,
@@ -701,7 +701,9 @@ def graph_precision(model: Path) -> GraphPrecision:
     return "bf16" if onnx.TensorProto.BFLOAT16 in types else "fp32"
 
 
-def _compute_precision(graph: GraphPrecision, runtime: str) -> str:
+def _compute_precision(graph: GraphPrecision, runtime: str, model: Path) -> str:
+    if model.suffix != ".onnx":
+        return f"as the {model.suffix} file was built"
     if runtime in ("onnxruntime", "openvino") and graph in ("fp16", "bf16"):
         # the CPU provider has kernels in half precision for few operators, on some Arm cores; it casts around the rest
         return f"fp32 ({graph} graph on a CPU)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -199,10 +199,26 @@ def _model_and_inputs(path: Path, options: BenchOptions) -> tuple[Path, dict[str
     inputs = {entry["name"]: golden[f"input_{entry['name']}"] for entry in manifest.info["inputs"]}
     repeats = options.target.batch
     return (
-        path / manifest.info["model"],
+        _runs_in(path, manifest.info, options),
         {key: np.repeat(array, repeats, 0) for key, array in inputs.items()},
         "golden sample",
     )
+
+
+def _runs_in(bundle: Path, info: Mapping[str, Any], options: BenchOptions) -> Path:
+    """The file of the bundle that the runtime takes: TensorRT runs an engine, the others the graph."""
+    if options.runtime not in ("tensorrt", "tensorrt-rtx"):
+        return bundle / str(info["model"])
+    static = info.get("static_engine") if options.target.batch == 1 else None
+    engine = static or info.get("engine")
+    if engine is None:
+        raise InputError(
+            "the bundle has no engine",
+            where=str(bundle),
+            evidence=info.get("engine_note"),
+            fix="sh build_engine.sh, in the bundle, and bench the engine file",
+        )
+    return bundle / str(engine["file"])
 
 
 def _same_names(graph: Any, batch: int, given: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

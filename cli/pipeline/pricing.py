@@ -383,6 +383,7 @@ class Pricing:
                     max_seconds=_SECONDS,
                     warmup_seconds=_SECONDS,
                     max_samples=_SAMPLES,
+                    energy_seconds=0,
                 ),
                 progress=None,
                 fresh_process=_asks_for_memory(targets),
