@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cli.own_data import OwnData
 from profiles.errors import InputError
+from profiles.opening import open_graph
 
 if TYPE_CHECKING:
     from profiles.device import Device
@@ -121,13 +122,7 @@ def _existing(value: str, base: Path, where: str) -> str:
 
 def _onnx_output(path: Path) -> str:
     _existing(str(path), path.parent, "--teacher")
-    import onnx
-
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except Exception as error:  # a damaged protobuf shows as many kinds of errors
-        raise InputError("not an ONNX file", where=str(path), evidence=" ".join(str(error).split())[:200]) from error
-    return str(model.graph.output[0].name)
+    return str(open_graph(path).graph.output[0].name)
 
 
 def _relative(path: Path, base: Path) -> str:

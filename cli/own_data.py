@@ -140,7 +140,7 @@ def _size_of(images: Sequence[Path]) -> int | None:
         try:
             with Image.open(path) as image:
                 sizes.add(image.size)
-        except (OSError, UnidentifiedImageError):
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
             continue  # loading the data names every image that cannot be read
     if len(sizes) == 1 and max(sizes.copy().pop()) <= _USUAL_SIZE:
         return None

@@ -13,6 +13,7 @@ import torch
 
 from profiles.artifact import explain_os_errors
 from profiles.errors import InputError
+from profiles.opening import refuse_zip_bomb
 
 
 def save_checkpoint(file: Path, state: dict[str, Any]) -> None:
@@ -44,6 +45,7 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
     Raises:
         InputError: truncated, corrupt, or not a checkpoint.
     """
+    refuse_zip_bomb(file)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from distill.data.dataset import InputSpec
 from distill.teachers.section import ImageInput
 from profiles.errors import InputError, nearest
+from profiles.opening import refuse_zip_bomb
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -66,7 +67,9 @@ class ImageAdapter(nn.Module):
         self.normalize = Normalize(mean, std)
 
     def forward(self, image: Tensor) -> Tensor:
-        x: Tensor = self.normalize(image.expand(-1, self.repeat, -1, -1) if self.repeat > 1 else image)
+        if self.repeat > 1:  # TensorRT repeats no uint8
+            image = image.to(self.normalize.scale.dtype).expand(-1, self.repeat, -1, -1)
+        x: Tensor = self.normalize(image)
         if self.size is not None and x.shape[-2:] != (self.size, self.size):
             x = F.interpolate(
                 x, size=(self.size, self.size), mode="bilinear", align_corners=False, antialias=self.antialias
@@ -134,7 +137,10 @@ def read_state(path: Path, *, where: str) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return dict(load_file(path))
+        refuse_zip_bomb(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except Exception as error:  # both readers raise many types for damaged bytes
         raise InputError(
             f"cannot read the weights in {path}",

@@ -121,7 +121,7 @@ def train(
     section = section.resolved(len(dataset.train) if rows is None else len(rows))
     view_seed = seed if view_seed is None else view_seed
     key = _key(student, objective, dataset, cache, section, augmentation, seed, view_seed, strategy)
-    if current(folder, "student", key) is not None:
+    if current(folder, "student", key, whole=True) is not None:
         load_student(student, folder / "student.safetensors")
         load_student(objective, folder / "objective.safetensors")
         student.eval()

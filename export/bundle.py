@@ -90,7 +90,7 @@ def write_bundle(
         check,
         script,
     )
-    if current(folder, KIND, key) is not None:
+    if current(folder, KIND, key, whole=True) is not None:
         return folder
     session = parity.open_session(candidate.to_score)
     output = parity.run_session(session, inputs, len(next(iter(inputs.values()))))

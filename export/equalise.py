@@ -18,6 +18,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
+from export.onnx import write
 from export.parity import emulate, open_session
 
 _BATCH = 64
@@ -283,7 +284,7 @@ def _watch(
     watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in values)
     with tempfile.TemporaryDirectory(prefix="edgestill-") as folder:
         path = Path(folder) / "watched.onnx"
-        path.write_bytes(watched.SerializeToString())
+        write(watched, path)
         session = open_session(path)
     count = len(next(iter(samples.values())))
     for start in range(0, count, _BATCH):
@@ -313,7 +314,7 @@ def correct_biases(
     corrected = onnx.ModelProto()
     with tempfile.TemporaryDirectory(prefix="edgestill-") as folder:
         path = Path(folder) / "quantized.onnx"
-        path.write_bytes(quantized.SerializeToString())
+        write(quantized, path)
         emulate(path, path)
         corrected.CopyFrom(onnx.load(str(path)))
     constants = {tensor.name for tensor in changed.graph.initializer}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import json
 import logging
@@ -20,12 +21,14 @@ from torch import Tensor, nn
 
 from profiles.device import Stack
 from profiles.errors import EdgestillError, InputError
+from profiles.opening import tensor_bytes
 
 DEFAULT_OPSET = 20
 EXPORTER_OPSETS = (18, 25)
 """What torch.onnx.export writes by itself; older ones are reached by `lower_opset`."""
-_EXTERNAL_DATA_BYTES = 1_500_000_000
-"""A protobuf ends at 2 GB; the weights of larger models go beside the graph."""
+LARGE_BYTES = 2**30
+"""Weights of more bytes go into a file beside the graph. A protobuf ends at 2 GiB, and what the conversions add must
+fit, too."""
 DEFAULT_IR = 10
 
 
@@ -83,6 +86,7 @@ def export_graph(
     max_ir: int = DEFAULT_IR,
     output_names: Sequence[str] = ("logits",),
     metadata: Mapping[str, Any] | None = None,
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
 ) -> None:
     """Writes `model` as an ONNX FP32 graph whose batch (first dimension of every input and output) is dynamic.
 
@@ -92,6 +96,7 @@ def export_graph(
         opset: 13 to 25. Below 18 the graph is lowered, see `lower_opset`.
         max_ir: newest IR version that the reader takes.
         metadata: written to `metadata_props`; values that are not text as JSON.
+        dynamic: names of further dimensions that are dynamic, by input and position; equal names are equal sizes.
 
     Raises:
         InputError: the model is in training mode, or a batch below 2.
@@ -101,8 +106,6 @@ def export_graph(
         raise InputError("the model is in training mode", where=type(model).__name__, fix="call model.eval() first")
     if any(example.shape[0] < 2 for example in examples.values()):
         raise InputError("the example batch must be 2 or more", where=", ".join(examples))
-    size = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
-    batch = torch.export.Dim("batch")
     try:
         with quiet(), torch.no_grad():
             program = torch.onnx.export(
@@ -110,10 +113,9 @@ def export_graph(
                 tuple(examples.values()),
                 dynamo=True,
                 opset_version=max(opset, EXPORTER_OPSETS[0]),
-                dynamic_shapes=tuple({0: batch} for _ in examples),
+                dynamic_shapes=dynamic_shapes(model, list(examples), dynamic),
                 input_names=list(examples),
                 output_names=list(output_names),
-                external_data=size >= _EXTERNAL_DATA_BYTES,
                 verbose=False,
             )
     except Exception as error:  # the exporter raises many kinds, all of which mean the same to the user
@@ -134,24 +136,71 @@ def export_graph(
     proto.producer_name = "edgestill"
     proto.producer_version = own_version()
     set_metadata(proto, {"edgestill": own_version(), **(metadata or {})})
-    save(proto, path, external=size >= _EXTERNAL_DATA_BYTES)
+    save(proto, path)
 
 
-def save(model: onnx.ModelProto, path: Path, *, external: bool = False) -> None:
-    """Checks and writes a graph; with `external`, the weights go to `<name>.data` beside it.
+def dynamic_shapes(
+    model: nn.Module, names: Sequence[str], dynamic: Mapping[str, Mapping[int, str]] | None = None
+) -> tuple[Any, ...]:
+    """For the exporter: dynamic dimensions of every input. The first one is the batch."""
+    given = dynamic or {}
+    sizes = {"batch", *(size for each in given.values() for size in each.values())}
+    known = {size: torch.export.Dim(size) for size in sizes}
+    shapes = tuple(
+        {0: known["batch"]} | {position: known[size] for position, size in given.get(name, {}).items()}
+        for name in names
+    )
+    kinds = [entry.kind for entry in inspect.signature(model.forward).parameters.values()]
+    return (shapes,) if kinds == [inspect.Parameter.VAR_POSITIONAL] else shapes
+
+
+def save(model: onnx.ModelProto, path: Path) -> None:
+    """Checks and writes a graph; the weights of a large one go to `<name>.data` beside it, see `LARGE_BYTES`.
 
     Raises:
         EdgestillError: onnx.checker refuses the graph.
     """
-    if external:
-        onnx.save_model(model, str(path), save_as_external_data=True, location=f"{path.name}.data")
+    large = is_large(model)
+    if large:
+        write(model, path)
     try:
         with quiet():
-            onnx.checker.check_model(str(path) if external else model, full_check=True)
+            onnx.checker.check_model(str(path) if large else model, full_check=True)
     except Exception as error:
         raise EdgestillError("onnx.checker refuses the graph", where=path.name, evidence=first_lines(error)) from error
-    if not external:
+    if not large:
+        write(model, path)
+
+
+def write(model: onnx.ModelProto, path: Path) -> None:
+    """Like `save`, unchecked. `model` stays as it is."""
+    remove(path)
+    if not is_large(model):
         path.write_bytes(model.SerializeToString(deterministic=True))
+        return
+    onnx.save_model(model, str(path), save_as_external_data=True, location=data_file(path).name)
+    onnx.load_external_data_for_model(model, str(path.parent))  # which saving moved out of the model
+
+
+def is_large(model: onnx.ModelProto) -> bool:
+    """Whether its weights, wherever they are stored, go beside the graph."""
+    return weights_bytes(model) >= LARGE_BYTES
+
+
+def weights_bytes(model: onnx.ModelProto) -> int:
+    """Size of all initialisers."""
+    return sum(tensor_bytes(tensor) for tensor in model.graph.initializer)
+
+
+def data_file(path: Path) -> Path:
+    """Where the weights of a large graph lie."""
+    return path.with_name(f"{path.name}.data")
+
+
+def remove(path: Path) -> None:
+    """Deletes a graph and the weights beside it, as far as they exist."""
+    path.unlink(missing_ok=True)
+    data_file(path).unlink(missing_ok=True)
 
 
 def own_version() -> str:

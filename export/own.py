@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -12,35 +12,50 @@ from uuid import uuid4
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
+from export import parity
 from export.bundle import write_bundle
 from export.candidate import Plan
+from export.foreign import OneOutput
 from export.planning import plan
 from export.section import ExportSection
+from profiles.artifact import file_hash
 from profiles.device import Device, Stack
-from profiles.errors import InputError, nearest
+from profiles.errors import EdgestillError, InputError, nearest
+from profiles.opening import refuse_zip_bomb
 from profiles.progress import Progress
 
 _DTYPES = ("float32", "uint8", "int32", "int64", "bool")
-_EXAMPLE = re.compile(r"^(?:(?P<name>[A-Za-z_][A-Za-z0-9_.]*):)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>[A-Za-z0-9]+))?$")
+_SIZE = r"(?:[A-Za-z_][A-Za-z0-9_]*=)?\d+"
+_EXAMPLE = re.compile(
+    rf"^(?:(?P<name>[A-Za-z_][A-Za-z0-9_.]*):)?(?P<shape>{_SIZE}(?:x{_SIZE})*)(?::(?P<dtype>[A-Za-z0-9]+))?$"
+)
 _RANDOM_SAMPLES = 32
 
 
 @dataclass(frozen=True)
 class Example:
-    """One input of a model: `shape` with the batch first, `dtype` a NumPy name."""
+    """One input of a model: `shape` with the batch first, `dtype` a NumPy name.
+
+    sizes: (position, name) of the dimensions that are dynamic besides the batch; equal names are equal sizes.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    sizes: tuple[tuple[int, str], ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.name}:{'x'.join(map(str, self.shape))}:{self.dtype}"
+        names = dict(self.sizes)
+        shape = [f"{names[place]}={size}" if place in names else str(size) for place, size in enumerate(self.shape)]
+        return f"{self.name}:{'x'.join(shape)}:{self.dtype}"
 
 
 def parse_example(text: str, *, position: int = 0) -> Example:
     """`[NAME:]1x3x224x224[:int64]` as an Example; without a name "input", "input_1" and so on; without a type float32.
+
+    A size that is written as `tokens=64` is dynamic; the first one, the batch, always is.
 
     Raises:
         InputError: malformed, a zero in the shape, or an unknown type.
@@ -50,14 +65,20 @@ def parse_example(text: str, *, position: int = 0) -> Example:
     """
     found = _EXAMPLE.match(text)
     if found is None:
-        raise InputError(f'"{text}" is not an example input', where="--example", fix="[NAME:]1x3x224x224[:int64]")
-    shape = tuple(int(size) for size in found["shape"].split("x"))
+        raise InputError(
+            f'"{text}" is not an example input',
+            where="--example",
+            fix="[NAME:]1x3x224x224[:int64]; a dynamic size is written with a name: tokens:1xlength=64:int64",
+        )
+    parts = re.findall(r"(?:([A-Za-z_][A-Za-z0-9_]*)=)?(\d+)(?:x|$)", found["shape"])
+    shape = tuple(int(size) for _, size in parts)
+    sizes = tuple((place, name) for place, (name, _) in enumerate(parts) if name and place)
     if 0 in shape:
         raise InputError(f'"{text}" has a size of 0', where="--example", fix="write the batch as 1")
     dtype = found["dtype"] or "float32"
     if dtype not in _DTYPES:
         raise InputError(f'unknown type "{dtype}"', where=f"--example {text}", fix=nearest(dtype, list(_DTYPES)))
-    return Example(found["name"] or ("input" if position == 0 else f"input_{position}"), shape, dtype)
+    return Example(found["name"] or ("input" if position == 0 else f"input_{position}"), shape, dtype, sizes)
 
 
 def export_model(
@@ -72,6 +93,7 @@ def export_model(
     batch: int | None = None,
     section: ExportSection | None = None,
     weights: Path | None = None,
+    output: str | None = None,
     progress: Progress | None = None,
 ) -> tuple[Plan, list[Path]]:
     """Exports a module through the same ladder, without a task metric; one bundle per usable candidate.
@@ -80,14 +102,16 @@ def export_model(
 
     Args:
         model: put into eval mode and onto the CPU here.
-        examples: in the order of forward()'s arguments.
+        examples: named as forward()'s parameters, or in their order.
         folder: gets `graphs/` and one bundle folder per candidate.
         samples: real samples per input name (N, ...); half of them calibrate INT8, the other half is compared. None:
             FP32 and FP16 only, compared on random inputs, which is said in the manifest.
         weights: .safetensors, or a .pth state dict (loaded with weights_only=True).
+        output: name of the output to export, see `OneOutput`; None: "logits", else the first tensor.
 
     Raises:
-        InputError: names, shapes or types of `samples` do not fit; weights that do not fit the model.
+        InputError: names, shapes or types of `samples` do not fit; weights that do not fit the model; an output that
+            does not exist; dynamic sizes for a stack that runs engines.
         EdgestillError: as `plan`.
     """
     if not examples:
@@ -102,9 +126,14 @@ def export_model(
         held_out = _random(examples)
     else:
         held_out, calibration = _halves(samples, examples)
-    _check_runs(model, examples, held_out)
+    _check_sizes(examples, stack)
+    wrapped = OneOutput(model, _tensors(examples, held_out, 2), output).eval()
+    if progress is not None and len(wrapped.outputs) > 1:
+        others = ", ".join(name for name in wrapped.outputs if name != wrapped.output)
+        progress.note(f'the output "{wrapped.output}" is exported; --output chooses another: {others}')
+    name = re.sub(r"[^A-Za-z0-9_]", "_", wrapped.output)
     made = plan(
-        model,
+        wrapped,
         held_out=held_out,
         calibration=calibration,
         stack=stack,
@@ -116,7 +145,10 @@ def export_model(
         precisions=precisions,
         section=section,
         progress=progress,
+        output_name=f"output_{name}" if name[0].isdigit() or name in held_out else name,
+        dynamic={example.name: dict(example.sizes) for example in examples if example.sizes},
     )
+    _check_other_sizes(wrapped, examples, made, section or ExportSection())
     golden = {name: array[:1] for name, array in held_out.items()}
     source = "random inputs" if samples is None else "the samples given"
     bundles = [
@@ -128,25 +160,70 @@ def export_model(
             device=device,
             stack=stack,
             golden=golden,
-            facts={"compared_on": source},
+            facts={"compared_on": source, "output": wrapped.output, "weights": _hash_of(weights)},
+            section=section,
         )
         for candidate in made.usable
     ]
     return made, bundles
 
 
-def _check_runs(model: nn.Module, examples: Sequence[Example], inputs: Mapping[str, NDArray[Any]]) -> None:
-    """Runs the model once, because the exporter answers inputs that do not fit with pages of its own state."""
-    try:
-        with torch.no_grad():
-            model(*(torch.from_numpy(np.array(inputs[example.name][:2])) for example in examples))
-    except Exception as error:  # a user's model may raise anything
+def _tensors(examples: Sequence[Example], inputs: Mapping[str, NDArray[Any]], count: int) -> dict[str, Tensor]:
+    """The first rows of every input, in the order of the examples."""
+    return {example.name: torch.from_numpy(np.array(inputs[example.name][:count])) for example in examples}
+
+
+def _check_sizes(examples: Sequence[Example], stack: Stack) -> None:
+    dynamic = next((example for example in examples if example.sizes), None)
+    if dynamic is not None and stack.runtime != "onnxruntime":
         raise InputError(
-            "the model does not run on the example inputs",
-            where="--example " + " ".join(str(example) for example in examples),
-            evidence=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}",
-            fix="--example must name every input of forward() in its order, with shape and type",
-        ) from error
+            f"{stack.name} runs engines, which are built for fixed sizes",
+            where=f"--example {dynamic}",
+            evidence="dynamic besides the batch: " + ", ".join(name for _, name in dynamic.sizes),
+            fix="--example " + re.sub(r"[A-Za-z_][A-Za-z0-9_]*=", "", str(dynamic)),
+        )
+
+
+def _check_other_sizes(model: nn.Module, examples: Sequence[Example], made: Plan, section: ExportSection) -> None:
+    """Compares the FP32 graph with PyTorch at other dynamic sizes than the example's.
+
+    Raises:
+        EdgestillError: it does not compute the same.
+    """
+    graph = made["fp32"].file
+    if graph is None or not any(example.sizes for example in examples):
+        return
+    smaller = [
+        replace(example, shape=tuple(_smaller(example, place) for place in range(len(example.shape))))
+        for example in examples
+    ]
+    inputs = {name: array[:2] for name, array in _random(smaller).items()}
+    expected = parity.run_torch(model, inputs)
+    try:
+        found = parity.run_session(parity.open_session(graph), inputs, 2)
+        error = parity.relative_error(expected, found)[1] if found.shape == expected.shape else float("inf")
+    except Exception as failure:  # the runtime's exceptions share no base class
+        raise _frozen(smaller, str(failure).splitlines()[0]) from failure
+    if error > section.fp32_tolerance:
+        raise _frozen(smaller, f"relative error {error:.2g}; tolerance {section.fp32_tolerance:g}")
+
+
+def _smaller(example: Example, place: int) -> int:
+    size = example.shape[place]
+    return max(2, size // 2 + 1) if place in dict(example.sizes) else size
+
+
+def _frozen(examples: Sequence[Example], evidence: str) -> EdgestillError:
+    return EdgestillError(
+        "the exported graph does not compute what the model does at other sizes",
+        where="--example " + " ".join(str(example) for example in examples),
+        evidence=evidence,
+        fix="leave the size's name out, so that it is fixed",
+    )
+
+
+def _hash_of(weights: Path | None) -> str | None:
+    return None if weights is None else file_hash(weights)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -163,8 +240,13 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
             state = load_file(str(path))
         else:
+            refuse_zip_bomb(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state)
+        if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+            state = state["state_dict"]
+        model.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
+    except InputError:
+        raise
     except Exception as error:
         first = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), str(error)[:200])
         raise InputError(f"the weights do not fit {type(model).__name__}", where=str(path), evidence=first) from error
@@ -196,7 +278,13 @@ def _halves(
                 fix=f"--example NAME:{'x'.join(map(str, example.shape))} with one of those names",
             )
         array = samples[example.name]
-        if array.shape[1:] != example.shape[1:] or str(array.dtype) != example.dtype:
+        dynamic = dict(example.sizes)
+        fits = len(array.shape) == len(example.shape) and all(
+            place in dynamic or size == wanted
+            for place, (size, wanted) in enumerate(zip(array.shape, example.shape, strict=True))
+            if place
+        )
+        if not fits or str(array.dtype) != example.dtype:
             raise InputError(
                 f'samples of "{example.name}" do not fit the example',
                 where="--samples",

@@ -17,7 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from export.candidate import Rung
-from export.onnx import first_lines, graph_opset, quiet, save
+from export.onnx import data_file, dynamic_shapes, first_lines, graph_opset, quiet, save, write
+from export.preflight.graph import without_weights
 from profiles.errors import EdgestillError
 from profiles.metrics import Difference
 
@@ -62,6 +63,9 @@ def open_session(
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     if optimised_to is not None:
         options.optimized_model_filepath = str(optimised_to)
+        if data_file(path).is_file():
+            key = "session.optimized_model_external_initializers_file_name"
+            options.add_session_config_entry(key, data_file(optimised_to).name)
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
@@ -212,7 +216,7 @@ def graph_values(path: Path, samples: Samples) -> dict[str, NDArray[Any]]:
                 model.graph.output.append(onnx.ValueInfoProto(name=name))
     with tempfile.TemporaryDirectory(prefix="edgestill-") as folder:
         instrumented = Path(folder) / "instrumented.onnx"
-        instrumented.write_bytes(model.SerializeToString())
+        write(model, instrumented)
         session = open_session(instrumented, optimised=False)
         names = [entry.name for entry in session.get_outputs()]
         found = session.run(names, dict(samples))
@@ -226,11 +230,9 @@ def graph_values(path: Path, samples: Samples) -> dict[str, NDArray[Any]]:
 def torch_values(model: nn.Module, samples: Samples) -> dict[str, NDArray[Any]]:
     """Every value of the PyTorch model under the name that torch.onnx.export gives it."""
     inputs = tuple(torch.from_numpy(np.array(array)) for array in samples.values())
-    batch = torch.export.Dim("batch")
+    shapes = dynamic_shapes(model, list(samples))
     with quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            model, inputs, dynamo=True, dynamic_shapes=tuple({0: batch} for _ in inputs), verbose=False
-        )
+        program = torch.onnx.export(model, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False)
         if program is None or program.exported_program is None:
             return {}
         recorder = _Recorder(program.exported_program.module())
@@ -339,9 +341,10 @@ def emulate_half(source: Path, target: Path, *, half: int = TensorProto.FLOAT16)
     ONNX Runtime drops the casts between the nodes of an FP16 graph on a CPU and computes in FP32: such a run shows
     neither rounding nor overflow. Sums inside a node stay in FP32, as in tensor cores.
     """
-    model = onnx.shape_inference.infer_shapes(onnx.load(str(source)))
+    model = onnx.load(str(source))
+    inferred = onnx.shape_inference.infer_shapes(without_weights(model)).graph
     full = TensorProto.FLOAT
-    types = {entry.name: entry.type.tensor_type.elem_type for entry in (*model.graph.value_info, *model.graph.output)}
+    types = {entry.name: entry.type.tensor_type.elem_type for entry in (*inferred.value_info, *inferred.output)}
 
     def widen(tensor: TensorProto) -> None:
         if tensor.data_type == half:

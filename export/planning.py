@@ -21,7 +21,17 @@ from export import parity, tensorrt
 from export.availability import EXPORTED, available, refusal_of
 from export.candidate import GRAPH, Candidate, Engine, Plan, PlanStep, Rung
 from export.floor import Floor
-from export.onnx import DEFAULT_IR, choose_opset, export_graph, graph_opset, own_version, save, set_metadata
+from export.onnx import (
+    DEFAULT_IR,
+    choose_opset,
+    export_graph,
+    graph_opset,
+    own_version,
+    remove,
+    save,
+    set_metadata,
+    write,
+)
 from export.parity import DifferenceOf, Limits, Samples, spread, take
 from export.precision import (
     Quantizer,
@@ -36,10 +46,11 @@ from export.precision import (
 from export.preflight import preflight, refusal, version_of
 from export.search import MOSTLY, Found, Judge, Search, Verdict
 from export.section import ENGINE_OPTIONS, ExportSection
-from profiles.artifact import array_hash, content_key, create, current, file_hash, tool_versions
+from profiles.artifact import array_hash, content_key, create, current, tool_versions
 from profiles.device import THIS_MACHINE, Device, Precision, Stack
 from profiles.engine_check import this_gpu
 from profiles.errors import EdgestillError, InputError
+from profiles.measure import model_hash
 from profiles.metrics import Metric
 from profiles.progress import Progress, Silent, Task
 from profiles.quantspec import QuantSpec
@@ -78,6 +89,9 @@ def plan(
     progress: Progress | None = None,
     retrain: Retrain | None = None,
     floor: Floor | None = None,
+    rescue: bool = True,
+    output_name: str = "logits",
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
 ) -> Plan:
     """Exports, quantises, compares and (for TensorRT-RTX) builds; what is there already is not made again.
 
@@ -100,6 +114,10 @@ def plan(
         retrain: quantisation-aware training, the last resort; None: there is none.
         floor: the metric to keep; None: 99 % of FP32. Without `score` what counts is that the decisions agree as the
             section asks.
+        rescue: whether search and retraining follow where INT8 does not keep the metric; without them, an INT8 that was
+            asked for by name and cannot be used is left for the caller to judge.
+        output_name: of the graph's output.
+        dynamic: further dynamic dimensions, see `export_graph`.
 
     Raises:
         InputError: an opset that the stack does not read; a precision asked for that there is no export for.
@@ -131,7 +149,10 @@ def plan(
         strict="auto" not in precisions,
         opset=choose_opset(section.opset, stack),
         floor=floor or Floor(),
+        output_name=output_name,
+        dynamic=dict(dynamic or {}),
         retrain=retrain if section.qat == "auto" else None,
+        rescue=rescue,
     )
     with progress.task("export", total=_planned(wanted, stack), unit="graphs") as task:
         work.make(wanted, task)
@@ -192,6 +213,9 @@ class _Work:
     opset: int
     floor: Floor
     retrain: Retrain | None
+    rescue: bool = True
+    output_name: str = "logits"
+    dynamic: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     reused: list[str] = field(default_factory=list)
     candidates: list[Candidate] = field(default_factory=list)
     steps: list[PlanStep] = field(default_factory=list)
@@ -222,6 +246,8 @@ class _Work:
             and not self.strict
             and any(self.keeps(candidate) for candidate in self.eight_bit_floats(task))
         ):
+            return
+        if not self.rescue:
             return
         found = self.search(task)
         if found is None:
@@ -372,6 +398,8 @@ class _Work:
                 graph,
                 opset=self.opset,
                 max_ir=self.stack.max_ir,
+                output_names=(self.output_name,),
+                dynamic=self.dynamic,
                 metadata=self.graph_metadata("fp32"),
             )
             limits = Limits(self.section.fp32_tolerance, self.section.fp32_agreement)
@@ -385,7 +413,7 @@ class _Work:
             scored = None
             if self.float_inputs:
                 scored = folder / _SCORED
-                graph.rename(scored)
+                save(onnx.load(str(graph)), scored)
                 _float_inputs(scored, graph)
             return self.describe("fp32", "fp32", graph, (plain, fused), scored=scored)
 
@@ -442,7 +470,7 @@ class _Work:
         save(model, made)
         if half:
             to_fp16(made, graph)
-            made.unlink()
+            remove(made)
         scored = None if self.native else folder / _SCORED
         if scored is not None:
             parity.emulate(graph, scored)
@@ -458,7 +486,7 @@ class _Work:
         assert self.calibration_samples is not None  # plain INT8 was made
         key = content_key(self.key("int8-search", "int8"), self.lowest)
         folder = self.place("int8-search", "int8")
-        manifest = current(folder, "search", key)
+        manifest = current(folder, "search", key, whole=True)
         if manifest is None:
             task.advance(0, note="int8 search")
             with tempfile.TemporaryDirectory(prefix="edgestill-") as scratch:
@@ -498,7 +526,7 @@ class _Work:
         place = scratch / "tried.onnx"
 
         def written(model: onnx.ModelProto) -> Path:
-            place.write_bytes(model.SerializeToString())
+            write(model, place)
             if not self.native:
                 parity.emulate(place, place)
             return place
@@ -604,7 +632,7 @@ class _Work:
             )
             if half:
                 to_fp16(made, graph)
-                made.unlink()
+                remove(made)
             scored = None if self.native else folder / _SCORED
             if scored is not None:
                 parity.emulate(graph, scored)
@@ -702,7 +730,7 @@ class _Work:
             input_dtype="float32" if scored is not None and precision == "fp32" else None,
             opset=graph_opset(model),
             ir_version=int(model.ir_version),
-            sha256=file_hash(graph),
+            sha256=model_hash(graph),
             size_bytes=sum(path.stat().st_size for path in graph.parent.glob(f"{GRAPH}*")),
             parity=rungs,
             validation=self.score(scored or graph) if self.score is not None and failed is None else None,
@@ -768,6 +796,8 @@ class _Work:
             {key: array_hash(array) for key, array in self.samples.items()},
             self.calibration_hash if quantized else None,
             self.metadata,
+            self.output_name,
+            {name: {str(place): size for place, size in sizes.items()} for name, sizes in self.dynamic.items()},
             self.exclusive,
             self.score is not None,
             self.difference is not None,
@@ -795,7 +825,7 @@ class _Work:
         if made_from:
             key = content_key(key, *made_from)
         folder = self.place(stored, precision)
-        manifest = current(folder, "graph", key)
+        manifest = current(folder, "graph", key, whole=True)
         if manifest is not None:
             candidate = Candidate.model_validate(manifest.info["candidate"])
             if candidate.refused is None or not self.strict or precision == "int8":
@@ -808,7 +838,7 @@ class _Work:
             started = time.perf_counter()
             candidate = make(temporary)
             candidate = candidate.model_copy(update={"seconds": round(time.perf_counter() - started, 2)})
-            (temporary / "optimised.onnx").unlink(missing_ok=True)
+            remove(temporary / "optimised.onnx")
             relative = _moved(candidate, Path())
             info["candidate"] = json.loads(relative.model_dump_json())
             info["calibration_sha256"] = self.calibration_hash if precision in ("int8", "fp8") else None
@@ -869,7 +899,7 @@ class _Work:
         key = content_key(
             _FORMS, candidate.sha256, str(adapter), capability, self.batch, asdict(options), gpu if here else None
         )
-        manifest = current(folder, "engine", key)
+        manifest = current(folder, "engine", key, whole=True)
         if manifest is not None:
             found = [Engine.model_validate(entry) for entry in manifest.info["engines"]]
             return [engine.model_copy(update={"file": folder / engine.file}) for engine in found]

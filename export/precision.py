@@ -26,15 +26,13 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
 from export.availability import BF16_OPSET
-from export.onnx import first_lines, graph_opset, quiet, save, set_metadata, sort_nodes
+from export.onnx import first_lines, graph_opset, is_large, quiet, save, set_metadata, sort_nodes, write
 from export.section import ExportSection
 from profiles.device import Device, Stack
 from profiles.errors import EdgestillError
 from profiles.quantspec import QuantSpec
 
 _CALIBRATION_BATCH = 64
-_LARGE = 1_500_000_000
-"""Bytes from which on a graph's weights go beside it; a protobuf ends at 2 GB."""
 _FP8_LARGEST = 448.0
 """The largest finite value of E4M3FN."""
 COMPUTE = ("Conv", "ConvTranspose", "MatMul", "Gemm")
@@ -141,7 +139,7 @@ def to_bf16(source: Path, target: Path, metadata: Mapping[str, Any] | None = Non
     weights = {tensor.name: tensor for tensor in original.graph.initializer if tensor.data_type == TensorProto.FLOAT}
     with tempfile.TemporaryDirectory(prefix="edgestill-") as folder:
         raised, half = Path(folder) / "raised.onnx", Path(folder) / "half.onnx"
-        raised.write_bytes(original.SerializeToString())
+        write(original, raised)
         to_fp16(raised, half, metadata)
         model = onnx.load(str(half))
 
@@ -190,7 +188,14 @@ class Quantizer:
             prepared = Path(folder) / "prepared.onnx"
             # symbolic shape inference has no rule for ReduceMax and others and fails on them; the exporter writes
             # all shapes into the graph anyway
-            quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+            quant_pre_process(
+                str(source),
+                str(prepared),
+                skip_symbolic_shape=True,
+                save_as_external_data=is_large(original),
+                all_tensors_to_one_file=True,
+                external_data_location=f"{prepared.name}.data",
+            )
             self.prepared: onnx.ModelProto = load_model_with_shape_infer(prepared)
         self.nodes = _to_quantise(self.prepared, form.operators)
         if not self.nodes:
@@ -216,13 +221,13 @@ class Quantizer:
         if method not in self._ranges:
             with tempfile.TemporaryDirectory(prefix="edgestill-") as folder, self._explained():
                 prepared = Path(folder) / "prepared.onnx"
-                onnx.save_model(self.prepared, str(prepared), save_as_external_data=_is_large(self.prepared))
+                write(self.prepared, prepared)
                 calibrator = create_calibrator(
                     prepared,
                     list(self.form.operators),
                     augmented_model_path=str(Path(folder) / "augmented.onnx"),
                     calibrate_method=methods[method],
-                    use_external_data_format=_is_large(self.prepared),
+                    use_external_data_format=is_large(self.prepared),
                     extra_options={"percentile": self.percentile},
                 )
                 calibrator.collect_data(_Reader(self.calibration))
@@ -373,10 +378,6 @@ def types_of(model: onnx.ModelProto) -> str:
         if quantized == len(computing)
         else (f"{narrow} in {quantized} of {len(computing)} Conv, Gemm and MatMul nodes, rest {rest}")
     )
-
-
-def _is_large(model: onnx.ModelProto) -> bool:
-    return bool(model.ByteSize() >= _LARGE)
 
 
 def _to_quantise(model: onnx.ModelProto, operators: tuple[str, ...]) -> list[str]:

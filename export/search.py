@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from export.candidate import PlanStep
 from export.equalise import correct_biases, equalise
 from export.mixed import Unit, leave_float, rescue, share_in_int8, units_of
+from export.onnx import weights_bytes
 from export.precision import Quantization, Quantizer
 from export.section import ExportSection
 from export.sensitivity import Sensitivity, measure
@@ -221,7 +222,7 @@ class Search:
             PlanStep(
                 name=name,
                 metric=verdict.metric if verdict is not None else None,
-                size_bytes=model.ByteSize() if model is not None else None,
+                size_bytes=weights_bytes(model) if model is not None else None,
                 seconds=round(time.perf_counter() - started, 2),
                 keeps=verdict.keeps if verdict is not None else keeps,
                 note=note,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +25,8 @@ from profiles.section import Section
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+_HERE, _SWAP = -100, 2
+"""AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2."""
 _VERSIONED = ("edgestill", "torch", "onnx", "onnxruntime", "numpy")
 
 
@@ -107,7 +111,23 @@ def read_manifest(folder: Path, kind: str) -> Manifest:
         ) from error
     if manifest.kind != kind:
         raise InputError(f"{folder} holds a {manifest.kind}, not a {kind}", where=str(path))
+    for name in manifest.files:
+        if Path(name).is_absolute() or ".." in Path(name).parts or not is_inside(folder / name, folder):
+            raise InputError(
+                f"the manifest names a file outside of its {kind}",
+                where=str(path),
+                evidence=f'"{name}" leads to {(folder / name).resolve()}',
+                fix=f"delete {folder}; it is made anew",
+            )
     return manifest
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path, with its links followed, lies below `folder`."""
+    try:
+        return path.resolve().is_relative_to(folder.resolve()) and path.resolve() != folder.resolve()
+    except (OSError, ValueError, RuntimeError):  # a loop of links, a null character
+        return False
 
 
 def open_array(folder: Path, manifest: Manifest, name: str, *, title: str) -> np.ndarray[Any, Any] | None:
@@ -134,8 +154,15 @@ def open_array(folder: Path, manifest: Manifest, name: str, *, title: str) -> np
     return opened
 
 
-def current(folder: Path, kind: str, key: str) -> Manifest | None:
-    """The manifest when `folder` holds a finished artefact made from exactly `key`, else None."""
+def current(folder: Path, kind: str, key: str, *, whole: bool = False) -> Manifest | None:
+    """The manifest when `folder` holds a finished artefact made from exactly `key`, else None.
+
+    Args:
+        whole: hash every file; else those alone that were written after the manifest.
+
+    Raises:
+        InputError: a file changed after it was written.
+    """
     if not (folder / MANIFEST).is_file():
         return None
     try:
@@ -144,6 +171,10 @@ def current(folder: Path, kind: str, key: str) -> Manifest | None:
         return None
     if manifest.key != key or any(not (folder / name).is_file() for name in manifest.files):
         return None
+    finished = (folder / MANIFEST).stat().st_mtime_ns
+    for name in manifest.files:
+        if whole or (folder / name).stat().st_mtime_ns > finished:
+            _check_hash(folder, manifest, name)
     return manifest
 
 
@@ -154,12 +185,23 @@ def verify(folder: Path, kind: str) -> Manifest:
         InputError: as `read_manifest`, or a file is missing or changed.
     """
     manifest = read_manifest(folder, kind)
-    for name, expected in manifest.files.items():
-        path = folder / name
-        if not path.is_file() or file_hash(path) != expected:
-            state = "is missing" if not path.is_file() else "changed after it was written"
-            raise InputError(f"{name} {state}", where=str(path), fix=f"delete {folder} and run the same command again")
+    for name in manifest.files:
+        _check_hash(folder, manifest, name)
     return manifest
+
+
+def _check_hash(folder: Path, manifest: Manifest, name: str) -> None:
+    path = folder / name
+    if not path.is_file():
+        state, evidence = "is missing", None
+    elif (found := file_hash(path)) != manifest.files[name]:
+        state = "changed after it was written"
+        evidence = f"SHA-256 {found[:12]}..., the manifest says {manifest.files[name][:12]}..."
+    else:
+        return
+    raise InputError(
+        f"{name} {state}", where=str(path), evidence=evidence, fix=f"delete {folder} and run the same command again"
+    )
 
 
 @contextmanager
@@ -218,7 +260,7 @@ def _raise_explained(error: OSError, place: Path) -> NoReturn:
             evidence=str(error),
             fix="free some space; the same command goes on where it stopped",
         ) from error
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.EFBIG):
         raise EdgestillError(
             f"cannot write to {place}",
             where=str(place),
@@ -262,8 +304,25 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _exchange(new: Path, final: Path) -> bool:
+    """Lets two folders swap their names in one step; False where the system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):  # a C library without it
+        return False
+    return bool(rename(_HERE, os.fsencode(new), _HERE, os.fsencode(final), _SWAP) == 0)
+
+
 def _replace_folder(new: Path, final: Path) -> None:
-    """Renames `new` to `final`; an old `final` is moved aside first and removed after."""
+    """Puts `new` in the place of `final`.
+
+    An old `final` gets the name of `new`, which the caller removes: whatever stops this process, one of the two is
+    there. Where names cannot be swapped, the old one is moved aside first.
+    """
+    if final.exists() and _exchange(new.absolute(), final.absolute()):
+        return
     if final.exists():
         aside = Path(tempfile.mkdtemp(prefix=f".{final.name}-old-", dir=final.parent))
         final.rename(aside / final.name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import re
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from profiles.measurement import (
     Outcome,
     Scope,
 )
+from profiles.opening import open_arrays
 from profiles.progress import Progress, Silent, Task
 from profiles.runtimes import Clock, Runtime, RuntimeOptions, Session, Timed, WallClock, get_runtime
 from profiles.watchdog import Beat, Hung, watched
@@ -604,9 +604,9 @@ def load_measurement(path: Path) -> Measured:
     """
     try:
         measurement = Measurement.model_validate_json(path.read_text(encoding="utf-8"))
-        with np.load(path.with_suffix(".npz")) as stored:
-            samples = Samples(stored["compute_ns"], stored["end_to_end_ns"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        stored = open_arrays(path.with_suffix(".npz"))
+        samples = Samples(stored["compute_ns"], stored["end_to_end_ns"])
+    except (OSError, ValueError, KeyError, InputError) as error:
         raise InputError(
             "missing or damaged measurement",
             where=str(path),

@@ -30,7 +30,10 @@ _REFUSED = 3
     )
 )
 def check(
-    file: Annotated[Path | None, typer.Argument(metavar="FILE.onnx", help="Any ONNX file.", show_default=False)] = None,
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="FILE.onnx|BUNDLE", help="Any ONNX file, or a bundle.", show_default=False),
+    ] = None,
     device: Annotated[
         str,
         typer.Option("--device", help="A device's name, or a .toml file.", autocompletion=complete.devices),
@@ -58,9 +61,13 @@ def check(
     if file is None:
         raise InputError("no file to check", where="FILE.onnx", fix="edgestill check model.onnx --device NAME")
     from export.preflight.examine import examine
+    from profiles.artifact import MANIFEST
     from profiles.device import load_device
+    from profiles.opening import open_bundle
 
     target = load_device(device)
+    if (file / MANIFEST).is_file():
+        file = file / open_bundle(file).info["model"]
     found = examine(file, target, _stack(target, stack), batch=batch)
     if as_json:
         console.emit_json({**found.model_dump(mode="json"), "refused": found.refused})

@@ -120,7 +120,7 @@ def calibrate(
     what was stored before.
     """
     from cli.pipeline.calibrate import calibrate as measure_and_fit
-    from cli.pipeline.calibrate import error_rows
+    from cli.pipeline.calibrate import error_rows, others_sentence
     from profiles.calibration import save_calibration
 
     found = measure_and_fit(name, console.make_progress(), threads=threads).calibration
@@ -134,7 +134,8 @@ def calibrate(
     console.emit(
         f"errors of predicted medians on architectures that the fit did not see; {found.models} models measured, "
         f"spread {found.spread:.1%}\n"
-        f"medians are those of the {found.undisturbed:.0%} of the queries during which nothing slowed the core down\n"
+        f"medians are those of the {found.undisturbed:.0%} of the queries during which nothing slowed the core down; "
+        f"{others_sentence(found.other_cores)}\n"
         f"{place}"
     )
 

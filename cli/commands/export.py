@@ -18,6 +18,8 @@ app = typer.Typer()
         "edgestill export runs/quickstart",
         'edgestill export --model torch.nn:Linear --kwargs \'{"in_features": 8, "out_features": 3}\' '
         "--example 1x8 --out linear",
+        "edgestill export --model my_models:bert --example input_ids:1x64:int64 --example attention_mask:1x64:int64 "
+        "--samples texts.npz --precision int8 --out bert",
     )
 )
 def export(
@@ -35,7 +37,9 @@ def export(
     example: Annotated[
         list[str] | None,
         typer.Option(
-            "--example", metavar="[NAME:]SHAPE[:TYPE]", help="One input, e.g. image:1x3x224x224:uint8. Repeatable."
+            "--example",
+            metavar="[NAME:]SHAPE[:TYPE]",
+            help="One input, e.g. image:1x3x224x224:uint8; a dynamic size has a name: 1xlength=64. Repeatable.",
         ),
     ] = None,
     samples: Annotated[
@@ -44,6 +48,19 @@ def export(
     device: Annotated[str, typer.Option("--device", help="The device that it is for.")] = "this-machine",
     stack: Annotated[
         str | None, typer.Option("--stack", help="The device's stack.  [default: the newest known]")
+    ] = None,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--precision", help="auto, fp32, fp16, bf16, int8 or fp8; with --model. Repeatable.  [default: auto]"
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option("--batch", min=1, max=65536, help="Samples per query.  [default: the example's]")
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("--output", help="The output to export, of several.  [default: logits, or the first]"),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -55,11 +72,25 @@ def export(
         raise InputError(
             "name a run, or a model with --model", where="edgestill export", fix="edgestill export runs/quickstart"
         )
+    given = {
+        "--kwargs": kwargs, "--weights": weights, "--example": example, "--samples": samples, "--stack": stack,
+        "--precision": precision, "--batch": batch, "--output": output,
+        "--device": None if device == "this-machine" else device,
+    }  # fmt: skip
+    for option, value in given.items():
+        if model is None and value is not None:
+            raise InputError(
+                "this option is for a model of your own", where=option, fix="--model package.module:factory"
+            )
+    if model is not None and overrides:
+        raise InputError("this option is for a run", where="--set", fix="leave it out, or --kwargs for the model")
     if model is not None:
         from cli.pipeline.foreign import ForeignModel, export_foreign
 
         plan, bundles = export_foreign(
-            ForeignModel(model, kwargs, weights, tuple(example or ()), samples),
+            ForeignModel(
+                model, kwargs, weights, tuple(example or ()), samples, output, tuple(precision or ("auto",)), batch
+            ),
             device=device,
             stack=stack,
             out=out,
@@ -68,10 +99,12 @@ def export(
         if as_json:
             console.emit_json({"plan": plan, "bundles": bundles})
             return
-        for line in [*describe_candidates(plan), *describe_steps(plan)]:
+        for line in [*describe_candidates(plan, notes=True), *describe_steps(plan)]:
             console.emit(line)
         for bundle in bundles:
             console.emit(f"bundle  {bundle}")
+        here = bundles and device == "this-machine"
+        console.emit(f"next: edgestill bench {bundles[0]}" if here else f"next: copy a bundle to {plan.device}")
         return
     from cli.commands.runs import open_folder_or_recipe
 
@@ -90,8 +123,12 @@ def export(
     console.emit(f"next: edgestill bench {opened.folder}, or edgestill run {opened.folder / 'recipe.toml'}")
 
 
-def describe_candidates(plan: object) -> list[str]:
-    """One line per candidate: name, size, metric, parity, engine or the reason why it is refused."""
+def describe_candidates(plan: object, *, notes: bool = False) -> list[str]:
+    """One line per candidate: name, size, metric, parity, engine or the reason why it is refused.
+
+    Args:
+        notes: also what computes, and what was noted about the graph.
+    """
     from export import Plan
 
     assert isinstance(plan, Plan)
@@ -110,6 +147,9 @@ def describe_candidates(plan: object) -> list[str]:
             parts.append(f"engine by {candidate.engine.builder}")
         parts += [note for note in (candidate.parsed_by, candidate.engine_note) if note]
         lines.append(f"{candidate.name:<10} {', '.join(parts)}")
+        if notes:
+            said = [candidate.compute_precision] if candidate.compute_precision else []
+            lines += [f"           {note}" for note in (*said, *candidate.notes)]
     return lines
 
 

@@ -18,6 +18,7 @@ from profiles.errors import InputError
 from profiles.measure import measure, runtime_options
 from profiles.measure_section import MeasureSection
 from profiles.measurement import Energy, Measurement, Outcome, Scope, ThreadSweep, Throughput
+from profiles.opening import open_arrays, open_bundle, open_graph
 from profiles.progress import Progress
 from profiles.runtimes import GraphOptimization, get_runtime
 from profiles.runtimes.onnxruntime import random_for, random_inputs
@@ -150,14 +151,16 @@ def _model_and_inputs(path: Path, options: BenchOptions) -> tuple[Path, dict[str
         raise InputError(
             f"no such file or folder: {path}", where=str(path), fix="name an .onnx file, a bundle or a run"
         )
-    if path.is_file() and path.suffix == ".onnx":
-        return path, random_inputs(path, options.target.batch, _sizes(options.shapes)), "random"
-    if path.is_file():
+    if path.is_file() and not _reads_onnx(options.runtime, path):
         session = get_runtime(options.runtime, runtime_options(options.measure)).load(path, threads=1)
         try:
             return path, random_for(session.inputs, path, options.target.batch, _sizes(options.shapes)), "random"
         finally:
             session.close()
+    if path.is_file():
+        graph = open_graph(path).graph
+        shapes = _same_names(graph, options.target.batch, _sizes(options.shapes))
+        return path, random_inputs(path, options.target.batch, shapes), "random"
     if not (path / artifact.MANIFEST).is_file():
         raise InputError(
             f"{path} is neither a bundle nor a run folder",
@@ -166,16 +169,20 @@ def _model_and_inputs(path: Path, options: BenchOptions) -> tuple[Path, dict[str
         )
     if options.shapes:
         raise InputError("a bundle's golden sample has its shape", where="--shape", fix="leave it out")
-    manifest = artifact.verify(path, "bundle")
-    names = [entry["name"] for entry in manifest.info["inputs"]]
-    with np.load(path / "golden.npz") as golden:
-        inputs = {name: golden[f"input_{name}"] for name in names}
+    manifest = open_bundle(path)
+    golden = open_arrays(path / "golden.npz")
+    inputs = {entry["name"]: golden[f"input_{entry['name']}"] for entry in manifest.info["inputs"]}
     repeats = options.target.batch
     return (
         _runs_in(path, manifest.info, options),
         {key: np.repeat(array, repeats, 0) for key, array in inputs.items()},
         "golden sample",
     )
+
+
+def _reads_onnx(runtime: str, path: Path) -> bool:
+    """Whether this runtime takes this file as an ONNX graph, not as an engine or a program of its own."""
+    return runtime.startswith("onnxruntime") or (runtime == "openvino" and path.suffix != ".xml")
 
 
 def _runs_in(bundle: Path, info: Mapping[str, Any], options: BenchOptions) -> Path:
@@ -192,6 +199,40 @@ def _runs_in(bundle: Path, info: Mapping[str, Any], options: BenchOptions) -> Pa
             fix="sh build_engine.sh, in the bundle, and bench the engine file",
         )
     return bundle / str(engine["file"])
+
+
+def _same_names(graph: Any, batch: int, given: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shapes given, and those of inputs whose dynamic dimensions have names that these settle.
+
+    Raises:
+        InputError: an input has a dynamic dimension that nothing settles.
+    """
+    stored = {tensor.name for tensor in graph.initializer}
+    dims = {
+        entry.name: [dim.dim_param or dim.dim_value or None for dim in entry.type.tensor_type.shape.dim]
+        for entry in graph.input
+        if entry.name not in stored
+    }
+    known: dict[str, int] = {}
+    for name, shape in given.items():
+        known |= {dim: size for dim, size in zip(dims.get(name, []), shape, strict=False) if isinstance(dim, str)}
+    shapes = dict(given)
+    for name, (first, *rest) in ((name, sizes) for name, sizes in dims.items() if sizes and name not in given):
+        if isinstance(first, str):
+            known.setdefault(first, batch)
+        sizes = [batch if first is None else first, *rest]
+        if any(not isinstance(size, int) and size not in known for size in sizes):
+            words = ", ".join("?" if size is None else str(size) for size in sizes)
+            example = "x".join(str(size if isinstance(size, int) else known.get(str(size), 64)) for size in sizes)
+            raise InputError(
+                f'input "{name}" has a dynamic dimension beside the batch',
+                where="--shape",
+                evidence=f"its shape is ({words})",
+                fix=f"--shape {name}:{example}",
+            )
+        if any(isinstance(size, str) for size in rest):
+            shapes[name] = tuple(size if isinstance(size, int) else known[str(size)] for size in sizes)
+    return shapes
 
 
 def _sizes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
 
-from export import Plan, export_model, parse_example
+from export import Plan, export_model, parse_example, refusal_of
 from profiles.device import TargetSection, resolve_target
 from profiles.errors import InputError
+from profiles.opening import open_arrays
 from profiles.progress import Progress
 from profiles.usercode import load_factory
 
@@ -20,8 +22,8 @@ from profiles.usercode import load_factory
 class ForeignModel:
     """A model as the command line names it.
 
-    factory: package.module:name. kwargs: a JSON object. examples: [NAME:]SHAPE[:TYPE] texts in the order of forward()'s
-    arguments. samples: an .npz of real inputs by name.
+    factory: package.module:name. kwargs: a JSON object. examples: [NAME:]SHAPE[:TYPE] texts. samples: an .npz of real
+    inputs by name. output: which one. precisions: as a target's. batch: of a query; None: the first example's.
     """
 
     factory: str
@@ -29,6 +31,9 @@ class ForeignModel:
     weights: Path | None
     examples: tuple[str, ...]
     samples: Path | None
+    output: str | None = None
+    precisions: tuple[str, ...] = ("auto",)
+    batch: int | None = None
 
 
 def export_foreign(
@@ -43,14 +48,18 @@ def export_foreign(
     if out is None:
         raise InputError("no folder to export into", where="--out", fix="--out exported")
     target = resolve_target(TargetSection(name="export", device=device, stack=stack), base=Path.cwd(), where="--device")
+    for precision in model.precisions:
+        reason = refusal_of(precision, target.device, target.stack, model.samples is not None)
+        if reason is not None:
+            needs = precision in ("int8", "fp8") and model.samples is None
+            raise InputError(
+                reason,
+                where=f"--precision {precision}",
+                fix="--samples FILE.npz with real inputs by name" if needs else "--precision auto",
+            )
     # Typed by the user, so the code is theirs to run; only a path out of a recipe has to be allowed.
     factory = load_factory(model.factory, base=Path.cwd(), where="--model", allow_code=True)
-    try:
-        network = factory(**_kwargs(model.kwargs))
-    except TypeError as error:
-        raise InputError(
-            f'"{model.factory}" does not take these arguments', where="--kwargs", evidence=str(error)
-        ) from error
+    network = _made(factory, model)
     if not isinstance(network, nn.Module):
         raise InputError(
             f'"{model.factory}" does not make a torch module',
@@ -66,8 +75,28 @@ def export_foreign(
         folder=out,
         samples=_samples(model.samples),
         weights=model.weights,
+        output=model.output,
+        precisions=model.precisions,
+        batch=model.batch,
         progress=progress,
     )
+
+
+def _made(factory: Any, model: ForeignModel) -> Any:
+    """What the dotted path names: a module as it is, else what calling it returns."""
+    if isinstance(factory, nn.Module) and model.kwargs is None:
+        return factory
+    arguments = _kwargs(model.kwargs)
+    try:
+        return factory(**arguments)
+    except Exception as error:  # a user's code may raise anything
+        does = "does not take these arguments" if isinstance(error, TypeError) else "failed"
+        raise InputError(
+            f'"{model.factory}" {does}',
+            where=f"--kwargs '{model.kwargs}'" if model.kwargs else f"--model {model.factory}",
+            evidence=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}",
+            fix=f"--kwargs with the arguments of {model.factory} as a JSON object",
+        ) from error
 
 
 def _kwargs(text: str | None) -> dict[str, object]:
@@ -85,15 +114,4 @@ def _kwargs(text: str | None) -> dict[str, object]:
 
 
 def _samples(path: Path | None) -> dict[str, np.ndarray] | None:
-    if path is None:
-        return None
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(
-            "no arrays can be read there",
-            where=str(path),
-            evidence=str(error),
-            fix="write it with numpy.savez(path, NAME=array)",
-        ) from error
+    return None if path is None else open_arrays(path, where=f"--samples {path}")

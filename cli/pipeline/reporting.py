@@ -160,7 +160,11 @@ def _explain(run: Run, outcome: Shipped, limits: Sequence[LimitVerdict]) -> tupl
     if outcome.selection is not None:
         why += selection_lines(outcome.selection, outcome.arch)
     if outcome.miss is not None:
-        return tuple(why), (f"{outcome.miss.fix}, or a pool with smaller students",)
+        assumed = any(excess.source == "assumed" for excess in outcome.miss.excesses)
+        fix = f"{outcome.miss.fix}{' by assumption' if assumed else ''}, or a pool with smaller students"
+        if assumed:
+            fix += ", or student.choice.assumed_efficiency"
+        return tuple(why), (fix,)
     fixes: list[str] = []
     for limit in limits:
         if limit.name == "latency_ms" and limit.verdict in ("fail", "inconclusive") and measurement is not None:

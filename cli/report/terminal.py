@@ -526,7 +526,7 @@ def _all(report: Report, style: Style) -> list[Text]:
             out += section(f"Students for {style.clean(row.name)}", _grid(heads, students, {0, 1, 4}, style))
     if report.sharing is not None:
         shared = [
-            ([each.role, each.arch, plain_number(each.epochs), duration(each.seconds)], ", ".join(each.targets))
+            ([each.title, each.arch, plain_number(each.epochs), duration(each.seconds)], ", ".join(each.targets))
             for each in report.sharing.trainings
         ]
         heads = ["trained once", "arch", "epochs", "time"]

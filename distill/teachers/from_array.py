@@ -15,6 +15,7 @@ from distill.teachers.single_logit import is_single_logit
 from distill.teachers.teacher import Teacher, TeacherBatch
 from profiles.artifact import array_hash
 from profiles.errors import InputError, nearest
+from profiles.opening import open_arrays
 
 Array = np.ndarray[Any, Any]
 _SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
@@ -144,13 +145,14 @@ def _read_file(path: Path, where: str) -> dict[str, Array]:
         if path.suffix == ".npy":
             return {"array": np.load(path, mmap_mode="r", allow_pickle=False)}
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                return {name: archive[name] for name in archive.files}
+            return open_arrays(path, where=where)
         if path.suffix == ".safetensors":
             from safetensors.numpy import load_file
 
             return dict(load_file(path))
-    except Exception as error:  # the three readers raise many types for damaged bytes
+    except InputError:
+        raise
+    except Exception as error:  # the readers raise many types for damaged bytes
         raise InputError(
             f"cannot read {path}",
             where=where,

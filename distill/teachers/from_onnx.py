@@ -17,6 +17,7 @@ from distill.teachers.single_logit import is_single_logit
 from distill.teachers.teacher import Teacher, TeacherBatch, pool_features
 from profiles.artifact import file_hash
 from profiles.errors import InputError, nearest
+from profiles.opening import open_graph, stored_apart
 
 _TYPES = {
     "tensor(uint8)": np.uint8,
@@ -49,6 +50,7 @@ class OnnxTeacher(Teacher):
         self.file = base / section.file
         if not self.file.is_file():
             raise InputError(f"no such file: {self.file}", where="teacher.file")
+        open_graph(self.file)
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         providers = ["CPUExecutionProvider"]
@@ -75,12 +77,7 @@ class OnnxTeacher(Teacher):
 
     def fingerprint(self) -> str:
         """Hash of the graph's file and of the weights beside it."""
-        import onnx
-
-        graph = onnx.load(str(self.file), load_external_data=False).graph
-        beside = {
-            entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"
-        }
+        beside = {entry.place for entry in stored_apart(open_graph(self.file))}
         return "\n".join(file_hash(path) for path in (self.file, *(self.file.parent / name for name in sorted(beside))))
 
     def _bind_inputs(self, section: TeacherSection, dataset: Dataset) -> None:

@@ -7,10 +7,10 @@ from typing import Literal
 
 from export.preflight.evidence import Evidence, ask_tools
 from export.preflight.finding import RULES, Case, Finding
-from export.preflight.graph import Graph, activation_bytes, peak_activation_bytes, tensor_bytes
+from export.preflight.graph import Graph, activation_bytes, peak_activation_bytes
 from export.preflight.precisions import graph_precisions
-from export.preflight.reading import open_model
 from profiles.device import Device, Precision, Stack
+from profiles.opening import read_graph, tensor_bytes
 from profiles.section import Section
 
 _OWN_FOLDER = ("external-data-outside", "external-data-missing")
@@ -59,7 +59,7 @@ def examine(path: Path, device: Device, stack: Stack, *, batch: int = 1) -> Exam
         InputError: no such file, or not an ONNX model.
         EdgestillError: the file cannot be read.
     """
-    model = open_model(path)
+    model = read_graph(path)
     graph = Graph(model, path)
     case = Case(graph, device, stack, batch)
     findings = [found for checked in RULES.values() for found in checked.findings(case)]

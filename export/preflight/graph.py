@@ -14,6 +14,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, numpy_helper
 
+from profiles.opening import itemsize, tensor_bytes
+
 Array = NDArray[Any]
 
 _SMALL = 4096
@@ -239,22 +241,6 @@ _COMPUTED = ("NonZero", "Unique", "Compress", "NonMaxSuppression", "ArgMax", "Ar
 def external(tensor: TensorProto) -> bool:
     """The bytes lie in another file."""
     return bool(tensor.data_location == TensorProto.EXTERNAL)
-
-
-def tensor_bytes(tensor: TensorProto) -> int:
-    """Size of a stored tensor by its shape and type."""
-    bits = {TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.FLOAT4E2M1: 4}.get(tensor.data_type)
-    if bits is None:
-        bits = 8 * itemsize(tensor.data_type)
-    return (int(math.prod(tensor.dims)) * bits + 7) // 8
-
-
-def itemsize(data_type: int) -> int:
-    """Bytes of one element of an ONNX type; 0 for text."""
-    try:
-        return int(onnx.helper.tensor_dtype_to_np_dtype(data_type).itemsize)
-    except (KeyError, TypeError):
-        return 0
 
 
 def type_name(data_type: int) -> str:

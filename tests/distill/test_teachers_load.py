@@ -479,7 +479,7 @@ def test_an_onnx_teacher_of_raw_pixels_gets_raw_pixels(tmp_path: Path) -> None:
     for changes, says in (
         ({"embedding_output": "embeding"}, 'did you mean "embedding"'),
         ({"file": "absent.onnx"}, "no such file"),
-        ({"file": "broken.onnx"}, "cannot load"),
+        ({"file": "broken.onnx"}, "not an ONNX file, or damaged"),
     ):
         (tmp_path / "broken.onnx").write_bytes((tmp_path / "t.onnx").read_bytes()[:200])
         with pytest.raises(InputError, match=says):

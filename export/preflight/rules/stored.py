@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
 from export.preflight.finding import Case, Finding, named, note, refused, rule
-from export.preflight.graph import external, printable, tensor_bytes, without_weights
+from export.preflight.graph import external, printable, without_weights
+from profiles.opening import Misplaced, misplaced, tensor_bytes
 
 _PROTOBUF_BYTES = 2**31 - 1
 _PROTOBUF_SOURCE = "Protocol Buffers: a serialised message ends at 2 GiB"
@@ -46,14 +46,15 @@ def invalid_graph(case: Case) -> Iterator[Finding]:
 
 @rule("external-data-outside", "external data lies in the file's own folder")
 def external_data_outside(case: Case) -> Iterator[Finding]:
-    outside = [name for name, place in _places(case).items() if _escapes(place)]
+    outside = [found for found in _misplaced(case) if found.kind == "outside"]
     if outside:
-        places = named(f'"{_places(case)[name]}"' for name in outside)
+        nodes = [name for found in outside for name in found.names]
+        places = named(f'"{found.place}"' for found in outside for _ in found.names)
         yield refused(
             "external data points out of the model's folder",
-            f"{places}; a location must be relative, without .. ({_EXTERNAL_SOURCE})",
+            f"{places}; a location must be relative, without .., and no link may lead elsewhere ({_EXTERNAL_SOURCE})",
             'onnx.save_model(model, path, save_as_external_data=True, location="model.onnx.data")',
-            outside,
+            nodes,
         )
 
 
@@ -61,31 +62,21 @@ def external_data_outside(case: Case) -> Iterator[Finding]:
 def external_data_missing(case: Case) -> Iterator[Finding]:
     if case.graph.path is None:
         return
-    missing: dict[str, list[str]] = {}
-    short: dict[str, list[str]] = {}
-    for name, tensor in case.graph.weights:
-        place = _location(tensor)
-        if not external(tensor) or _escapes(place):
-            continue
-        file = case.graph.path.parent / place
-        if not file.is_file():
-            missing.setdefault(place, []).append(name)
-        elif file.stat().st_size < _number(tensor, "offset") + (_number(tensor, "length") or tensor_bytes(tensor)):
-            short.setdefault(place, []).append(name)
-    for place, names in missing.items():
-        yield refused(
-            f'the external data "{place}" is missing',
-            f"{len(names)} tensors lie in it ({_EXTERNAL_SOURCE})",
-            f"copy {place} beside {case.graph.path.name}",
-            names,
-        )
-    for place, names in short.items():
-        yield refused(
-            f'the external data "{place}" is too short',
-            f"{len(names)} tensors reach beyond its end ({_EXTERNAL_SOURCE})",
-            f"copy {place} again, together with {case.graph.path.name}",
-            names,
-        )
+    for found in _misplaced(case):
+        if found.kind == "missing":
+            yield refused(
+                f'the external data "{found.place}" is missing',
+                f"{len(found.names)} tensors lie in it ({_EXTERNAL_SOURCE})",
+                f"copy {found.place} beside {case.graph.path.name}",
+                found.names,
+            )
+        elif found.kind == "short":
+            yield refused(
+                f'the external data "{found.place}" is too short',
+                f"{len(found.names)} tensors reach beyond its end ({_EXTERNAL_SOURCE})",
+                f"copy {found.place} again, together with {case.graph.path.name}",
+                found.names,
+            )
 
 
 @rule("weights-inline", "weights above 2 GiB lie in external data")
@@ -198,21 +189,5 @@ def _real_weights(case: Case) -> Iterator[tuple[str, np.ndarray]]:
         yield name, values if values.dtype in (np.float32, np.float64) else values.astype(np.float32)
 
 
-def _location(tensor: TensorProto) -> str:
-    return next((str(entry.value) for entry in tensor.external_data if entry.key == "location"), "")
-
-
-def _number(tensor: TensorProto, key: str) -> int:
-    text = next((str(entry.value) for entry in tensor.external_data if entry.key == key), "")
-    return int(text) if text.isdigit() else 0
-
-
-def _places(case: Case) -> dict[str, str]:
-    return {name: _location(tensor) for name, tensor in case.graph.weights if external(tensor)}
-
-
-def _escapes(place: str) -> bool:
-    """Absolute on any system, empty, or leading out of the folder."""
-    windows = PureWindowsPath(place)
-    parts = PurePosixPath(place.replace("\\", "/")).parts
-    return not place or Path(place).is_absolute() or bool(windows.drive or windows.root) or ".." in parts
+def _misplaced(case: Case) -> list[Misplaced]:
+    return misplaced(case.graph.model, None if case.graph.path is None else case.graph.path.parent)

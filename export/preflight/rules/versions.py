@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from onnx import TensorProto
 
 from export.preflight.finding import EVERYWHERE, TENSORRT, Case, Finding, note, refused, rule
-from export.preflight.graph import activation_bytes, peak_activation_bytes, tensor_bytes
+from export.preflight.graph import activation_bytes, peak_activation_bytes
 from export.preflight.precisions import graph_precisions
+from profiles.opening import tensor_bytes
 
 _GIB = 2**30
 _TURING = ("7.5",)

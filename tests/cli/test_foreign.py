@@ -1,0 +1,244 @@
+"""Models that edgestill did not define: exported, quantised, checked and measured from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from cli.pipeline.bench import BenchOptions, bench_file
+from profiles.artifact import read_manifest
+from profiles.errors import InputError
+from profiles.opening import open_bundle
+from profiles.progress import Silent
+from profiles.runtimes.onnxruntime import run_model
+from profiles.usercode import load_factory
+from tests.cli.cli_runner import Result, edgestill
+
+MODULE = '''
+from collections import namedtuple
+
+import torch
+from torch import nn
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.down, self.up = nn.Conv2d(channels, 4, 1), nn.Conv2d(4, channels, 1)
+
+    def forward(self, x):
+        gate = self.up(torch.relu(self.down(x.mean((2, 3), keepdim=True))))
+        return x * nn.functional.hardsigmoid(gate)
+
+
+class Block(nn.Module):
+    """An inverted residual: expand, depthwise, squeeze and excite, project."""
+
+    def __init__(self, channels, out, stride):
+        super().__init__()
+        hidden = 3 * channels
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.Hardswish(),
+            nn.Conv2d(hidden, hidden, 5, stride, 2, groups=hidden, bias=False), nn.BatchNorm2d(hidden), nn.Hardswish(),
+            SqueezeExcite(hidden), nn.Conv2d(hidden, out, 1, bias=False), nn.BatchNorm2d(out),
+        )
+        self.same = stride == 1 and channels == out
+
+    def forward(self, x):
+        return x + self.layers(x) if self.same else self.layers(x)
+
+
+Found = namedtuple("Found", "features logits")
+
+
+class Mobile(nn.Module):
+    def __init__(self, width=8, classes=5):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.Hardswish())
+        self.blocks = nn.Sequential(Block(width, width, 1), Block(width, 2 * width, 2))
+        self.head = nn.Linear(2 * width, classes)
+
+    def forward(self, image):
+        features = self.blocks(self.stem(image)).mean((2, 3))
+        return Found(features, self.head(features))
+
+
+def mobile(width=8):
+    torch.manual_seed(0)
+    return Mobile(width)
+
+
+def bert():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    return BertForSequenceClassification(
+        BertConfig(vocab_size=100, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+                   max_position_embeddings=32, num_labels=3)
+    )
+
+
+def broken(width):
+    raise RuntimeError("no such width")
+
+
+ready = nn.Linear(4, 2)
+'''
+IMAGES = ("--example", "image:1x3x24x24")
+TOKENS = ("--example", "input_ids:1xlength=12:int64", "--example", "attention_mask:1xlength=12:int64")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "somebodys_models.py").write_text(MODULE)
+    rng = np.random.default_rng(0)
+    np.savez(folder / "images.npz", image=rng.standard_normal((64, 3, 24, 24)).astype(np.float32))
+    mask = (np.arange(12) < rng.integers(4, 13, (64, 1))).astype(np.int64)
+    np.savez(folder / "texts.npz", input_ids=rng.integers(0, 100, (64, 12)), attention_mask=mask)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)  # a dotted path is looked for where the command is typed
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
+def export(factory: str, out: str, *options: str) -> Result:
+    return edgestill("export", "--model", f"somebodys_models:{factory}", "--out", out, *options)
+
+
+@pytest.fixture(scope="module")
+def mobile(place: Path) -> Result:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        samples = ("--samples", "images.npz", "--batch", "3")
+        return export("mobile", "mobile", *IMAGES, *samples, "--kwargs", '{"width": 12}')
+
+
+@pytest.fixture(scope="module")
+def bert(place: Path) -> Result:
+    pytest.importorskip("transformers", reason="transformers is not installed (extra transformers)")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        return export("bert", "bert", *TOKENS, "--samples", "texts.npz", "--json")
+
+
+def module(factory: str, place: Path, **kwargs: Any) -> torch.nn.Module:
+    made = load_factory(f"somebodys_models:{factory}", base=place, where="", allow_code=True)(**kwargs)
+    assert isinstance(made, torch.nn.Module)
+    return made.eval()
+
+
+def test_a_mobile_net_is_exported_quantised_and_told_about(mobile: Result, place: Path) -> None:
+    assert mobile.status == 0, mobile.err
+    assert 'the output "logits" is exported; --output chooses another: features' in mobile.err
+    lines = mobile.out.splitlines()
+    assert [line.split()[0] for line in lines if not line.startswith(" ")] == [
+        "fp32", "fp16", "int8", "bundle", "bundle", "next:",
+    ]  # fmt: skip
+    assert "refused" in next(line for line in lines if line.startswith("fp16"))  # a CPU has no FP16: preflight's words
+    assert "Conv, Gemm and MatMul nodes in ONNX Runtime's optimised graph" in mobile.out
+    info = open_bundle(place / "mobile" / "int8").info
+    assert info["batch"] == 3
+    assert info["facts"]["output"] == "logits"
+    images = np.load(place / "images.npz")["image"][:5]
+    with torch.no_grad():
+        expected = module("mobile", place, width=12)(torch.from_numpy(images)).logits.numpy()
+    found = run_model(place / "mobile" / "fp32" / "model.onnx", {"image": images})["logits"]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_transformer_is_called_by_keyword_and_keeps_its_dynamic_sizes(bert: Result, place: Path) -> None:
+    assert bert.status == 0, bert.err
+    assert {entry["name"]: entry["refused"] is None for entry in json.loads(bert.out)["plan"]["candidates"]} == {
+        "fp32": True, "fp16": False, "int8": True,
+    }  # fmt: skip
+    path = place / "bert" / "fp32" / "model.onnx"
+    inputs = {entry.name: entry.type.tensor_type.shape.dim for entry in onnx.load(path).graph.input}
+    assert {name: [dim.dim_param for dim in dims] for name, dims in inputs.items()} == {
+        "input_ids": ["batch", "length"], "attention_mask": ["batch", "length"],
+    }  # fmt: skip
+    tokens = np.random.default_rng(1).integers(0, 100, (3, 7))
+    mask = np.ones_like(tokens)
+    mask[1, 4:] = 0
+    with torch.no_grad():
+        expected = module("bert", place)(torch.from_numpy(tokens), torch.from_numpy(mask)).logits.numpy()
+    found = run_model(path, {"input_ids": tokens, "attention_mask": mask})["logits"]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_what_export_made_is_checked_and_measured(bert: Result, place: Path) -> None:
+    assert bert.status == 0
+    assert edgestill("check", "bert/int8").status == 0
+    options = {
+        "device": "this-machine", "batch": 2, "threads": 1, "percentile": 50, "latency_ms": None,
+        "scope": "end_to_end", "seconds": 0.1, "sweep": False, "strict": False,
+    }  # fmt: skip
+    graph = place / "bert" / "fp32" / "model.onnx"
+    with pytest.raises(InputError, match="dynamic dimension beside the batch") as caught:
+        bench_file(graph, BenchOptions.checked(**options, shapes=()), Silent())  # type: ignore[arg-type]
+    fix = str(caught.value.fix)
+    assert fix == "--shape input_ids:2x64"
+    # the sizes of one input settle those of the others
+    shapes = (fix.removeprefix("--shape ").replace("64", "20"),)
+    measured = bench_file(graph, BenchOptions.checked(**options, shapes=shapes), Silent()).measurement  # type: ignore[arg-type]
+    assert (measured.batch, measured.input_source) == (2, "random")
+
+
+def test_another_output_and_one_precision_are_chosen(place: Path) -> None:
+    made = export("mobile", "features", *IMAGES, "--output", "features", "--precision", "fp32")
+    assert made.status == 0, made.err
+    assert [path.name for path in sorted((place / "features").iterdir())] == ["fp32", "graphs"]
+    (output,) = read_manifest(place / "features" / "fp32", "bundle").info["outputs"]
+    assert (output["name"], output["shape"]) == ("features", ["batch", 16])
+
+
+@pytest.mark.parametrize(
+    ("factory", "options", "said"),
+    [
+        ("mobile", (*IMAGES, "--output", "logit"), 'did you mean "logits"'),
+        ("mobile", ("--example", "image:1x4x24x24"), "the model does not run on the example inputs"),
+        ("mobile", (*IMAGES, "--precision", "int8"), "real samples"),
+        ("mobile", (*IMAGES, "--precision", "fp16"), "ONNX Runtime computes FP16 graphs in FP32"),
+        ("mobile", (*IMAGES, "--precision", "fp4"), "no export for FP4"),
+        ("bert", (*TOKENS[:2], "--example", "atention_mask:1x12:int64"), 'did you mean "attention_mask"'),
+        ("bert", (*TOKENS, "--device", "rtx-4060-laptop"), "engines, which are built for fixed sizes"),
+        ("broken", (*IMAGES, "--kwargs", '{"width": 1}'), "RuntimeError: no such width"),
+        ("broken", IMAGES, "does not take these arguments"),
+        ("mobil", IMAGES, 'did you mean "mobile"'),
+        ("mobile", (*IMAGES, "--set", "train.epochs=1"), "this option is for a run"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_explained(factory: str, options: tuple[str, ...], said: str) -> None:
+    result = export(factory, "never", *options)
+    assert result.status in (1, 2)
+    assert said in " ".join(result.err.split()), result.err
+    assert "Traceback" not in result.err
+
+
+def test_options_of_own_models_are_refused_for_runs() -> None:
+    result = edgestill("export", "runs/x", "--precision", "fp32")
+    assert result.status == 2
+    assert "--model package.module:factory" in result.err
+
+
+def test_only_a_path_out_of_a_recipe_needs_the_users_word(place: Path) -> None:
+    typed = export("ready", "ready", "--example", "1x4", "--precision", "fp32")  # a module, no factory
+    assert typed.status == 0, typed.err
+    np.savez(place / "data.npz", images=np.zeros((40, 8, 8), np.uint8), labels=np.arange(40) % 4)
+    (place / "recipe.toml").write_text(
+        'name = "r"\nobjective = "supervised"\n[data]\nsource = "npz"\npath = "data.npz"\n'
+        '[student]\nkind = "torch"\nfactory = "somebodys_models:mobile"\n'
+        '[[target]]\nname = "here"\ndevice = "this-machine"\n'
+    )
+    asked = edgestill("distill", "recipe.toml", "--out", "run")
+    assert asked.status == 2
+    assert "--allow-code" in asked.err
