@@ -38,6 +38,7 @@ COMMANDS: dict[str, LazyCommand] = {
     "bench": LazyCommand("cli.commands.bench", "Only measure: a run's exports, or any ONNX file, on this machine."),
     "study": LazyCommand("cli.commands.study", "Which method is best on your data, with intervals."),
     "report": LazyCommand("cli.commands.report", "Print a run's report, or write it as HTML, CSV, Markdown or JSON."),
+    "compare": LazyCommand("cli.commands.compare", "What changed between two runs, and whether it is more than noise."),
     "devices": LazyCommand("cli.commands.devices", "The known devices: their facts, and how to add your own."),
     "methods": LazyCommand("cli.commands.methods", "The ways to distil: what each one needs, costs and is good for."),
     "data": LazyCommand("cli.commands.data", "The data sets that come along or can be fetched."),

@@ -38,7 +38,10 @@ def refusal_of(precision: str, device: Device, stack: Stack, has_calibration: bo
             f"TensorRT {stack.runtime_version} knows weak typing only, so its builder "
             f"chooses {precision.upper()} by a flag and not by the graph; on the device: "
             f"trtexec --onnx={GRAPH} --{precision}"
-            + (" --calib=<cache> (its own calibration)" if precision == "int8" else "")
+            + {
+                "int8": " --calib=<cache> (its own calibration)",
+                "fp16": ", or sh build_engine.sh --precision fp16",
+            }.get(precision, "")
         )
     if precision == "fp16" and stack.runtime == "onnxruntime" and device.kind == "cpu":
         return "ONNX Runtime computes FP16 graphs in FP32 on a CPU"

@@ -14,7 +14,11 @@ from numpy.typing import NDArray
 
 from export import parity
 from export.candidate import GRAPH, Candidate, Engine, Plan
+from export.device_build import SCRIPT, build_script
 from export.planning import ENGINE, STATIC_ENGINE
+from export.section import ExportSection
+from export.tensorrt import profiles_of, workspace_of
+from profiles import engine_check
 from profiles.artifact import content_key, create, current, write_text
 from profiles.device import Device, Stack
 from profiles.errors import InputError
@@ -44,6 +48,7 @@ def write_bundle(
     tokenizer: Path | None = None,
     licence: str = "",
     facts: Mapping[str, Any] | None = None,
+    section: ExportSection | None = None,
 ) -> Path:
     """Writes the bundle of one target and returns its folder; what is there from the same content stays.
 
@@ -57,6 +62,7 @@ def write_bundle(
         tokenizer: the JSON file of token data.
         licence: notes on the data's and the teacher's licences.
         facts: more for the manifest, such as the student's architecture and the recipe's seed.
+        section: what it says of engines is for the script that builds them on the device.
 
     Raises:
         InputError: the candidate was refused.
@@ -70,6 +76,8 @@ def write_bundle(
         metric=metric, licence=licence, facts=facts, labels=labels,
     )  # fmt: skip
     template = Path(__file__).with_name("infer_template.py").read_text(encoding="utf-8")
+    check = Path(engine_check.__file__).read_text(encoding="utf-8")
+    script = _script(plan, candidate, info, device, stack, section or ExportSection())
     key = content_key(
         BUNDLE_VERSION,
         info,
@@ -79,6 +87,8 @@ def write_bundle(
         list(labels),
         tokenizer.read_text(encoding="utf-8") if tokenizer is not None else None,
         template,
+        check,
+        script,
     )
     if current(folder, KIND, key, whole=True) is not None:
         return folder
@@ -103,8 +113,36 @@ def write_bundle(
         if tokenizer is not None:
             shutil.copyfile(tokenizer, temporary / "tokenizer.json")
         write_text(temporary / "infer.py", template)
+        write_text(temporary / "engine_check.py", check)
+        if script is not None:
+            write_text(temporary / SCRIPT, script)
         write_text(temporary / "README.txt", _readme(name, device, stack, candidate, engines, info["preprocessing"]))
     return folder
+
+
+def _script(
+    plan: Plan,
+    candidate: Candidate,
+    info: Mapping[str, Any],
+    device: Device,
+    stack: Stack,
+    section: ExportSection,
+) -> str | None:
+    """What builds the engine on the device; None where the stack runs none."""
+    if stack.runtime == "onnxruntime":
+        return None
+    return build_script(
+        model=GRAPH,
+        inputs=info["inputs"],
+        form=candidate.name,
+        rtx=stack.runtime == "tensorrt-rtx",
+        stack_version=stack.runtime_version,
+        profiles=profiles_of(plan.batch, section.engine_batches),
+        engines=(ENGINE, STATIC_ENGINE),
+        workspace_mib=workspace_of(section, device),
+        hardware_compatibility=section.hardware_compatibility,
+        version_compatible=section.version_compatible,
+    )
 
 
 def _info(
@@ -133,6 +171,7 @@ def _info(
         "model": GRAPH,
         "engine": engine_facts(candidate.engine, ENGINE),
         "static_engine": engine_facts(candidate.static_engine, STATIC_ENGINE),
+        "engine_files": [ENGINE, STATIC_ENGINE],
         "engine_note": candidate.engine_note,
         "parsed_by": candidate.parsed_by,
         "inputs": [_value(entry) for entry in graph.input],
@@ -203,15 +242,22 @@ def _readme(
         "manifest.json says what the inputs are, how the model was made, what it scored and what was compared.",
     ]
     if engines:
-        lines.append(
-            f"{ENGINE} runs on compute capability {engines[0].compute_capability} with {engines[0].builder} and "
-            f"nowhere else; {GRAPH} builds everywhere."
-        )
-    elif stack.runtime != "onnxruntime":
-        typed = stack.dialect == "qdq-s8s8" and stack.runtime_version.startswith("10.")
+        lines.append(f"{ENGINE} runs {_where(engines[0])}; {GRAPH} builds everywhere.")
+    if stack.runtime != "onnxruntime":
         lines += [
-            "Build the engine on the device:",
-            f"  trtexec --onnx={GRAPH} --saveEngine={ENGINE}{' --stronglyTyped' if typed else ''}",
+            "Build the engine on the device:" if not engines else "Build another one on another device:",
+            f"  sh {SCRIPT}",
             f"  python infer.py --engine {ENGINE} --selftest",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _where(engine: Engine) -> str:
+    """On which GPUs and versions the engine runs."""
+    if engine.hardware_compatibility == "ampere+":
+        gpu = "on compute capability 8.0 and later"
+    elif engine.device is not None and engine.hardware_compatibility == "none":
+        gpu = f"on {engine.device}"
+    else:
+        gpu = f"on compute capability {engine.compute_capability}"
+    return f"{gpu} with {engine.builder}{' and later' if engine.version_compatible else ''} and nowhere else"

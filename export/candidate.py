@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import ConfigDict
 
+from export.inspection import Inspection
+from export.section import HardwareCompatibility
 from profiles.device import Precision
 from profiles.metrics import Difference, Metric
 from profiles.section import Section
@@ -47,11 +49,21 @@ class Engine(Section):
     builder: str
     """Such as "TensorRT-RTX 1.7.1.116"; an engine runs on this version only."""
     batch: tuple[int, int, int]
-    """Smallest, optimal and largest batch; all equal: a static shape."""
+    """Smallest, optimal and largest batch of the first optimisation profile; all equal: a static shape."""
+    more_profiles: tuple[tuple[int, int, int], ...] = ()
+    """Those of the further profiles."""
+    device: str | None = None
+    """GPU that it was built on, by the driver's name; None: built without one, for every GPU of the capability."""
+    hardware_compatibility: HardwareCompatibility = "none"
+    version_compatible: bool = False
+    workspace_mib: int | None = None
+    """Scratch memory that its layers may take; None: the builder's default."""
     sha256: str
     size_bytes: int
     build_seconds: float
     realised_precision: str
+    inspection: Inspection | None = None
+    """What the engine inspector said; None: no GPU to load the engine on."""
 
 
 class Candidate(Section):

@@ -19,6 +19,7 @@ import sys
 import zipfile
 
 import numpy as np
+from engine_check import changed, mismatch, this_gpu  # lies beside this file
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -45,40 +46,65 @@ class TensorRTModel:
     """An engine in TensorRT (8.5 or newer) or TensorRT-RTX, with memory from the CUDA runtime through ctypes."""
 
     def __init__(self, path, built):
-        trt = import_tensorrt()
+        trt = import_tensorrt(built)
         if trt is None:
             sys.exit("TensorRT is not installed here, so " + os.path.basename(path) + " cannot run")
         self.trt = trt
-        self.title = trt.__name__ + " " + trt.__version__
+        self.title = ("TensorRT-RTX" if trt.__name__ == "tensorrt_rtx" else "TensorRT") + " " + trt.__version__
+        self.refuse_elsewhere(path, built)
         self.cuda = load_cuda()
-        if built is not None:
-            self.refuse_elsewhere(built)
         self.logger = trt.Logger(trt.Logger.ERROR)
         self.runtime = trt.Runtime(self.logger)
+        if built is not None and built.get("version_compatible") and built.get("sha256"):
+            # it brings its own runtime, as code; the hash has just been compared
+            self.runtime.engine_host_code_allowed = True
         with open(path, "rb") as file:
             self.engine = self.runtime.deserialize_cuda_engine(file.read())
         if self.engine is None:
             sys.exit("the engine cannot be loaded by " + self.title + "; it runs where it was built for only")
+        if not hasattr(self.engine, "num_io_tensors"):
+            sys.exit(
+                self.title
+                + " is older than 8.5, which this example needs; trtexec --loadEngine=%s runs it"
+                % os.path.basename(path)
+            )
         self.context = self.engine.create_execution_context()
 
-    def refuse_elsewhere(self, built):
-        major, minor = ctypes.c_int(), ctypes.c_int()
-        # 75 and 76: cudaDevAttrComputeCapabilityMajor and Minor
-        self.check(self.cuda.cudaDeviceGetAttribute(ctypes.byref(major), 75, 0))
-        self.check(self.cuda.cudaDeviceGetAttribute(ctypes.byref(minor), 76, 0))
-        here = "%d.%d" % (major.value, minor.value)
-        if here != built["compute_capability"]:
-            sys.exit(
-                "the engine was built for compute capability %s, this GPU has %s" % (built["compute_capability"], here)
-            )
-        if not built["builder"].endswith(" " + self.trt.__version__):
-            sys.exit("the engine was built by %s, here is %s" % (built["builder"], self.title))
+    def refuse_elsewhere(self, path, built):
+        """Ends with the reason when the manifest or the engine's own file says that it does not run here."""
+        gpu = this_gpu()
+        if gpu is None:
+            sys.exit("an engine needs an NVIDIA GPU with its driver, and none was found here")
+        if built is None:
+            return
+        runtime, version = self.title.split(" ")
+        here = dict(gpu, runtime=runtime, version=version)
+        reason = changed(path, built.get("sha256")) or mismatch(built, here)
+        if reason is not None:
+            sys.exit(reason + "; build one here: sh build_engine.sh")
+
+    def choose_profile(self, inputs, stream):
+        """Selects the optimisation profile that is tuned for this batch, else the first that takes it."""
+        names = [name for name in inputs if -1 in tuple(self.engine.get_tensor_shape(name))]
+        takes, tuned = [], []
+        for index in range(self.engine.num_optimization_profiles):
+            ranges = [(self.engine.get_tensor_profile_shape(name, index), inputs[name].shape) for name in names]
+            if all(low[0] <= shape[0] <= high[0] for (low, _, high), shape in ranges):
+                takes.append(index)
+                if all(best[0] == shape[0] for (_, best, _), shape in ranges):
+                    tuned.append(index)
+        for index in (tuned + takes)[:1]:
+            if index != self.context.active_optimization_profile:
+                self.context.set_optimization_profile_async(index, stream.value)
 
     def run(self, inputs):
         trt = self.trt
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         pointers, outputs = [], {}
+        stream = ctypes.c_void_p()
+        self.check(self.cuda.cudaStreamCreate(ctypes.byref(stream)))
         try:
+            self.choose_profile(inputs, stream)
             for name in names:
                 if self.engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
                     array = np.ascontiguousarray(inputs[name])
@@ -94,17 +120,13 @@ class TensorRTModel:
                     pointer = self.allocate(array.nbytes, pointers)
                     self.context.set_tensor_address(name, pointer.value)
                     outputs[name] = (array, pointer)
-            stream = ctypes.c_void_p()
-            self.check(self.cuda.cudaStreamCreate(ctypes.byref(stream)))
-            try:
-                if not self.context.execute_async_v3(stream.value):
-                    sys.exit("the engine failed to run")
-                self.check(self.cuda.cudaStreamSynchronize(stream))
-            finally:
-                self.cuda.cudaStreamDestroy(stream)
+            if not self.context.execute_async_v3(stream.value):
+                sys.exit("the engine failed to run")
+            self.check(self.cuda.cudaStreamSynchronize(stream))
             for array, pointer in outputs.values():
                 self.check(self.cuda.cudaMemcpy(array.ctypes.data_as(ctypes.c_void_p), pointer, array.nbytes, 2))
         finally:
+            self.cuda.cudaStreamDestroy(stream)
             for pointer in pointers:
                 self.cuda.cudaFree(pointer)
         return next(iter(outputs.values()))[0]
@@ -121,13 +143,37 @@ class TensorRTModel:
             sys.exit("CUDA: " + self.cuda.cudaGetErrorString(status).decode())
 
 
-def import_tensorrt(rtx_first=False):
-    for name in ("tensorrt_rtx", "tensorrt") if rtx_first else ("tensorrt", "tensorrt_rtx"):
+def import_tensorrt(built=None):
+    rtx = built is not None and (built.get("builder") or "").startswith("TensorRT-RTX")
+    for name in ("tensorrt_rtx", "tensorrt") if rtx else ("tensorrt", "tensorrt_rtx"):
         try:
             return __import__(name)
         except (ImportError, OSError):
             continue
     return None
+
+
+def find_engine(options, info):
+    """(path or None, what is known of it or None): of the engine named, else of the shipped one or the one built here.
+
+    One that `build_engine.sh` built has its facts beside it; the shipped ones have theirs in the manifest.
+    """
+    shipped = {entry["file"]: entry for entry in (info["engine"], info["static_engine"]) if entry is not None}
+    names = [options.engine] if options.engine else [os.path.join(HERE, name) for name in info["engine_files"]]
+    for path in names:
+        if os.path.exists(path + ".json"):
+            with open(path + ".json", encoding="utf-8") as file:
+                built = json.load(file)
+        else:
+            inside = os.path.dirname(os.path.abspath(path)) == HERE
+            built = shipped.get(os.path.basename(path)) if inside else None
+        if options.engine:
+            return path, built
+        if built is None or not os.path.exists(path) or options.runtime == "onnxruntime":
+            continue
+        if options.runtime == "tensorrt" or (this_gpu() is not None and import_tensorrt(built) is not None):
+            return path, built
+    return None, None
 
 
 def load_cuda():
@@ -286,13 +332,9 @@ def main():
         parser.error("name an input, or --selftest")
     with open(os.path.join(HERE, "manifest.json"), encoding="utf-8") as file:
         info = json.load(file)["info"]
-    engine, built = options.engine, None
-    if engine is None and info["engine"] is not None and options.runtime != "onnxruntime":
-        built = info["engine"]
-        if options.runtime == "tensorrt" or import_tensorrt() is not None:
-            engine = os.path.join(HERE, built["file"])
+    engine, built = find_engine(options, info)
     if engine is None and options.runtime == "tensorrt":
-        parser.error("no engine here; build one: trtexec --onnx=%s --saveEngine=model.engine" % info["model"])
+        parser.error("no engine here; build one: sh build_engine.sh")
     model = TensorRTModel(engine, built) if engine else OnnxModel(os.path.join(HERE, info["model"]), info)
     if options.selftest:
         return selftest(model, info)

@@ -161,6 +161,7 @@ def export_model(
             stack=stack,
             golden=golden,
             facts={"compared_on": source, "output": wrapped.output, "weights": _hash_of(weights)},
+            section=section,
         )
         for candidate in made.usable
     ]

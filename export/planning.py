@@ -6,7 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,10 @@ from export.precision import (
 )
 from export.preflight import preflight, refusal, version_of
 from export.search import MOSTLY, Found, Judge, Search, Verdict
-from export.section import ExportSection
+from export.section import ENGINE_OPTIONS, ExportSection
 from profiles.artifact import array_hash, content_key, create, current, tool_versions
 from profiles.device import THIS_MACHINE, Device, Precision, Stack
+from profiles.engine_check import this_gpu
 from profiles.errors import EdgestillError, InputError
 from profiles.measure import model_hash
 from profiles.metrics import Metric
@@ -56,6 +57,7 @@ from profiles.quantspec import QuantSpec
 
 ENGINE = "model.engine"
 STATIC_ENGINE = "model-batch1.engine"
+_ONE = (1, 1, 1)
 _SCORED = "scored.onnx"
 _FORMS = 2
 """Raise when the way a graph is made changes, so that older artefacts are made anew."""
@@ -87,6 +89,7 @@ def plan(
     progress: Progress | None = None,
     retrain: Retrain | None = None,
     floor: Floor | None = None,
+    rescue: bool = True,
     output_name: str = "logits",
     dynamic: Mapping[str, Mapping[int, str]] | None = None,
 ) -> Plan:
@@ -111,6 +114,8 @@ def plan(
         retrain: quantisation-aware training, the last resort; None: there is none.
         floor: the metric to keep; None: 99 % of FP32. Without `score` what counts is that the decisions agree as the
             section asks.
+        rescue: whether search and retraining follow where INT8 does not keep the metric; without them, an INT8 that was
+            asked for by name and cannot be used is left for the caller to judge.
         output_name: of the graph's output.
         dynamic: further dynamic dimensions, see `export_graph`.
 
@@ -123,6 +128,8 @@ def plan(
     section = section or ExportSection()
     progress = progress or Silent()
     wanted = _wanted(precisions, device, stack)
+    if (unavailable := tensorrt.refusal_of_options(section, device, stack)) is not None:
+        raise InputError(unavailable, where="export", fix="leave it out of [export]")
     held = {input_name: held_out} if isinstance(held_out, np.ndarray) else dict(held_out)
     calib = {input_name: calibration} if isinstance(calibration, np.ndarray) else calibration
     work = _Work(
@@ -145,6 +152,7 @@ def plan(
         output_name=output_name,
         dynamic=dict(dynamic or {}),
         retrain=retrain if section.qat == "auto" else None,
+        rescue=rescue,
     )
     with progress.task("export", total=_planned(wanted, stack), unit="graphs") as task:
         work.make(wanted, task)
@@ -205,6 +213,7 @@ class _Work:
     opset: int
     floor: Floor
     retrain: Retrain | None
+    rescue: bool = True
     output_name: str = "logits"
     dynamic: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     reused: list[str] = field(default_factory=list)
@@ -237,6 +246,8 @@ class _Work:
             and not self.strict
             and any(self.keeps(candidate) for candidate in self.eight_bit_floats(task))
         ):
+            return
+        if not self.rescue:
             return
         found = self.search(task)
         if found is None:
@@ -774,7 +785,7 @@ class _Work:
         """Hash of everything that decides a candidate."""
         quantized = precision in ("int8", "fp8")
         # what decides whether something else is tried is no part of a graph
-        section = self.section.model_dump(mode="json", exclude={"qat", "qat_epochs"}) | {"engines": True}
+        section = self.section.model_dump(mode="json", exclude={"qat", "qat_epochs", *ENGINE_OPTIONS})
         return content_key(
             _FORMS,
             name,
@@ -834,38 +845,60 @@ class _Work:
         return _moved(relative, folder)
 
     def with_engine(self, candidate: Candidate) -> Candidate:
-        """Adds the parser's evidence and, for TensorRT-RTX, the engines."""
+        """Adds the parser's evidence and, where its builder is here, the engines."""
         if candidate.file is None or candidate.refused is not None or self.stack.runtime == "onnxruntime":
             return candidate
-        adapter = tensorrt.load_adapter(rtx=True)
+        rtx = tensorrt.load_adapter(rtx=True)
+        label = parsed = None
+        if rtx is not None:
+            label = parsed = tensorrt.evidence_label(rtx, self.stack.runtime, self.stack.runtime_version)
+        if self.stack.runtime == "tensorrt":
+            if rtx is not None:
+                errors = tensorrt.parse(rtx, candidate.file)
+                parsed = label if errors is None else f"not {label}: {errors}"
+            adapter = tensorrt.adapter_for(self.device, self.stack)
+            if adapter is None:
+                note = f"TensorRT {self.stack.runtime_version} builds its engine on the device: sh build_engine.sh"
+                return candidate.model_copy(update={"parsed_by": parsed, "engine_note": note})
+        else:
+            adapter = rtx
         if adapter is None:
             return candidate.model_copy(update={"engine_note": f"not built: {tensorrt.INSTALL_RTX}"})
-        label = tensorrt.evidence_label(adapter, self.stack.runtime, self.stack.runtime_version)
-        if self.stack.runtime == "tensorrt":
-            errors = tensorrt.parse(adapter, candidate.file)
-            return candidate.model_copy(
-                update={
-                    "parsed_by": label if errors is None else f"not {label}: {errors}",
-                    "engine_note": f"TensorRT {self.stack.runtime_version} builds its engine on the device",
-                }
-            )
         if not self.section.engines:
-            return candidate.model_copy(update={"engine_note": "not built: engines = false in [export]"})
+            note = "not built: engines = false in [export]"
+            return candidate.model_copy(update={"parsed_by": parsed, "engine_note": note})
         try:
             engines = self.engines(candidate, adapter)
         except EdgestillError as error:
             return candidate.model_copy(update={"refused": f"{error.message}: {error.evidence}"})
-        return candidate.model_copy(
-            update={"engine": engines[0], "static_engine": engines[1] if len(engines) > 1 else None, "parsed_by": label}
-        )
+        found: dict[str, Any] = {
+            "engine": engines[0],
+            "static_engine": engines[1] if len(engines) > 1 else None,
+            "parsed_by": parsed,
+        }
+        if engines[0].inspection is not None:
+            found["compute_precision"] = engines[0].realised_precision
+        return candidate.model_copy(update=found)
 
     def engines(self, candidate: Candidate, adapter: tensorrt.Adapter) -> list[Engine]:
         capability = self.device.compute_capability
         if capability is None or candidate.file is None:
             raise EdgestillError("an engine needs a GPU", evidence=f"{self.device.title} has no compute capability")
+        first, *others = tensorrt.profiles_of(self.batch, self.section.engine_batches)
+        options = tensorrt.BuildOptions(
+            more_profiles=tuple(others),
+            workspace_mib=tensorrt.workspace_of(self.section, self.device),
+            hardware_compatibility=self.section.hardware_compatibility,
+            version_compatible=self.section.version_compatible,
+            optimization_level=self.section.builder_optimization_level,
+        )
         place = candidate.file.parent
         folder = place.with_name(f"{place.name}-sm{capability.replace('.', '')}-b{self.batch}")
-        key = content_key(_FORMS, candidate.sha256, str(adapter), capability, self.batch)
+        gpu = this_gpu()
+        here = gpu is not None and gpu["compute_capability"] == capability
+        key = content_key(
+            _FORMS, candidate.sha256, str(adapter), capability, self.batch, asdict(options), gpu if here else None
+        )
         manifest = current(folder, "engine", key, whole=True)
         if manifest is not None:
             found = [Engine.model_validate(entry) for entry in manifest.info["engines"]]
@@ -873,14 +906,26 @@ class _Work:
         if candidate.name in self.reused:
             self.reused.remove(candidate.name)
         said = types_of(onnx.load(str(candidate.file), load_external_data=False))
-        shapes = {ENGINE: (1, self.batch, self.batch)} | ({STATIC_ENGINE: (1, 1, 1)} if self.batch > 1 else {})
+        cache = self.folder / "timing" / f"{content_key(candidate.sha256, str(adapter), capability)[:16]}.cache"
+        wanted = {ENGINE: (first, replace(options, timing_cache=cache))}
+        if first != _ONE:
+            wanted[STATIC_ENGINE] = (_ONE, replace(options, timing_cache=cache, more_profiles=()))
         info: dict[str, Any] = {"device": self.device.name, "stack": self.stack.name}
         built = []
         with create(folder, "engine", key, info) as temporary:
-            for name, batch in shapes.items():
+            for name, (batch, chosen) in wanted.items():
                 engine = tensorrt.build_engine(
-                    adapter, candidate.file, temporary / name, capability=capability, batch=batch, precision=said
+                    adapter,
+                    candidate.file,
+                    temporary / name,
+                    capability=capability,
+                    batch=batch,
+                    precision=said,
+                    options=chosen,
                 )
+                if here:
+                    seen = tensorrt.inspect_engine(adapter, engine)
+                    engine = engine.model_copy(update={"inspection": seen, "realised_precision": str(seen)})
                 built.append(engine.model_copy(update={"file": Path(name)}))
             info["engines"] = [json.loads(engine.model_dump_json()) for engine in built]
         return [engine.model_copy(update={"file": folder / engine.file}) for engine in built]

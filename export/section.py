@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from profiles.section import Section
 
 CalibrationMethod = Literal["minmax", "entropy", "percentile"]
+HardwareCompatibility = Literal["none", "same-capability", "ampere+"]
+ENGINE_OPTIONS = frozenset(
+    {
+        "engines",
+        "engine_batches",
+        "workspace_mib",
+        "hardware_compatibility",
+        "version_compatible",
+        "builder_optimization_level",
+    }
+)
+"""Fields that decide an engine and no graph."""
 
 
 class ExportSection(Section):
@@ -46,4 +58,16 @@ class ExportSection(Section):
     qat_epochs: int = Field(default=3, ge=1)
     """Epochs of it, with a tenth of the student's own learning rate."""
     engines: bool = True
-    """Build TensorRT-RTX engines for targets that run it."""
+    """Build TensorRT-RTX engines for targets that run it; TensorRT ones where the target's GPU is in this machine."""
+    engine_batches: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Batch sizes that an engine is tuned for besides 1 and the target's: one optimisation profile each."""
+    workspace_mib: int | None = Field(default=None, ge=1)
+    """Scratch memory that an engine's layers may take; None: half of the device's memory, a quarter of it where CPU and
+    GPU share it."""
+    hardware_compatibility: HardwareCompatibility = "none"
+    """Which GPUs an engine runs on: that of the target; "same-capability": others of its compute capability; "ampere+":
+    compute capability 8.0 and later. Wider ones can be slower."""
+    version_compatible: bool = False
+    """Engines that run on later versions of TensorRT, too (8.6 and up; not TensorRT-RTX). Can be slower."""
+    builder_optimization_level: int | None = Field(default=None, ge=0, le=5)
+    """How long the builder searches, 0 to 5; None: its own default, 3."""

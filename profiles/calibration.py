@@ -9,12 +9,13 @@ non-negative, so that more work never makes a prediction shorter.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,27 +23,28 @@ from pydantic import Field, ValidationError
 
 from profiles import statistics
 from profiles.artifact import explain_os_errors, tool_versions, write_text
-from profiles.device import Device, Stack
+from profiles.device import THIS_MACHINE, Device, Stack, detect, load_device
 from profiles.errors import InputError
-from profiles.measure import Plan, Query, query_batches, querying, sample
+from profiles.measure import Plan, Query, Sampled, query_batches, querying, sample
+from profiles.measurement import Scope
 from profiles.progress import Progress, Silent
 from profiles.runtimes import Clock, Runtime, Timed, WallClock, get_runtime
 from profiles.section import Section
-from profiles.timing_model import OTHER, PricedNode, priced_graph
+from profiles.timing_model import FORM, OTHER, PricedNode, priced_graph
 from profiles.user_folder import config_folder
 
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
 Precision = Literal["fp32", "int8"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 ROUNDS = 11
 """Times that every model has its turn; the spread is that of the turns' medians."""
 MAX_SPREAD = 0.10
 """Interquartile range of a model's medians over the rounds, relative to their median, that half of the models may
 have at most. A quiet machine shows 1 to 3 %; see `Calibration.spread`."""
-TAIL_QUANTILE = 0.9
-"""The ratio of p99 to p50 is that which this share of the models does not exceed."""
+PERCENTILES = (50, 90, 95, 99)
+"""Of all queries: their ratios to the undisturbed median are stored."""
 FOLDS = 6
 FIX = "edgestill devices calibrate"
 
@@ -54,15 +56,18 @@ _LEAST_MS = {"cpu": 0.002, "gpu": 0.01}
 """Launch overheads (K): a call into ONNX Runtime takes some microseconds, a CUDA kernel's launch and the wait for its
 end about ten. Lower ends, since a limit below them is refused."""
 _WARM_QUERIES = 10
-_PULSE = range(800)
-"""What the pulse adds up: ten to twenty microseconds of a core."""
+_PULSE, _LAPS = range(400), 2
+"""What the pulse adds up: some microseconds of a core. The quicker lap counts: the first one finds cold caches."""
 _PULSE_QUANTILE = 0.05
-_OWN_SPEED = 1.10
+_OWN_SPEED = 1.15
 """Times the quickest pulses that the pulses around a query may take while the machine is taken to be undisturbed."""
 LEAST_UNDISTURBED = 0.15
 """Share of its queries that half of the models must have had undisturbed."""
-_LEAST_QUERIES = 24
-"""Undisturbed queries that a model's medians need; with fewer, all of its queries count."""
+_LEAST_QUERIES, _PASSES = 48, 4
+"""Undisturbed queries that a model's medians need, and times that it is measured at most to find them; with fewer, all
+of its queries count."""
+_LEAST_SECONDS = 0.1
+"""Of sampling one model, however late it is."""
 _ROBUST = 0.15
 """Relative error from which on a node's or a model's weight falls (Huber): a query that was interrupted is no fact."""
 _ITERATIONS = 6
@@ -74,10 +79,10 @@ class Observation(Section):
 
     model: its name; the precisions of one architecture share it, so that none is held out while the other is seen.
     family: the kind of architecture, or "layers" for a model that shows layers only and is never held out. p50_ms,
-    compute_p50_ms: medians of the undisturbed queries, see `observe`; undisturbed: their share of all; whole_p50_ms:
-    the median of all, end to end. spread: interquartile range of the undisturbed medians of the rounds, relative to
-    their median. p99_ms: of all queries; None with too few. peak_mib: of a fresh process; None where it was not
-    measured.
+    compute_p50_ms: medians of the undisturbed queries, see `observe`; undisturbed: their share of all. whole_ms: of all
+    queries, by clock and percentile ("50" and so on, without those that need more queries). spread: interquartile range
+    of the undisturbed medians of the rounds, relative to their median. peak_mib: of a fresh process; None where it was
+    not measured.
     """
 
     model: str
@@ -89,9 +94,8 @@ class Observation(Section):
     activation_mib: float = 0.0
     file_mib: float = 0.0
     p50_ms: float = Field(gt=0)
-    p99_ms: float | None = None
     compute_p50_ms: float = Field(gt=0)
-    whole_p50_ms: float | None = None
+    whole_ms: dict[Scope, dict[str, float]] = Field(default_factory=dict)
     undisturbed: float = 1.0
     samples: int = 0
     spread: float = 0.0
@@ -101,6 +105,11 @@ class Observation(Section):
     def is_architecture(self) -> bool:
         """Whether it counts for the errors that are reported."""
         return self.family != LAYERS
+
+    def ratio(self, scope: Scope, percentile: int) -> float | None:
+        """A percentile of all queries over the median of the undisturbed ones; None with too few queries."""
+        known = self.whole_ms.get(scope, {}).get(str(percentile))
+        return None if known is None else known / (self.compute_p50_ms if scope == "compute" else self.p50_ms)
 
 
 LAYERS = "layers"
@@ -132,6 +141,8 @@ class Calibration(Section):
     """What one device takes with one version of its runtime and one number of threads."""
 
     schema_version: int = SCHEMA_VERSION
+    form: int = FORM
+    """That of the rules by which work was counted."""
     device: str
     processor: str
     """Model, cores and instruction sets."""
@@ -144,8 +155,9 @@ class Calibration(Section):
     versions: dict[str, str]
     times: dict[str, Times]
     """By precision."""
-    tail: float
-    """p99 over p50, end to end, which 90 % of the models did not exceed."""
+    ratios: dict[Scope, dict[str, float]]
+    """By clock and percentile: that of all queries over the median of the undisturbed ones, middle of the models. A
+    percentile that needs more queries than there were is missing."""
     copying_ms: float
     """End to end without compute: the copies of inputs and outputs, median over the models."""
     memory: dict[str, float]
@@ -156,10 +168,13 @@ class Calibration(Section):
     """Median over the models of `Observation.spread`."""
     undisturbed: float = 1.0
     """Median over the models of `Observation.undisturbed`."""
+    other_cores: float | None = None
+    """Cores that other processes kept busy while models were measured; None where the system does not tell."""
     models: int
     seconds: float
-    efficiency: float | None = None
-    """Roofline bound over measured median, middle of the FP32 models; None where the device's facts give no bound."""
+    efficiency: dict[str, float] = Field(default_factory=dict)
+    """By precision: roofline bound over measured median, middle of the architectures; empty where the device's facts
+    give no bound."""
 
 
 def processor(device: Device) -> str:
@@ -174,10 +189,11 @@ def observe(
     threads: int,
     seconds: float = 2.0,
     queries: int = 704,
+    most_seconds: float | None = None,
     runtime: Runtime | None = None,
     clock: Clock | None = None,
     progress: Progress | None = None,
-) -> dict[str, dict[str, float | int | None]]:
+) -> dict[str, dict[str, Any]]:
     """Measures models against each other, each in turn a little, as `profiles.measure` does.
 
     A core that is shared (with the other thread of the same core, whoever it works for) falls to half of its speed for
@@ -185,12 +201,17 @@ def observe(
     before and after every query, and medians are taken over the queries around which it was as quick as it can be. The
     tail is that of all queries, since it is what the device's user sees.
 
+    The pulse does not see what begins and ends within one query. The median of a model whose queries last longer than
+    such a phase (some milliseconds) is therefore between that of an undisturbed core and that of all its queries. No
+    quantile of what was measured mends that: which share of the long queries was left alone is not known.
+
     Args:
         models: model files by name.
         inputs: by model name, its inputs (N, ...) by their names; every query takes one row.
         threads: threads inside an operator.
-        seconds: sampling time per model at most.
-        queries: of every model, at most.
+        seconds: sampling time per model and pass at most.
+        queries: of every model and pass, at most.
+        most_seconds: of everything together, within a block of queries; the models share what is left of it evenly.
         runtime: default ONNX Runtime.
         clock: default the machine's.
         progress: told how many queries there are.
@@ -203,6 +224,7 @@ def observe(
         EdgestillError: a model that cannot be loaded or run.
     """
     runtime, clock, progress = runtime or get_runtime("onnxruntime"), clock or WallClock(), progress or Silent()
+    began = clock.now()
     sessions = {}
     pulses: dict[str, list[int]] = {name: [] for name in models}
     try:
@@ -213,34 +235,59 @@ def observe(
             warm = [query(index).end_to_end_ns for index in range(_WARM_QUERIES)]
             typical[name] = statistics.percentile(warm, 50)
             asked[name] = _felt(query, clock, pulses[name])
-        plan = Plan((queries,), 0.99, None, 99.0, "end_to_end", seconds)
+        taken = {name: _Queries() for name in models}
         with progress.task("measuring models", None, "queries") as task:
-            sampled = sample(asked, typical, plan, clock, task)
+            for _ in range(_PASSES):
+                few = {
+                    name: asked[name] for name in models if taken[name].undisturbed.sum() < min(_LEAST_QUERIES, queries)
+                }
+                left = math.inf if most_seconds is None else most_seconds - (clock.now() - began) / 1e9
+                share = left / max(len(few), 1)
+                # a pass that would be cut short adds little; the first one has to be
+                if not few or (any(len(each.whole) for each in taken.values()) and share < seconds / 2):
+                    break
+                plan = Plan((queries,), 0.99, None, 99.0, "end_to_end", max(min(seconds, share), _LEAST_SECONDS))
+                felt = {name: len(pulses[name]) for name in few}
+                for name, found in sample(few, typical, plan, clock, task).items():
+                    taken[name].add(found, np.asarray(pulses[name][felt[name] :]))
+                quick = _OWN_SPEED * float(np.quantile(np.concatenate(list(pulses.values())), _PULSE_QUANTILE))
+                for each in taken.values():
+                    each.undisturbed = each.pulses <= quick
     finally:
         for session in sessions.values():
             session.close()
-    quick = _OWN_SPEED * float(
-        np.quantile(np.concatenate([np.asarray(each) for each in pulses.values()]), _PULSE_QUANTILE)
-    )
-    found: dict[str, dict[str, float | int | None]] = {}
-    for name, taken in sampled.items():
-        whole = np.asarray(taken.end_to_end_ns, dtype=np.float64) / 1e6
-        compute = np.asarray(taken.compute_ns, dtype=np.float64) / 1e6
-        own = np.asarray(pulses[name])[taken.issued] <= quick
-        share = float(own.mean())
-        if own.sum() < _LEAST_QUERIES:
-            own[:] = True
-        enough = len(whole) >= statistics.samples_needed(99)
-        found[name] = {
-            "p50_ms": statistics.percentile(whole[own], 50),
-            "p99_ms": statistics.percentile(whole, 99) if enough else None,
-            "compute_p50_ms": statistics.percentile(compute[own], 50),
-            "whole_p50_ms": statistics.percentile(whole, 50),
-            "undisturbed": share,
-            "samples": len(whole),
-            "spread": _spread(whole[own]),
+    return {name: each.figures() for name, each in taken.items()}
+
+
+class _Queries:
+    """The queries of one model: milliseconds on both clocks, pulses in nanoseconds, and which were undisturbed."""
+
+    def __init__(self) -> None:
+        self.whole, self.compute, self.pulses = (np.empty(0) for _ in range(3))
+        self.undisturbed = np.empty(0, dtype=bool)
+
+    def add(self, found: Sampled, pulses: Array) -> None:
+        """pulses: of every query that was issued, also of those that do not count."""
+        self.whole = np.append(self.whole, np.asarray(found.end_to_end_ns) / 1e6)
+        self.compute = np.append(self.compute, np.asarray(found.compute_ns) / 1e6)
+        self.pulses = np.append(self.pulses, pulses[found.issued])
+
+    def figures(self) -> dict[str, Any]:
+        """The fields of an `Observation` that come from queries."""
+        own = self.undisturbed if self.undisturbed.sum() >= _LEAST_QUERIES else np.ones_like(self.undisturbed)
+        known = [each for each in PERCENTILES if len(self.whole) >= statistics.samples_needed(each)]
+        clocks = {"end_to_end": self.whole, "compute": self.compute}
+        return {
+            "p50_ms": statistics.percentile(self.whole[own], 50),
+            "compute_p50_ms": statistics.percentile(self.compute[own], 50),
+            "whole_ms": {
+                name: {str(each): statistics.percentile(values, each) for each in known}
+                for name, values in clocks.items()
+            },
+            "undisturbed": float(self.undisturbed.mean()),
+            "samples": len(self.whole),
+            "spread": _spread(self.whole[own]),
         }
-    return found
 
 
 def _felt(query: Query, clock: Clock, pulses: list[int]) -> Query:
@@ -256,9 +303,12 @@ def _felt(query: Query, clock: Clock, pulses: list[int]) -> Query:
 
 
 def _pulse(clock: Clock) -> int:
-    start = clock.now()
-    sum(_PULSE)
-    return clock.now() - start
+    laps = []
+    for _ in range(_LAPS):
+        start = clock.now()
+        sum(_PULSE)
+        laps.append(clock.now() - start)
+    return min(laps)
 
 
 def _spread(values: Floats) -> float:
@@ -425,7 +475,8 @@ def fit(
     stack: Stack,
     threads: int,
     seconds: float = 0.0,
-    efficiency: float | None = None,
+    efficiency: Mapping[str, float] | None = None,
+    other_cores: float | None = None,
 ) -> Calibration:
     """The calibration that these measurements give.
 
@@ -433,7 +484,7 @@ def fit(
         observations: two architectures at least in every precision.
         device, stack, threads: what they were measured on.
         seconds: how long it took.
-        efficiency: see `Calibration.efficiency`.
+        efficiency, other_cores: see `Calibration`.
 
     Raises:
         ValueError: too few architectures, or nodes without their times.
@@ -441,7 +492,6 @@ def fit(
     by_precision: dict[str, list[Observation]] = defaultdict(list)
     for observation in observations:
         by_precision[observation.precision].append(observation)
-    tails = [observation.p99_ms / observation.p50_ms for observation in observations if observation.p99_ms]
     copying = [observation.p50_ms - observation.compute_p50_ms for observation in observations]
     return Calibration(
         device=device.name,
@@ -453,16 +503,27 @@ def fit(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=tool_versions(),
         times={precision: fit_times(found) for precision, found in by_precision.items()},
-        tail=float(np.quantile(tails, TAIL_QUANTILE)) if tails else 1.0,
+        ratios={scope: _ratios(observations, scope) for scope in get_args(Scope)},
         copying_ms=max(float(np.median(copying)), 0.0),
         memory=_fit_memory(observations),
         held_out={precision: errors(*map(list, held_out(found))) for precision, found in by_precision.items()},
         spread=float(np.median([observation.spread for observation in observations])),
         undisturbed=float(np.median([observation.undisturbed for observation in observations])),
+        other_cores=other_cores,
         models=len(observations),
         seconds=seconds,
-        efficiency=efficiency,
+        efficiency=dict(efficiency or {}),
     )
+
+
+def _ratios(observations: Sequence[Observation], scope: Scope) -> dict[str, float]:
+    """See `Calibration.ratios`, of one clock."""
+    found = {}
+    for percentile in PERCENTILES:
+        known = [ratio for one in observations if (ratio := one.ratio(scope, percentile)) is not None]
+        if known:
+            found[str(percentile)] = float(np.median(known))
+    return found
 
 
 def _fit_memory(observations: Sequence[Observation]) -> dict[str, float]:
@@ -485,17 +546,21 @@ def calibrations_folder() -> Path:
     return config_folder() / "calibrations"
 
 
+def calibration_file(calibration: Calibration) -> Path:
+    """Where that of its device and number of threads is stored."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", calibration.device)
+    return calibrations_folder() / f"{name}.{calibration.threads}t.json"
+
+
 def save_calibration(calibration: Calibration) -> Path:
     """Stores it, in the place of one of the same device and number of threads; returns the file.
 
     Raises:
         EdgestillError: the disk is full or the folder cannot be written; the one before stays as it was.
     """
-    folder = calibrations_folder()
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", calibration.device)
-    path = folder / f"{name}.{calibration.threads}t.json"
+    path = calibration_file(calibration)
     with explain_os_errors(path):
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, calibration.model_dump_json(indent=1) + "\n")
     return path
 
@@ -529,6 +594,7 @@ def stale(calibration: Calibration, device: Device, stack: Stack, threads: int) 
         ("runtime", calibration.runtime, stack.runtime),
         (f"{stack.runtime} version", calibration.runtime_version, stack.runtime_version),
         ("number of threads", str(calibration.threads), str(threads)),
+        ("rules by which work is counted", f"form {calibration.form}", f"form {FORM}"),
     ):
         if made != asked:
             return f"{what}: calibrated with {made}, now {asked}"
@@ -543,23 +609,31 @@ def usable(calibration: Calibration, device: Device, stack: Stack, threads: int)
     """
     reason = stale(calibration, device, stack, threads)
     if reason is not None:
-        fix = FIX if threads == 1 else f"{FIX} --threads {threads}"
         raise InputError(
-            f"the calibration of {device.name} is out of date", where=calibration.date, evidence=reason, fix=fix
+            f"the calibration of {device.name} is out of date",
+            where=str(calibration_file(calibration)),
+            evidence=f"{reason}; made {calibration.date}",
+            fix=f"{command(threads)}, which replaces it",
         )
     return calibration
+
+
+def command(threads: int) -> str:
+    """What makes the calibration for a number of threads."""
+    return FIX if threads == 1 else f"{FIX} --threads {threads}"
 
 
 class Predicted(NamedTuple):
     """What a graph is expected to take, as far as a calibration tells.
 
-    memory_mib: peak of a fresh process; None where the calibration has not measured memory. overhead_ms: the part that
-    a graph without nodes would take. compute_ms: the median without the copies of inputs and outputs. guessed:
-    operators of classes that the calibration never saw, priced by their bytes alone.
+    p50_ms: the median on an undisturbed core. p99_ms: of all queries, as `Calibration.ratios` tells it; None where that
+    has none. memory_mib: peak of a fresh process; None where the calibration has not measured memory. overhead_ms: the
+    part that a graph without nodes would take. compute_ms: the median without the copies of inputs and outputs.
+    guessed: operators of classes that the calibration never saw, priced by their bytes alone.
     """
 
     p50_ms: float
-    p99_ms: float
+    p99_ms: float | None
     memory_mib: float | None
     overhead_ms: float
     compute_ms: float
@@ -589,10 +663,10 @@ def predict(model: Path, calibration: Calibration, *, precision: Precision, batc
     graph = priced_graph(model, batch, threads=calibration.threads)
     middle = graph_milliseconds(graph.nodes, times)
     held = _memory_parts(graph.weight_mib, graph.activation_mib, model.stat().st_size / 2**20)
-    memory = calibration.memory
+    memory, ratio = calibration.memory, calibration.ratios.get("end_to_end", {}).get("99")
     return Predicted(
         p50_ms=middle,
-        p99_ms=middle * calibration.tail,
+        p99_ms=None if ratio is None else middle * ratio,
         memory_mib=sum(memory.get(name, 0.0) * value for name, value in held.items()) if memory else None,
         overhead_ms=times.query / 1e3,
         compute_ms=max(middle - calibration.copying_ms, 0.0),
@@ -610,10 +684,23 @@ def launch_overhead_ms(device: Device, calibration: Calibration | None) -> float
     return _LEAST_MS[device.kind]
 
 
-def assumed_efficiency() -> float:
-    """The share of its roofline bound's rate that a device is assumed to reach where nothing was measured.
+def assumed_efficiency(precision: Precision) -> float | None:
+    """The share of its roofline bound's rate that calibrated processors reach in a precision, the middle of them.
 
-    The middle of the stored calibrations that know theirs, else `PRIOR_EFFICIENCY`.
+    None where none that is up to date knows its own; see `PRIOR_EFFICIENCY`.
     """
-    known = [calibration.efficiency for calibration in stored_calibrations() if calibration.efficiency is not None]
-    return float(np.median(known)) if known else PRIOR_EFFICIENCY
+    known = [
+        calibration.efficiency[precision]
+        for calibration in stored_calibrations()
+        if precision in calibration.efficiency and not _is_old(calibration)
+    ]
+    return float(np.median(known)) if known else None
+
+
+def _is_old(calibration: Calibration) -> bool:
+    """Whether it says nothing any more about its own device with its newest stack."""
+    try:
+        device = detect() if calibration.device == THIS_MACHINE else load_device(calibration.device)
+    except InputError:  # the user's own device file is gone
+        return True
+    return stale(calibration, device, device.stacks[0], calibration.threads) is not None

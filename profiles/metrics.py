@@ -102,9 +102,16 @@ def evaluate(task: str, logits: Array, labels: Array, mask: Array | None = None,
 
 
 def difference(
-    task: str, logits_a: Array, logits_b: Array, labels: Array, mask: Array | None = None, *, seed: int = 0
+    task: str,
+    logits_a: Array,
+    logits_b: Array,
+    labels: Array,
+    mask: Array | None = None,
+    *,
+    seed: int = 0,
+    confidence: float = 0.95,
 ) -> Difference:
-    """The primary metric of a minus that of b on the same samples, with a paired bootstrap interval of 95 %.
+    """The primary metric of a minus that of b on the same samples, with a paired bootstrap interval.
 
     Both models are judged on the same resampled samples, so what is hard for both cancels out. The interval of two
     classifiers that never disagree about being right is a point: these samples cannot tell them apart.
@@ -116,6 +123,7 @@ def difference(
         labels: as in `evaluate`.
         mask: as in `evaluate`.
         seed: of the bootstrap.
+        confidence: two-sided.
 
     Raises:
         EdgestillError: as `evaluate`.
@@ -129,9 +137,9 @@ def difference(
         # Resampling n of n values out of -1, 0 and 1 is drawing their counts.
         counts = np.array([(gain < 0).sum(), (gain == 0).sum(), (gain > 0).sum()])
         drawn = np.random.default_rng(seed).multinomial(n, counts / n, size=10 * _RESAMPLES)
-        low, high = _quantiles((drawn[:, 2] - drawn[:, 0]) / n)
+        low, high = _quantiles((drawn[:, 2] - drawn[:, 0]) / n, confidence)
         method = f"paired bootstrap over samples, {10 * _RESAMPLES} resamples"
-        return Difference(value=float(gain.mean()), low=low, high=high, n=n, method=method)
+        return Difference(value=float(gain.mean()), low=low, high=high, confidence=confidence, n=n, method=method)
     second = _checked_multilabel(logits_b, labels, mask)[0]
     first, labels, known = _checked_multilabel(logits_a, labels, mask)
     n = labels.shape[0]
@@ -143,9 +151,9 @@ def difference(
         )
         for weights in _resamples(n, seed)
     ]
-    low, high = _quantiles(np.concatenate(resampled))
+    low, high = _quantiles(np.concatenate(resampled), confidence)
     mean = float(value.mean())
-    return Difference(value=mean, low=min(low, mean), high=max(high, mean), n=n, method=method)
+    return Difference(value=mean, low=min(low, mean), high=max(high, mean), confidence=confidence, n=n, method=method)
 
 
 def average_precision(logits: Array, labels: Array, mask: Array | None = None) -> Floats:
@@ -289,8 +297,9 @@ def _resamples(n: int, seed: int) -> Iterator[Floats]:
         yield np.ascontiguousarray(counts.T, dtype=np.float32)
 
 
-def _quantiles(resampled: Array) -> tuple[float, float]:
+def _quantiles(resampled: Array, confidence: float = 0.95) -> tuple[float, float]:
     import numpy as np
 
-    low, high = np.quantile(resampled, [0.025, 0.975])
+    half = (1 - confidence) / 2
+    low, high = np.quantile(resampled, [half, 1 - half])
     return float(low), float(high)

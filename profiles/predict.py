@@ -40,6 +40,14 @@ _REDUCTIONS = frozenset(
     ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare""".split()
 )
 _POOLS = frozenset(("AveragePool", "MaxPool", "LpPool"))
+_INTEGER = frozenset(("ConvInteger", "QLinearConv", "MatMulInteger", "QLinearMatMul"))
+_PASSING = frozenset("Flatten Identity Reshape Squeeze Transpose Unsqueeze".split())
+"""Stand between a value's dequantisation and its reader without changing it."""
+_COMPUTED: dict[str, Precision] = {
+    "FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "INT8": "int8", "UINT8": "int8", "FLOAT8E4M3FN": "fp8",
+    "FLOAT4E2M1": "fp4",
+}  # fmt: skip
+"""By the type of what is read."""
 
 
 class NodeCost(Section):
@@ -54,6 +62,8 @@ class NodeCost(Section):
     """Constants that this node reads and no node before it did, in their stored type: INT8 weights count one byte."""
     activation_bytes: int
     """Other inputs, and outputs."""
+    precision: Precision | None = None
+    """What matrix work computes in, as the types of its inputs say; None for other nodes, or where they do not say."""
 
 
 class Roofline(Section):
@@ -151,7 +161,9 @@ class _Graph:
         self._shapes: dict[str, Shape] = {}
         self._bytes: dict[str, int] = {}
         self._constants: set[str] = set()
+        self._types: dict[str, int] = {}
         graph = model.graph
+        self._producers = {name: node for node in graph.node for name in node.output}
         for tensor in graph.initializer:
             self._constant(tensor.name, tensor)
         for node in graph.node:
@@ -168,11 +180,13 @@ class _Graph:
 
     def _constant(self, name: str, tensor: Any) -> None:
         self._constants.add(name)
+        self._types[name] = tensor.data_type
         self._shapes[name] = tuple(tensor.dims)
         self._bytes[name] = _size(math.prod(tensor.dims), tensor.data_type)
 
     def _value(self, info: Any) -> None:
         tensor = info.type.tensor_type
+        self._types.setdefault(info.name, tensor.elem_type)
         if info.name in self._shapes or not tensor.HasField("shape"):
             return
         if all(dimension.HasField("dim_value") for dimension in tensor.shape.dim):
@@ -193,7 +207,32 @@ class _Graph:
             matrix=matrix,
             weight_bytes=sum(self._bytes[name] for name in weights),
             activation_bytes=sum(self._bytes.get(name, 0) for name in activations),
+            precision=self._computes(node) if matrix else None,
         )
+
+    def _computes(self, node: Any) -> Precision | None:
+        """In the narrow type where both factors are dequantised from it, as runtimes fuse that; else in their own."""
+        if node.op_type in _INTEGER:
+            return "int8"
+        stored = {self._stored(name) for name in node.input[:2]}
+        if len(stored) == 1:
+            return stored.pop()
+        return self._computed(node.input[0])
+
+    def _stored(self, name: str) -> Precision | None:
+        """The type in which a value is kept before it is dequantised, or its own."""
+        source = self._producers.get(name)
+        while source is not None and source.op_type in _PASSING:
+            name = source.input[0]
+            source = self._producers.get(name)
+        if source is not None and source.op_type == "DequantizeLinear":
+            name = source.input[0]
+        return self._computed(name)
+
+    def _computed(self, name: str) -> Precision | None:
+        from onnx import TensorProto
+
+        return _COMPUTED.get(TensorProto.DataType.Name(self._types.get(name, TensorProto.UNDEFINED)))
 
     def _flops(self, node: Any) -> tuple[int, bool]:
         """Operations of a node, and whether it is matrix work. What cannot be priced is free and remembered."""

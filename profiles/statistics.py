@@ -152,6 +152,90 @@ def look_confidence(confidence: float, looks: int) -> float:
     return 1 - _error(confidence) / looks
 
 
+def effective_count(samples: ArrayLike, percentile: float) -> int:
+    """How many independent samples would say as much about the percentile as these, which follow each other in time.
+
+    n divided by how much more the share of samples above the percentile varies between blocks than independent ones
+    would (the design effect; Heidelberger and Lewis, 1984, estimate quantiles of dependent sequences in this way).
+    Never more than n.
+
+    Args:
+        samples: (N,), in the order of measurement.
+        percentile: 0 < percentile < 100.
+
+    >>> effective_count([1.0, 2.0] * 50, 50)
+    100
+    """
+    values = _array(samples)
+    tail = _tail(percentile)
+    n = int(values.size)
+    over = (values > np.partition(values, n - 1 - int(tail * n))[n - 1 - int(tail * n)]).astype(np.float64)
+    share = float(over.mean())
+    # few samples lie above a high percentile, so the blocks are longer than those of `block_length` alone
+    size = max(block_length(over), math.isqrt(n))
+    if size < 2 or share in (0.0, 1.0):
+        return n
+    running = np.concatenate(([0.0], np.cumsum(np.concatenate((over, over[: size - 1])))))
+    sums = running[size:] - running[:-size]
+    inflation = float(np.mean((sums - size * share) ** 2)) / (size * share * (1 - share))
+    return max(1, int(n / max(inflation, 1.0)))
+
+
+def percentile_bounds(
+    samples: ArrayLike, percentile: float, confidence: float = 0.99
+) -> tuple[float | None, float | None]:
+    """Between which two samples the percentile lies, each bound with this confidence; None where samples are too few.
+
+    Order statistics, so they hold for any distribution: the t-th largest with the largest t such that
+    P[Bin(n, 1 - p) <= t - 1] <= 1 - c, and the s-th largest of `lower_bound`. Unlike `upper_bound` this one does not
+    over-cover, and n is `effective_count`, so that a slow spell of a hundred queries does not count as a hundred.
+
+    Args:
+        samples: (N,), in the order of measurement.
+        percentile: 0 < percentile < 100.
+        confidence: of each bound by itself.
+
+    >>> percentile_bounds([1.0, 2.0, 3.0, 4.0] * 100, 50, 0.99)
+    (2.0, 3.0)
+    """
+    ordered = _sorted(samples)
+    n, tail, error = int(ordered.size), _tail(percentile), _error(confidence)
+    count = effective_count(samples, percentile)
+    s, t = _lower_rank(count, tail, error), _upper_rank(count, tail, error)
+    # P[Bin <= t] <= error for t, so t + 1 is what `t - 1` of the formula above allows
+    t = t + 1 if t is not None else 1 if (1 - tail) ** count <= error else None
+    low = None if s is None else float(ordered[-min(n, math.ceil(s * n / count))])
+    high = None if t is None else float(ordered[-max(1, t * n // count)])
+    return low, high
+
+
+def paired_shares(only_a: int, only_b: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of the share of `n` samples that b has right minus that of a, from the samples on which they disagree.
+
+    Agresti and Min (2005): half a sample is added to each of the four cells, which keeps the interval honest where
+    hardly any sample tells the two apart.
+
+    Args:
+        only_a: samples that a alone has right.
+        only_b: samples that b alone has right.
+        n: all samples.
+        confidence: two-sided.
+
+    Raises:
+        ValueError: counts that do not fit.
+
+    >>> tuple(round(bound, 4) for bound in paired_shares(10, 30, 1000))
+    (0.0075, 0.0324)
+    """
+    if n < 1 or only_a < 0 or only_b < 0 or only_a + only_b > n:
+        raise ValueError(f"{only_a} and {only_b} of {n}")
+    z = NormalDist().inv_cdf(1 - _error(confidence) / 2)
+    a, b, total = only_a + 0.5, only_b + 0.5, n + 2
+    value = (b - a) / total
+    half = z * math.sqrt(max((a + b) / total - value * value, 0.0) / total)
+    return max(-1.0, value - half), min(1.0, value + half)
+
+
 def lag1_autocorrelation(samples: ArrayLike) -> float | None:
     """Correlation of each sample with the next one, -1 to 1; None below three samples or when all are equal.
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 
+FORM = 1
+"""Raise when a rule below counts otherwise, or a class changes: times that were fitted before are for other counts."""
 OTHER = "other"
 """The class of operators that no rule below knows: priced by their bytes."""
 _VECTOR = 8

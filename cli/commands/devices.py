@@ -120,7 +120,7 @@ def calibrate(
     what was stored before.
     """
     from cli.pipeline.calibrate import calibrate as measure_and_fit
-    from cli.pipeline.calibrate import error_rows
+    from cli.pipeline.calibrate import error_rows, others_sentence
     from profiles.calibration import save_calibration
 
     found = measure_and_fit(name, console.make_progress(), threads=threads).calibration
@@ -133,7 +133,10 @@ def calibrate(
     console.emit(plain_table(headers, error_rows(found), right=(1, 2, 3, 4)))
     console.emit(
         f"errors of predicted medians on architectures that the fit did not see; {found.models} models measured, "
-        f"spread {found.spread:.1%}\n{place}"
+        f"spread {found.spread:.1%}\n"
+        f"medians are those of the {found.undisturbed:.0%} of the queries during which nothing slowed the core down; "
+        f"{others_sentence(found.other_cores)}\n"
+        f"{place}"
     )
 
 

@@ -8,6 +8,7 @@ Every step rests on artefacts of the run, so that an interrupted choice goes on 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 from cli.pipeline.choose import Choice
-from cli.pipeline.limits import judge
+from cli.pipeline.limits import HOW_KNOWN, judge
 from cli.pipeline.pool_cost import limits_of, pool_cost
 from cli.pipeline.pricing import Costs, Pricing, is_attached
 from cli.report.schema import (
@@ -32,6 +33,7 @@ from cli.report.schema import (
 from distill.students.arch import Arch, parse_arch
 from distill.students.choose import (
     Candidate,
+    Excess,
     Miss,
     Option,
     Rank,
@@ -49,7 +51,7 @@ from distill.students.choose import (
 from distill.students.halving import halve
 from distill.students.pool import Cost, Limits, restrict, student_pool
 from profiles import artifact
-from profiles.device import Target, TargetSection
+from profiles.device import Precision, Target, TargetSection
 from profiles.errors import EdgestillError, InputError
 
 if TYPE_CHECKING:
@@ -62,15 +64,17 @@ if TYPE_CHECKING:
 KIND = "choice"
 CHOICE_FILE = "choice.json"
 _MIB = 2**20
+_JUST_OVER = math.nextafter(1.0, 2.0)
 _MOST_REJECTED = 512
-"""Rejected members that a report lists; a pool of 256 has as many in two precisions."""
+"""Rejected members that a report lists, each in its precisions; of more it says how many there are."""
 
 
 @dataclass(frozen=True)
 class Tried:
     """One exported file with what decides about it. option: with its measured cost, where the device is attached.
 
-    verdicts: of the limits, as far as they are known. metric_problem: what it loses too much of, on validation.
+    verdicts: of the limits that were measured. excesses: over limits, as far as is expected where nothing was measured.
+    metric_problem: what it loses too much of, on validation.
     """
 
     option: Option
@@ -78,18 +82,26 @@ class Tried:
     metric: float
     latency_ms: float | None
     verdicts: tuple[LimitVerdict, ...] = ()
+    excesses: tuple[Excess, ...] = ()
     metric_problem: str = ""
 
     @property
     def passes(self) -> bool:
-        """Whether nothing that is known is against it."""
-        return not self.metric_problem and all(each.verdict in ("pass", "not measured") for each in self.verdicts)
+        """Whether nothing that is known or expected is against it."""
+        return not (self.metric_problem or self.excesses or any(_is_over(each) for each in self.verdicts))
 
     @property
     def overshoot(self) -> float:
-        """How many times the limit is needed that is exceeded most; 1 within all of them."""
-        over = [(each.high or each.value or each.limit) / each.limit for each in self.verdicts if _is_over(each)]
-        return max([1.0, *over])
+        """How many times the limit is needed that is exceeded most; 1 within all of them.
+
+        What is not known to be within a limit counts as over it, so that something smaller is tried next.
+        """
+        over = [
+            max((each.high or each.value or each.limit) / each.limit, _JUST_OVER)
+            for each in self.verdicts
+            if _is_over(each)
+        ]
+        return max([1.0, *over, *(each.overshoot for each in self.excesses)])
 
     @property
     def problem(self) -> str:
@@ -97,6 +109,7 @@ class Tried:
         from cli.report.words import limit_sentence
 
         parts = [limit_sentence(each) for each in self.verdicts if _is_over(each)]
+        parts += [f"{each}, {HOW_KNOWN[each.source]}" for each in self.excesses]
         return "; ".join([*parts, *([self.metric_problem] if self.metric_problem else [])])
 
     @property
@@ -143,6 +156,7 @@ class Budgets:
         self.is_done = False
         self._settled: dict[str, Settled] = {}
         self._exported: dict[tuple[str, str], tuple[Plan, dict[str, Measurement]]] = {}
+        self._rescued: set[tuple[str, str]] = set()
         self._served: dict[tuple[str, str], set[str]] = {}
         self._ranked: dict[str, tuple[RankedStudent, ...]] = {}
         self._costs: dict[str, dict[Arch, Costs]] = {}
@@ -275,11 +289,15 @@ class Budgets:
         Raises:
             InputError: names the recipe key.
         """
-        smallest = min(self.pool, key=self.pricing.work)
-        for target in self.targets:
-            allowed = target.section.memory_mib
-            cost = pool_cost([target], self.run.dataset.input, lambda arch: self.run.fresh(str(arch)))(smallest)
-            least = cost[target.name].file_mib
+        cautious = [target for target in self.targets if target.section.memory_mib is not None]
+        if not cautious:
+            return
+        cost = pool_cost(cautious, self.run.dataset.input, lambda arch: self.run.fresh(str(arch)))
+        costs = {arch: cost(arch) for arch in self.pool}
+        for target in cautious:
+            allowed, name = target.section.memory_mib, target.name
+            smallest = min(self.pool, key=lambda arch: costs[arch][name].file_mib or 0.0)
+            least = costs[smallest][name].file_mib
             if allowed is not None and least is not None and allowed < least:
                 raise InputError(
                     f"{target.name} allows less memory than the weights of the smallest student take",
@@ -315,6 +333,15 @@ class Budgets:
         """Every file of a student for a target, and what was measured of them."""
         return self._exported[target.name, arch]
 
+    def measure_again(self, target: Target) -> dict[str, Measurement]:
+        """Measures the files of the chosen student anew, where the next choice finds them."""
+        arch = self.arch_of(target)
+        found, _ = self.exported(target, arch)
+        rescued = (target.name, arch) in self._rescued
+        measured = self.run.measurements(target, found, arch=arch, rescued=rescued, fresh=True)
+        self._exported[target.name, arch] = found, measured
+        return measured
+
     def choice(self, target: Target) -> Choice:
         """Which file of the chosen student is shipped, and why the others are not."""
         settled = self.settled(target)
@@ -342,20 +369,24 @@ class Budgets:
         everyone = tuple(target.name for target in self.run.targets)
         rows = []
         for (role, name), trained in self.run.trained.items():
-            if role not in ("teacher", "trial", "student"):
+            if role not in ("teacher", "trial", "student", "qat"):
                 continue
-            served = everyone if role == "teacher" else tuple(sorted(self._served.get((role, name), ())))
-            if role == "student" and name in self.named:
-                own = {t.name for t in self.run.targets if t.section.arch == name}
+            arch = trained.student.arch
+            served = everyone
+            if role != "teacher":
+                served = tuple(sorted(self._served.get((role, name if role == "trial" else arch), ())))
+            if role in ("student", "qat") and arch in self.named:
+                own = {t.name for t in self.run.targets if t.section.arch == arch}
                 served = tuple(sorted(own | set(served)))
             rows.append(
                 SharedTraining.model_validate(
                     {
-                        "role": role,
-                        "arch": trained.student.arch,
+                        "role": "supernet" if role == "teacher" and trained.strategy == "generic" else role,
+                        "arch": arch,
                         "epochs": trained.result.epochs,
                         "seconds": trained.result.seconds,
                         "targets": served,
+                        "kept": role in ("student", "qat") and arch in self.run.archs,
                     }
                 )
             )
@@ -368,7 +399,7 @@ class Budgets:
         self._costs = self.pricing.costs(self.pool)
         fits, rejected = {}, {}
         for target in self.targets:
-            options = _options(self._costs[target.name])
+            options = _options(self._costs[target.name], target)
             fits[target.name], rejected[target.name] = fitting(
                 options, _limits(target.section), margin=self.section.margin
             )
@@ -381,7 +412,7 @@ class Budgets:
         else:
             fits = {
                 target.name: fitting(
-                    _options({arch: self.pricing.paper(arch, target) for arch in self.pool}),
+                    _options({arch: self.pricing.paper(arch, target) for arch in self.pool}, target),
                     _limits(target.section),
                     margin=self.section.margin,
                 )[0]
@@ -423,6 +454,7 @@ class Budgets:
         if by == "trials":
             return self._by_trials(archs)
         if by == "supernet":
+            run.teacher_for(run.recipe.objective, str(everyone[0]))  # a stage of its own
             with run.timed("rank by shared weights"):
                 scores = {arch: run.pooled(run.recipe.objective, str(arch))[1].value for arch in everyone}
         else:
@@ -452,6 +484,16 @@ class Budgets:
             name: tuple(sorted(given, key=lambda arch: -self.pricing.work(arch))[: self.section.finalists])
             for name, given in archs.items()
         }
+
+    def fallbacks(self, archs: Mapping[str, Sequence[Arch]]) -> dict[str, int]:
+        """By attached target: trainings that follow at most where measuring rejects every finalist (see `_descend`)."""
+        found = {}
+        for target in self.targets:
+            count = len(archs.get(target.name, ())) - self.section.finalists
+            if is_attached(target) and count > 0:
+                near = min(count, self.section.finalists)
+                found[target.name] = near + (count - near).bit_length()
+        return found
 
     def _by_trials(self, archs: Mapping[str, Sequence[Arch]]) -> dict[str, tuple[Arch, ...]]:
         run = self.run
@@ -505,15 +547,17 @@ class Budgets:
         problems: list[str] = []
         for arch in sorted(trained, key=lambda arch: -self._full(arch).result.metric.value):
             leader = best_of(settled.tried)
-            # an export does not add accuracy, so a student that is behind what passes need not be looked at
+            # a plain export does not add accuracy (retraining may, see `_rescue`), so a student that is behind what
+            # passes need not be looked at
             if leader is not None and self._full(arch).result.metric.value < leader.metric:
                 continue
             self._try(target, arch, settled, problems)
+        rescued = self._rescue(target, settled, problems)
+        untried = 0
         if best_of(settled.tried) is None and any(each.overshoot > 1 for each in settled.tried):
-            for arch in next_smaller(archs, trained)[: self.section.finalists]:
-                self._try(target, arch, settled, problems)
-                if best_of(settled.tried) is not None:
-                    break
+            untried = self._descend(target, next_smaller(archs, trained), settled, problems)
+            if not rescued:
+                self._rescue(target, settled, problems)
         if settled.tried:
             settled.chosen = best_of(settled.tried) or nearest_of(settled.tried)
         else:
@@ -524,9 +568,81 @@ class Budgets:
                     _attempt(each, each is settled.chosen, is_attached(target)) for each in settled.tried
                 ),
                 "ranked": self._ranking(target, archs),
+                "untried": untried,
             }
         )
         return settled
+
+    def _descend(self, target: Target, smaller: Sequence[Arch], settled: Settled, problems: list[str]) -> int:
+        """Where all finalists are over a limit: looks for the most costly of the cheaper ones that passes.
+
+        A few steps down one by one, as predictions err by little; then by halves, so that the cheapest is reached after
+        few trainings.
+
+        Args:
+            target: which.
+            smaller: most costly first.
+            settled, problems: get what is found.
+
+        Returns:
+            How many were not tried.
+        """
+        tried = 0
+
+        def attempt(arch: Arch) -> bool:
+            """Whether nothing smaller is needed: it passes, or all that is against it is its metric."""
+            nonlocal tried
+            tried += 1
+            self._serves("student", str(arch), [target.name])
+            self._try(target, arch, settled, problems)
+            made = [each for each in settled.tried if each.option.arch == arch]
+            return any(each.passes for each in made) or bool(made and all(each.overshoot <= 1 for each in made))
+
+        near, far = smaller[: self.section.finalists], smaller[self.section.finalists :]
+        if any(attempt(arch) for arch in near):
+            return len(smaller) - tried
+        low, high = 0, len(far)
+        while low < high:
+            middle = (low + high) // 2
+            if attempt(far[middle]):
+                high = middle
+            else:
+                low = middle + 1
+        return len(smaller) - tried
+
+    def _rescue(self, target: Target, settled: Settled, problems: list[str]) -> bool:
+        """Spends search and quantisation-aware training on one student at most: the best that only they can help.
+
+        That is one whose plain INT8 does not keep the metric but is, or is expected to be, within the limits, and whose
+        FP32 is more accurate than what passes: it would be the choice if its INT8 kept the metric.
+
+        Returns:
+            Whether there was one.
+        """
+        leader = best_of(settled.tried)
+        plans = [
+            (parse_arch(arch), found) for (name, arch), (found, _) in self._exported.items() if name == target.name
+        ]
+        for arch, found in sorted(plans, key=lambda entry: -_fp32_metric(entry[1])):
+            value, lowest = _fp32_metric(found), found.lowest_metric
+            if lowest is None or value < lowest or (leader is not None and value <= leader.metric):
+                continue
+            if _int8_misses(found, target.section) and self._int8_is_within(target, arch, settled):
+                settled.tried = [each for each in settled.tried if each.option.arch != arch]
+                self._serves("qat", str(arch), [target.name])
+                self._rescued.add((target.name, str(arch)))
+                self._try(target, arch, settled, problems)
+                return True
+        return False
+
+    def _int8_is_within(self, target: Target, arch: Arch, settled: Settled) -> bool:
+        """Whether an INT8 file of a student is within the limits of a target, as measured or else as expected."""
+        made = [each for each in settled.tried if each.option.arch == arch and each.option.precision == "int8"]
+        if made:
+            return any(each.overshoot <= 1 for each in made)
+        cost = self._costs[target.name][arch].get("int8", Cost())
+        fits, _ = fitting([Option(arch, "int8", cost)], _limits(target.section), margin=self.section.margin)
+        return bool(fits)
 
     def _full(self, arch: Arch) -> Trained:
         return self.run.student(str(arch))
@@ -534,11 +650,11 @@ class Budgets:
     def _try(self, target: Target, arch: Arch, settled: Settled, problems: list[str]) -> None:
         """Adds every file of a student for a target; what cannot be made or run is a problem."""
         run, section, word = self.run, target.section, str(arch)
+        rescued = (target.name, word) in self._rescued
         self._full(arch)
-        self._serves("student", word, [target.name])
         try:
-            found = run.plan(target, word)
-            measured = run.measurements(target, found, arch=word)
+            found = run.plan(target, word, rescue=rescued)
+            measured = run.measurements(target, found, arch=word, rescued=rescued)
         except InputError:
             raise
         except EdgestillError as error:
@@ -550,8 +666,11 @@ class Budgets:
             asked = section.precision in ("auto", candidate.precision)
             if candidate.refused is not None and asked:
                 problems.append(f"{word} {candidate.name}: {candidate.refused}")
-            if not candidate.usable or candidate.validation is None or not asked:
+            if not candidate.usable or candidate.file is None or candidate.validation is None or not asked:
                 continue
+            expected = self._costs[target.name][arch].get(candidate.precision)
+            if candidate.name != candidate.precision:  # INT8 in part, or with another remainder
+                expected = self.pricing.priced_file(target, arch, candidate.file, candidate.precision) or expected
             settled.tried.append(
                 tried(
                     section,
@@ -560,7 +679,7 @@ class Budgets:
                     candidate.validation,
                     fp32,
                     measured.get(candidate.name),
-                    self._costs[target.name][arch].get(candidate.precision),
+                    expected,
                     margin=self.section.margin,
                 )
             )
@@ -573,7 +692,7 @@ class Budgets:
         sources: list[CostSource] = [each.cost.source for each in fits] + [each.option.cost.source for each in rejected]
         known: tuple[CostSource, ...] = ("measured", "calibrated", "assumed", "bound")
         source = next(each for each in known if each in sources or each == "bound")
-        efficiency, efficiency_from = self.pricing.efficiency() if source == "assumed" else (None, "")
+        efficiency, efficiency_from = self._efficiency(target) if source == "assumed" else (None, "")
         return Selection(
             pool=len(self.pool),
             fitting=len(archs),
@@ -593,7 +712,16 @@ class Budgets:
                 )
                 for each in rejected[:_MOST_REJECTED]
             ),
+            left_out=max(0, len(rejected) - _MOST_REJECTED),
         )
+
+    def _efficiency(self, target: Target) -> tuple[float, str]:
+        """What was assumed of a device, and from where; of INT8 too, where that is another share."""
+        asked = target.section.precision
+        if asked != "auto":
+            return self.pricing.efficiency(target, asked)
+        (share, source), (integer, _) = self.pricing.efficiency(target), self.pricing.efficiency(target, "int8")
+        return share, source if integer == share else f"{source}; {integer:.0%} in INT8"
 
     def _ranking(self, target: Target, archs: Sequence[Arch]) -> tuple[RankedStudent, ...]:
         """As it was told before, with the metric of those that were trained in full."""
@@ -620,7 +748,7 @@ class Budgets:
             "target": target.name,
             "student": None if settled.chosen is None else str(settled.chosen.option.arch),
             "file": None if settled.chosen is None else settled.chosen.name,
-            "nearest": None if settled.miss is None else str(settled.miss),
+            "nearest": None if settled.miss is None else _miss_words(settled.miss),
             "error": settled.error,
             "selection": settled.selection.model_dump(mode="json"),
         }
@@ -655,7 +783,8 @@ def tried(
     """
     size = (candidate.size_bytes or 0) / _MIB
     limits = section.model_copy(update={"metric_floor": None, "max_metric_drop": None})
-    verdicts: tuple[LimitVerdict, ...]
+    verdicts: tuple[LimitVerdict, ...] = ()
+    excesses: tuple[Excess, ...] = ()
     if measurement is not None:
         verdicts = judge(limits, measurement=measurement, size_mib=size, metric=None, drop=None, on_device=True)
         asked = measurement.asked
@@ -669,22 +798,13 @@ def tried(
         cost = Cost(size, known.memory_mib, known.latency_bound_ms, latency, known.source)
         _, over = fitting([Option(arch, candidate.precision, cost)], _limits(section), margin=margin)
         excesses = over[0].excesses if over else ()
-        verdicts = tuple(
-            LimitVerdict(
-                name=cast(LimitName, each.limit),
-                limit=each.allowed,
-                value=each.needs,
-                verdict="fail",
-                reason="" if each.source == "measured" else f"expected ({each.source})",
-            )
-            for each in excesses
-        )
     return Tried(
         Option(arch, candidate.precision, cost),
         candidate.name,
         metric.value,
         latency,
         verdicts,
+        excesses,
         _metric_problem(section, metric, fp32),
     )
 
@@ -697,6 +817,22 @@ def _metric_problem(section: TargetSection, metric: Metric, fp32: Metric | None)
     if section.max_metric_drop is not None and lost > section.max_metric_drop:
         return f"{-lost * 100:+.1f} pt against fp32 on validation, allowed {-section.max_metric_drop * 100:.1f}"
     return ""
+
+
+def _fp32_metric(found: Plan) -> float:
+    """Of the FP32 file, on validation."""
+    validation = found["fp32"].validation
+    return -math.inf if validation is None else validation.value
+
+
+def _int8_misses(found: Plan, section: TargetSection) -> bool:
+    """Whether the target may get INT8, a graph of it could be made, and none keeps the metric."""
+    made = [each for each in found.candidates if each.precision == "int8" and each.file is not None]
+    if section.precision not in ("auto", "int8") or found.lowest_metric is None:
+        return False
+    return bool(made) and not any(
+        each.usable and each.validation is not None and each.validation.value >= found.lowest_metric for each in made
+    )
 
 
 def _attempt(each: Tried, chosen: bool, attached: bool) -> Attempt:
@@ -713,12 +849,30 @@ def _attempt(each: Tried, chosen: bool, attached: bool) -> Attempt:
     )
 
 
-def _options(costs: Mapping[Arch, Costs]) -> list[Option]:
-    return [Option(arch, precision, cost) for arch, found in costs.items() for precision, cost in found.items()]
+def _options(costs: Mapping[Arch, Costs], target: Target) -> list[Option]:
+    """What the planner makes of every member; with "auto", BF16 and FP8 only follow where a metric is missed."""
+    made = ordinary_precisions(target)
+    return [
+        Option(arch, precision, cost)
+        for arch, found in costs.items()
+        for precision, cost in found.items()
+        if precision in made
+    ]
+
+
+def ordinary_precisions(target: Target) -> tuple[Precision, ...]:
+    """What the planner makes of a student whose plain INT8 keeps the metric, as far as the target may get it."""
+    return ("fp32", "fp16", "int8") if target.section.precision == "auto" else (target.section.precision,)
 
 
 def _limits(section: TargetSection) -> Limits:
     return Limits(section.file_size_mib, section.memory_mib, section.latency_ms)
+
+
+def _miss_words(miss: Miss) -> str:
+    """The nearest miss; what an assumption says is not promised to pass."""
+    assumed = any(excess.source == "assumed" for excess in miss.excesses)
+    return f"{miss}, by an assumed efficiency" if assumed else str(miss)
 
 
 def _is_over(verdict: LimitVerdict) -> bool:

@@ -29,13 +29,18 @@ from profiles.errors import EdgestillError, InputError
 from profiles.measure import probe, query_batches
 from profiles.predict import roofline
 from profiles.progress import Progress
-from profiles.timing_model import priced_graph
+from profiles.timing_model import PricedGraph, priced_graph
 
 _ROWS = 8
 _MANY = 6
 """Models from which on starting processes, which import everything again, pays."""
 _SPARE_CORES = 0.2
 """What other work may take of the cores that the measuring needs."""
+_FREE_SHARE = 0.9
+"""Of the other cores, what other work may take of them. Beyond, there may be no moment in which the measured core has
+its own speed, so that every pulse is equally slow and none tells it; below, the quickest twentieth of the pulses do."""
+_LEAST_SECONDS = 30.0
+"""Left for measuring, however long exporting took."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +48,29 @@ class Effort:
     """How much is measured.
 
     families: kinds of architectures. per_family: architectures of each kind. layers: graphs of layers. runs: profiled
-    queries of a model. queries and seconds: of a model, at most. probes: every how many-th file's memory is measured;
-    an odd number, so that both precisions have their turn.
+    queries of a model each time. profiles: times that a model is profiled; the quickest counts, as a few milliseconds
+    in one place may all be disturbed. queries and seconds: of a model and pass, at most. most_seconds: of exporting and
+    measuring together; what is left of it is shared. probes: every how many-th file's memory is measured; an odd
+    number, so that both precisions have their turn.
     """
 
     families: tuple[str, ...] = FAMILIES
     per_family: int = 9
     layers: int = 16
-    runs: int = 60
+    runs: int = 80
+    profiles: int = 2
     queries: int = 704
     seconds: float = 1.5
+    most_seconds: float = 270.0
     probes: int = 5
+
+
+class Seen(NamedTuple):
+    """Observations, why they cannot be trusted (None: the machine was quiet), and the cores that others kept busy."""
+
+    observations: list[Observation]
+    busy: str | None
+    other_cores: float | None
 
 
 class Calibrated(NamedTuple):
@@ -86,7 +103,10 @@ def calibrate(
     sampled = (*sample_architectures(effort.per_family, families=effort.families), *sample_layers(effort.layers))
     with tempfile.TemporaryDirectory(prefix="edgestill-") as folder:
         models = export_all(sampled, device, Path(folder), progress)
-        observations, reason = measure_all(sampled, models, progress, threads=threads, effort=effort)
+        left = effort.most_seconds - (time.monotonic() - began)
+        observations, reason, other_cores = measure_all(
+            sampled, models, progress, threads=threads, effort=effort, most_seconds=left
+        )
         if reason is not None and refuse_busy:
             raise EdgestillError(
                 "the machine was not quiet enough to be calibrated",
@@ -94,7 +114,7 @@ def calibrate(
                 evidence=reason,
                 fix="stop other work and calibrate again; what was stored before is unchanged",
             )
-        efficiency = _efficiency(sampled, models, observations, device)
+        efficiency = _efficiency(models, observations, device)
     calibration = fit(
         observations,
         device=device,
@@ -102,6 +122,7 @@ def calibrate(
         threads=threads,
         seconds=time.monotonic() - began,
         efficiency=efficiency,
+        other_cores=other_cores,
     )
     return Calibrated(calibration, observations, reason)
 
@@ -161,8 +182,19 @@ def measure_all(
     *,
     threads: int,
     effort: Effort,
-) -> tuple[list[Observation], str | None]:
-    """All models measured, and why that cannot be trusted (None: the machine was quiet)."""
+    most_seconds: float | None = None,
+) -> Seen:
+    """All models measured.
+
+    Args:
+        sampled: the models.
+        models: their files by name and precision.
+        progress: told what is going on.
+        threads: threads inside an operator.
+        effort: how much is measured.
+        most_seconds: of it all; default as much as the effort allows a calibration.
+    """
+    began, most = time.monotonic(), max(most_seconds or effort.most_seconds, _LEAST_SECONDS)
     files = {(one.name, precision): models[one.name][precision] for one in sampled for precision in models[one.name]}
     rows = {one.name: {one.spec.name: realistic_rows(one.spec, _ROWS, one.seed + 1)} for one in sampled}
     peaks: dict[tuple[str, str], float | None] = {}
@@ -171,18 +203,21 @@ def measure_all(
             peaks[key] = probe("onnxruntime", file, query_batches(rows[key[0]], 1)[0], threads).memory.peak_mib
             task.advance(note=" ".join(key))
     before = agent.CpuUse()
-    with progress.task("profiling nodes", len(files), "models") as task:
-        graphs = {}
-        for key, file in files.items():
-            graphs[key] = priced_graph(file, threads=threads, runs=effort.runs)
-            task.advance(note=" ".join(key))
+    graphs: dict[tuple[str, str], PricedGraph] = {}
+    with progress.task("profiling nodes", effort.profiles * len(files), "models") as task:
+        for _ in range(effort.profiles):
+            for key, file in files.items():
+                found = priced_graph(file, threads=threads, runs=effort.runs)
+                graphs[key] = min(graphs.get(key, found), found, key=_profiled)
+                task.advance(note=" ".join(key))
     names = {" ".join(key): key for key in files}
-    found = observe(
+    measured = observe(
         {name: files[key] for name, key in names.items()},
         {name: rows[key[0]] for name, key in names.items()},
         threads=threads,
         seconds=effort.seconds,
         queries=effort.queries,
+        most_seconds=most - (time.monotonic() - began),
         progress=progress,
     )
     use = agent.CpuUse().since(before)
@@ -198,41 +233,56 @@ def measure_all(
                 "activation_mib": graphs[key].activation_mib,
                 "file_mib": files[key].stat().st_size / 2**20,
                 "peak_mib": peaks.get(key),
-                **found[name],
+                **measured[name],
             }
         )
         for name, key in names.items()
     ]
     reasons = [reason for reason in (busy(observations), _others(use, threads)) if reason is not None]
-    return observations, "; ".join(reasons) or None
+    return Seen(observations, "; ".join(reasons) or None, use.get("other_cores"))
+
+
+def _profiled(graph: PricedGraph) -> float:
+    """Microseconds of all nodes together."""
+    return sum(node.microseconds or 0.0 for node in graph.nodes)
 
 
 def _others(use: Mapping[str, Any], threads: int) -> str | None:
-    """What took cores that the measuring needed; None: nothing, or the system does not tell."""
+    """What took cores that the measuring needed; None: nothing, or the system does not tell.
+
+    Work on the other cores is accepted up to a share of them: what it does to the measured ones now and then, the
+    pulses show (`busy` refuses where hardly any query was undisturbed).
+    """
     cores = len(agent.affinity()) or 1
     taken, stolen = use.get("other_cores", 0.0), use.get("stolen_cores", 0.0)
-    if taken <= max(cores - threads, 0) + _SPARE_CORES and stolen <= _SPARE_CORES:
+    if taken <= max(_FREE_SHARE * (cores - threads), _SPARE_CORES) and stolen <= _SPARE_CORES:
         return None
     names = ", ".join(f"{entry['name']} {entry['cores']:.1f}" for entry in use.get("busiest", ()))
     by = f" ({names})" if names else ""
     lost = f", the hypervisor took {stolen:.1f}" if stolen > _SPARE_CORES else ""
-    return f"other processes used {taken:.1f} of {cores} cores{by}{lost}, and measuring takes {threads}"
+    return f"other processes used {taken:.1f} of {cores} cores{by}{lost}, and measuring takes {threads} whole"
 
 
 def _efficiency(
-    sampled: Iterable[Sampled],
     models: Mapping[str, Mapping[str, Path]],
     observations: Iterable[Observation],
     device: Device,
-) -> float | None:
-    """The roofline bound over the measured median, middle of the FP32 architectures; None without a bound."""
-    measured = {one.model: one.p50_ms for one in observations if one.precision == "fp32"}
-    shares = []
-    for one in sampled:
-        bound = roofline(models[one.name]["fp32"], device, "fp32").bound_ms if one.arch is not None else None
+) -> dict[str, float]:
+    """By precision: the roofline bound over the measured median, middle of the architectures; empty without a bound."""
+    measured = {(one.model, one.precision): one.p50_ms for one in observations if one.is_architecture}
+    shares: dict[str, list[float]] = {}
+    for (name, precision), milliseconds in measured.items():
+        bound = roofline(models[name][precision], device, precision).bound_ms
         if bound is not None:
-            shares.append(bound / measured[one.name])
-    return float(np.median(shares)) if shares else None
+            shares.setdefault(precision, []).append(bound / milliseconds)
+    return {precision: float(np.median(found)) for precision, found in shares.items()}
+
+
+def others_sentence(other_cores: float | None) -> str:
+    """What else ran while models were measured."""
+    if other_cores is None:
+        return "what other processes did meanwhile is not known"
+    return f"other processes kept {other_cores:.1f} cores busy meanwhile"
 
 
 def error_rows(calibration: Calibration) -> list[tuple[str, ...]]:

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import nn
 
 from cli.pipeline.advice import few_steps, unit_of
-from cli.pipeline.budget import Budgets
+from cli.pipeline.budget import Budgets, ordinary_precisions
 from cli.pipeline.exploration import (
     check_explored,
     explores,
@@ -32,6 +32,8 @@ from cli.pipeline.exploration import (
     together,
     whole_generator,
 )
+from cli.pipeline.pool_cost import precisions_of
+from cli.pipeline.pricing import is_attached
 from cli.pipeline.run import (
     PLAIN,
     SUPERVISED,
@@ -41,7 +43,7 @@ from cli.pipeline.run import (
 )
 from cli.pipeline.teachers import RECALIBRATED, Variant, check_held_out, check_strategy, coach, start_of
 from cli.recipe import Recipe, load_recipe, to_toml
-from cli.report.words import wrap
+from cli.report.words import duration, wrap
 from distill.data import Dataset, load_dataset
 from distill.data.dataset import subset
 from distill.data.load import open_dataset
@@ -61,6 +63,7 @@ from distill.teachers import ModuleTeacher, Teacher
 from distill.teachers.section import TeacherSection
 from distill.training import train
 from profiles import artifact
+from profiles.device import Target
 from profiles.errors import InputError
 from profiles.progress import Silent, Task
 from profiles.section import Section
@@ -74,8 +77,8 @@ _EXPORT_SECONDS = 12.0
 """Graphs, quantisation and parity of one small student; measured on two cores."""
 _PRICE_SECONDS = 4.0
 """Export, quantisation and a short measurement of one graph with fresh weights; measured on two cores."""
-_MEASURE_SECONDS = 10.0
-"""Warm-up, samples and the separate process of one attached target with two candidates, when the verdict is clear."""
+_MEASURE_SECONDS = 5.0
+"""Warm-up, samples and the separate process of one file, when the verdict is clear."""
 
 
 class PlannedStage(Section):
@@ -183,11 +186,18 @@ def estimate(run: Run) -> Estimate:
             done = earlier.finished(f"bundles/{target.name}", *_TARGET)
             chooses = run.budgets is not None and run.budgets.chooses(target)
             times = run.recipe.student.choice.finalists if chooses else 1
-            most = f" (at most {times} students)" if times > 1 else ""
-            stages.append(_stage(f"export {target.name}{most}", times * _EXPORT_SECONDS, 0.0, done))
-            if target.is_this_machine:
+            about = f" (about {times} students)" if times > 1 else ""
+            size = _files_mib(run, target, dataset)
+            # the bundle has one of the files
+            name = f"export {target.name}{about}"
+            longest = times * len(size) * (run.recipe.measure.warmup_seconds + run.recipe.measure.max_seconds)
+            stages.append(_stage(name, times * _EXPORT_SECONDS, times * sum(size) + max(size), done))
+            if is_attached(target):
                 done = done if chooses else earlier.finished(f"measurements/{target.name}", *_TARGET)
-                stages.append(_stage(f"measure {target.name}{most}", times * _MEASURE_SECONDS, 0.0, done))
+                seconds = times * len(size) * _measured_seconds(run)
+                if chooses:
+                    about = f" (about {times} student{'s' * (times > 1)}, up to {duration(longest)})"
+                stages.append(_stage(f"measure {target.name}{about}", seconds, 0.0, done))
     left = [stage for stage in stages if not stage.finished]
     return Estimate(
         recipe=to_toml(run.recipe),
@@ -199,6 +209,26 @@ def estimate(run: Run) -> Estimate:
         seconds=sum(stage.seconds or 0.0 for stage in left),
         disk_mib=sum(stage.disk_mib for stage in left),
     )
+
+
+def _files_mib(run: Run, target: Target, dataset: Dataset) -> list[float]:
+    """The size of every file that is made of a target's student in the ordinary case; of the largest that may be it."""
+    budgets, made = run.budgets, []
+    if budgets is not None and budgets.chooses(target):
+        archs = budgets.likely().get(target.name, budgets.pool)
+        mib = max(weights_mib(_student(run, dataset, str(arch), len(dataset.classes))) for arch in archs[-1:])
+    else:
+        mib = weights_mib(_student(run, dataset, run.arch_of(target), len(dataset.classes)))
+    for precision in set(precisions_of(target)) & set(ordinary_precisions(target)):
+        made.append(mib * {"fp32": 1.0, "fp16": 0.5, "int8": 0.25}.get(precision, 0.5))
+    # a runtime that compiles keeps an engine beside every graph
+    return [each * (1 if target.stack.runtime == "onnxruntime" else 2) for each in made]
+
+
+def _measured_seconds(run: Run) -> float:
+    """Of one file: what it takes when the verdict is clear, or less where the recipe allows less."""
+    section = run.recipe.measure
+    return min(_MEASURE_SECONDS, section.warmup_seconds + section.max_seconds)
 
 
 def render(found: Estimate, run: Run) -> str:
@@ -426,7 +456,8 @@ class _Further:
 def _choice_stages(
     run: Run, budgets: Budgets, dataset: Dataset, earlier: _Earlier, further: _Further | None
 ) -> list[PlannedStage]:
-    """What choosing takes at most: the pool's costs, telling its members apart, and the full trainings."""
+    """What choosing takes: the pool's costs, telling its members apart, the full trainings, and those that follow where
+    measuring rejects all of them."""
     section, missing = budgets.section, budgets.pricing.missing(budgets.pool)
     done = all(earlier.finished(f"choice/{target.name}", *_TARGET) for target in budgets.targets)
     stages = []
@@ -465,11 +496,19 @@ def _choice_stages(
     for role in ["students"] + ["plain students"] * run.has_plain_students:
         # every target keeps one student, and only those have a plain twin
         kept = most if role == "students" else most[: len(archs)]
+        word = "about" if role == "students" else "at most"
         total = sum(known) if len(known) == len(seconds) else None
         if total is not None:
             total = sum(stage.seconds or 0.0 for stage in kept)
-        name = f"{role} (at most {len(kept)} in full)"
+        name = f"{role} ({word} {len(kept)} in full)"
         stages.append(_stage(name, total, sum(stage.disk_mib for stage in kept), done))
+    more = sum(budgets.fallbacks(archs).values())
+    if more:
+        # cheaper than the finalists, so no longer than the mean of these
+        mean = sum(known) / len(known) if known else None
+        disk = more * max(stage.disk_mib for stage in full.values())
+        name = f"fallbacks (at most {more}, where measuring rejects all of these)"
+        stages.append(_stage(name, None if mean is None else more * mean, disk, done))
     return stages
 
 

@@ -70,14 +70,23 @@ def judge(
 
 
 def missed(section: TargetSection, miss: Miss) -> tuple[LimitVerdict, ...]:
-    """The verdicts of limits that no member of a pool meets, by the one that comes nearest; nothing was trained."""
+    """The verdicts of limits that no member of a pool meets, by the one that comes nearest; nothing was trained.
+
+    What an assumption alone excludes was not measured: it may be wrong by more than the excess.
+    """
     over = {excess.limit: excess for excess in miss.excesses}
     verdicts = []
     for name in get_args(LimitName):
         limit = getattr(section, name)
         if name in over:
-            reason = f"{miss.option}, {HOW_KNOWN[over[name].source]}"
-            verdicts.append(LimitVerdict(name=name, limit=limit, value=over[name].needs, verdict="fail", reason=reason))
+            source = over[name].source
+            reason = f"{miss.option}, {HOW_KNOWN[source]}"
+            verdict: Verdict = "fail"
+            if source == "assumed":
+                verdict, reason = "not measured", f"{miss.option} would exceed it, by an assumed efficiency"
+            verdicts.append(
+                LimitVerdict(name=name, limit=limit, value=over[name].needs, verdict=verdict, reason=reason)
+            )
         elif limit is not None:
             verdicts.append(
                 LimitVerdict(name=cast(LimitName, name), limit=limit, verdict="not measured", reason=NOT_MADE)

@@ -40,26 +40,31 @@ def limits_of(targets: Sequence[Target]) -> dict[str, Limits]:
 
 
 def paper_costs(
-    student: Student, spec: InputSpec, target: Target, *, efficiency: float, overhead_ms: float
+    student: Student,
+    spec: InputSpec,
+    target: Target,
+    *,
+    efficiency: Callable[[Precision], float],
+    launch_ms: float,
 ) -> dict[Precision, Cost]:
     """What a student costs in every precision that the target may get.
 
-    File and memory are lower ends. The latency is expected to be the roofline bound over `efficiency`, and what an
-    empty graph costs there on top; without the device's peak, it is not known.
+    File and memory are lower ends. The latency is expected to be the roofline bound over `efficiency`, and on top what
+    the runtime needs to start the work (see `starting_ms`); without the device's peak, it is not known.
 
     Args:
         student: its weights play no part.
         spec: one sample's shape.
         target: one that is not this machine.
-        efficiency: the share of its peaks that a device is taken to reach, 0 to 1.
-        overhead_ms: of one query, whatever the graph.
+        efficiency: of a precision: the share of its peaks that a device is taken to reach, 0 to 1.
+        launch_ms: of one query on a CPU, of one kernel on a GPU.
     """
     work = _work(student, spec, target.section.batch)
     found: dict[Precision, Cost] = {}
     for precision in precisions_of(target):
-        computed: Precision = "tf32" if precision == "fp32" and "tf32" in target.device.precisions else precision
-        bound = _bound_ms(work, target, computed)
-        expected = None if bound is None else bound / efficiency + overhead_ms
+        bound = _bound_ms(work, target, held_to(precision, target))
+        started = starting_ms(target, work.layers, launch_ms)
+        expected = None if bound is None else bound / efficiency(precision) + started
         found[precision] = Cost(
             file_mib=work.values * _BYTES[precision] / _MIB,
             memory_mib=(work.values + work.activations) * _BYTES[precision] / _MIB,
@@ -68,6 +73,16 @@ def paper_costs(
             source="bound" if expected is None else "assumed",
         )
     return found
+
+
+def held_to(precision: Precision, target: Target) -> Precision:
+    """The precision whose peak bounds a graph: runtimes compute FP32 in TF32 unasked where the device has it."""
+    return "tf32" if precision == "fp32" and "tf32" in target.device.precisions else precision
+
+
+def starting_ms(target: Target, layers: int, launch_ms: float) -> float:
+    """What a query takes beside its work: one call on a CPU, a kernel for every layer with weights on a GPU."""
+    return launch_ms * (max(layers, 1) if target.device.kind == "gpu" else 1)
 
 
 def precisions_of(target: Target) -> tuple[Precision, ...]:
@@ -102,12 +117,13 @@ def pool_cost(
 class _Work(NamedTuple):
     """values: weights that are left in an exported graph. flops: of convolutions and matrix products, a multiply-add
     is two. activations: the most values that one layer reads and writes. passed: bytes of the graph's inputs and
-    outputs, which keep their type in every precision."""
+    outputs, which keep their type in every precision. layers: with weights, each time that one runs."""
 
     values: int
     flops: int
     activations: int
     passed: int
+    layers: int
 
 
 @torch.no_grad()
@@ -115,10 +131,11 @@ def _work(student: Student, spec: InputSpec, batch: int) -> _Work:
     """Counted in one forward pass that computes nothing (on the meta device)."""
     student = student.to("meta").eval()
     inputs = torch.empty(batch, *spec.shape, dtype=torch.uint8 if spec.kind == "image" else torch.int64, device="meta")
-    largest = 0
+    largest = layers = 0
 
     def watch(module: nn.Module, given: tuple[object, ...], output: object) -> None:
-        nonlocal largest
+        nonlocal largest, layers
+        layers += 1
         if isinstance(output, Tensor):
             read = sum(value.numel() for value in given if isinstance(value, Tensor) and value.is_floating_point())
             largest = max(largest, read + output.numel())
@@ -136,7 +153,7 @@ def _work(student: Student, spec: InputSpec, batch: int) -> _Work:
     kept = (module for module in student.modules() if not isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d))
     values = sum(parameter.numel() for module in kept for parameter in module.parameters(recurse=False))
     passed = inputs.numel() * inputs.element_size() + head.numel() * 4
-    return _Work(values, counter.get_total_flops(), largest, passed)
+    return _Work(values, counter.get_total_flops(), largest, passed, layers)
 
 
 def _cost(work: _Work, target: Target) -> Cost:

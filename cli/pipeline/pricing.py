@@ -7,10 +7,9 @@ other for about a second each. Elsewhere the facts of the device have to do, wit
 
 from __future__ import annotations
 
-import math
 import statistics
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from cli.pipeline.pool_cost import multiply_adds, paper_costs, precisions_of
+from cli.pipeline.pool_cost import held_to, multiply_adds, paper_costs, precisions_of, starting_ms
 from distill.students import Student
 from distill.students.arch import Arch, TextArch
 from distill.students.pool import Cost, kind_of
@@ -27,20 +26,21 @@ from export.onnx import choose_opset, export_graph
 from export.precision import quantization_for, quantize
 from profiles import artifact
 from profiles.calibration import (
+    PRIOR_EFFICIENCY,
     Calibration,
     assumed_efficiency,
+    command,
     find_calibration,
     launch_overhead_ms,
     predict,
-    stored_calibrations,
     usable,
 )
 from profiles.device import Precision, Target, TargetSection
 from profiles.errors import EdgestillError
 from profiles.measure import measure
 from profiles.measure_section import MeasureSection
-from profiles.measurement import Latency, Measurement
-from profiles.predict import roofline
+from profiles.measurement import Latency, Measurement, Scope
+from profiles.predict import node_costs, roofline
 from profiles.section import Section
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ Costs = dict[Precision, Cost]
 """By precision; one that cannot be exported is missing."""
 
 KIND = "cost"
-_FORM = 1
+_FORM = 2
 """Raise when the way a graph is priced changes, so that older costs are found anew."""
 _TOGETHER = 4
 """Members that are measured against each other, and lost together when the run is interrupted."""
@@ -78,8 +78,8 @@ class Spread(Section):
 
 
 class Figures(Section):
-    """One graph. clocks: by scope, where it was measured. predicted_ms: the median by scope, where it was predicted;
-    tail: how many times that p99 is."""
+    """One graph. clocks: by scope, where it was measured. predicted_ms: the median on an undisturbed core by scope,
+    where it was predicted; ratios: by scope and percentile, how many times that the percentile of all queries is."""
 
     precision: Precision
     file_mib: float
@@ -87,7 +87,7 @@ class Figures(Section):
     bound_ms: float | None
     clocks: dict[str, Spread] = Field(default_factory=dict)
     predicted_ms: dict[str, float] = Field(default_factory=dict)
-    tail: float = 1.0
+    ratios: dict[Scope, dict[str, float]] = Field(default_factory=dict)
 
 
 class Pricing:
@@ -102,6 +102,10 @@ class Pricing:
         self.run, self.targets = run, tuple(targets)
         self.has_worked = False
         self._work: dict[Arch, int] = {}
+        self._reached: dict[Precision, float | None] = {}
+        self._calibrations: dict[str, Calibration | None] = {}
+        self._noisy: dict[str, tuple[Figures, ...]] = {}
+        """By key, what was measured on a machine that was not quiet: good for this run alone."""
 
     @property
     def attached(self) -> tuple[Target, ...]:
@@ -115,26 +119,59 @@ class Pricing:
         return self._work[arch]
 
     def calibration(self, target: Target) -> Calibration | None:
-        """That of the target's device and stack; None where there is none.
+        """That of the target's device and stack; None where there is none for the run's threads and the target's batch.
+
+        One for others says nothing here: that is told, and the pool is measured.
 
         Raises:
-            InputError: it was made with another runtime version, processor or number of threads.
+            InputError: it was made with another runtime version or processor, or by other rules.
         """
-        threads = self.run.recipe.measure.threads
+        if target.name not in self._calibrations:
+            self._calibrations[target.name] = self._calibration(target)
+        return self._calibrations[target.name]
+
+    def _calibration(self, target: Target) -> Calibration | None:
+        run, threads, batch = self.run, self.run.recipe.measure.threads, target.section.batch
         found = find_calibration(target.device, target.stack, threads=threads)
-        return None if found is None else usable(found, target.device, target.stack, threads)
+        if found is None:
+            return None
+        if found.threads != threads:
+            run.say_once(
+                f"the calibration of {target.device.name} is for {found.threads} thread(s), not {threads}: the pool is "
+                f"measured instead; {command(threads)} makes one"
+            )
+            return None
+        usable(found, target.device, target.stack, threads)
+        if batch not in found.batch:
+            known = ", ".join(map(str, found.batch))
+            run.say_once(
+                f"{target.device.name} is calibrated for batch {known}, not {batch}: the pool is measured instead"
+            )
+            return None
+        return found
 
     def overhead_ms(self, target: Target) -> float:
         """What a query of an empty graph takes there at least."""
         return launch_overhead_ms(target.device, self.calibration(target) if is_attached(target) else None)
 
-    def efficiency(self) -> tuple[float, str]:
-        """The share of its roofline that a device is taken to reach, and where that number is from."""
+    def efficiency(self, target: Target | None = None, precision: Precision = "fp32") -> tuple[float, str]:
+        """The share of its roofline that a device is taken to reach in a precision, and where that number is from.
+
+        Args:
+            target: None: a CPU.
+            precision: calibrations tell FP32 and INT8.
+        """
         asked = self.run.recipe.student.choice.assumed_efficiency
         if asked is not None:
             return asked, "student.choice.assumed_efficiency"
-        known = any(calibration.efficiency is not None for calibration in stored_calibrations())
-        return assumed_efficiency(), "what calibrated devices reach" if known else "a prior; no device is calibrated"
+        if target is not None and target.device.kind == "gpu":
+            return PRIOR_EFFICIENCY, "a prior; no calibration tells a GPU's"
+        if precision not in self._reached:
+            self._reached[precision] = assumed_efficiency("int8" if precision == "int8" else "fp32")
+        known = self._reached[precision]
+        if known is None:
+            return PRIOR_EFFICIENCY, "a prior; no device is calibrated"
+        return known, f"what calibrated devices reach in {'INT8' if precision == 'int8' else 'FP32'}"
 
     def costs(self, archs: Sequence[Arch]) -> dict[str, dict[Arch, Costs]]:
         """By target and architecture; what is not stored yet is exported, and measured or predicted, now."""
@@ -149,30 +186,66 @@ class Pricing:
 
     def paper(self, arch: Arch, target: Target) -> Costs:
         """What facts and an assumed efficiency say of one member on one target."""
-        efficiency, _ = self.efficiency()
         return paper_costs(
             self.run.fresh(str(arch)),
             self.run.dataset.input,
             target,
-            efficiency=efficiency,
-            overhead_ms=launch_overhead_ms(target.device, None),
+            efficiency=lambda precision: self.efficiency(target, precision)[0],
+            launch_ms=launch_overhead_ms(target.device, None),
         )
+
+    def priced_file(self, target: Target, arch: Arch, file: Path, precision: Precision) -> Cost | None:
+        """What an exported file of a student costs on a target that is not attached, by the file's own nodes.
+
+        A graph that is INT8 in part has nodes in several types: each is held to the peak, and to the assumed
+        efficiency, of its own, since the units of a device take turns as the layers of a student do.
+
+        Args:
+            target: the device.
+            arch: the student's, whose memory on paper is a lower end of the file's.
+            file: the ONNX graph of a candidate.
+            precision: the candidate's; nodes whose type the graph does not tell compute in it.
+
+        Returns:
+            None where the target is attached: there, the file is measured.
+
+        Raises:
+            InputError: missing or damaged file.
+        """
+        if is_attached(target):
+            return None
+        batch, flops = target.section.batch, dict[Precision, int]()
+        nodes = [node for node in node_costs(file, batch) if node.matrix]
+        for node in nodes:
+            computed = held_to(node.precision or precision, target)
+            flops[computed] = flops.get(computed, 0) + node.flops
+        peaks = {name: target.device.peak(name, target.power_mode) for name in flops}
+        parts = {name: flops[name] / peak * 1e3 for name, peak in peaks.items() if peak}
+        # a whole graph's bytes are counted as they are stored, whatever computes
+        whole = roofline(file, target.device, precision, batch, target.power_mode)
+        moved_ms = whole.bound_ms if whole.limiting == "memory" and whole.bound_ms is not None else 0.0
+        bound = max(sum(parts.values()), moved_ms)
+        paper = self.paper(arch, target).get(precision, Cost())
+        size = sum(path.stat().st_size for path in file.parent.glob(f"{file.name}*")) / _MIB
+        if not bound or len(parts) < len(flops):
+            return Cost(size, paper.memory_mib, bound or None)
+        reached = {name: self.efficiency(target, name)[0] for name in parts}
+        worked = max(sum(ms / reached[name] for name, ms in parts.items()), moved_ms / max(reached.values()))
+        started = starting_ms(target, len(nodes), launch_overhead_ms(target.device, None))
+        return Cost(size, paper.memory_mib, bound, worked + started, "assumed")
 
     def missing(self, archs: Sequence[Arch]) -> int:
         """How many graphs would be made at most to know all costs; 0 where an earlier run has left them."""
         count = 0
         for targets in self._groups():
-            wanted, target = _precisions(targets), targets[0]
-            stored: dict[Arch, tuple[Figures, ...]] = {}
-            hopeless: dict[Arch, float] = {}
+            wanted = _precisions(targets)
+            hopeless: set[Arch] = set()
             for arch in self._order(archs):
-                manifest = artifact.current(self._folder(arch, target), KIND, self._key(arch, targets, wanted))
-                if manifest is not None:
-                    stored[arch] = tuple(Figures.model_validate(entry) for entry in manifest.info["figures"])
-                    least = self._least(arch, stored, targets)
-                    hopeless |= {} if least is None else {arch: least}
-                elif not _beyond(arch, hopeless):
-                    count += len(wanted)
+                known = self._known(arch, targets, wanted)
+                if known is None:
+                    count += 0 if _beyond(arch, hopeless) else len(wanted)
+                elif _is_hopeless(known, targets):
+                    hopeless.add(arch)
         return count
 
     def _groups(self) -> list[list[Target]]:
@@ -193,42 +266,43 @@ class Pricing:
         order = self._order(archs)
         wanted = _precisions(targets)
         stored: dict[Arch, tuple[Figures, ...]] = {}
-        hopeless: dict[Arch, float] = {}
+        hopeless: set[Arch] = set()
         with self.run.progress.task("pricing the pool", total=len(order), unit="students") as task:
             for start in range(0, len(order), _TOGETHER):
                 chunk = [arch for arch in order[start : start + _TOGETHER] if not _beyond(arch, hopeless)]
                 stored |= self._chunk(chunk, targets, wanted)
-                for arch in chunk:
-                    least = self._least(arch, stored, targets)
-                    if least is not None:
-                        hopeless[arch] = least
+                hopeless |= {arch for arch in chunk if _is_hopeless(stored[arch], targets)}
                 task.advance(len(order[start : start + _TOGETHER]))
-        tails = {
-            target.name: _tail(stored.values(), target.section.latency_scope, target.section.percentile)
-            for target in targets
-        }
-        costs: dict[str, dict[Arch, Costs]] = {target.name: {} for target in targets}
+        costs: dict[str, dict[Arch, Costs]] = {}
         for target in targets:
-            for arch in archs:
-                if arch in stored:
-                    costs[target.name][arch] = {
-                        each.precision: _cost(each, target.section, tails[target.name])
-                        for each in stored[arch]
-                        if each.precision in precisions_of(target)
-                    }
-                else:
-                    least = min(value for other, value in hopeless.items() if _larger(arch, other))
-                    bound = Cost(latency_bound_ms=least)
-                    costs[target.name][arch] = dict.fromkeys(precisions_of(target), bound)
+            section, given = target.section, precisions_of(target)
+            self._tell_lower_end(target, stored)
+            tail = _tail(stored.values(), section.latency_scope, section.percentile)
+            known = {
+                arch: {each.precision: cost_of(each, section, tail) for each in figures if each.precision in given}
+                for arch, figures in stored.items()
+            }
+            cut = {arch: known[arch] for arch in hopeless}
+            costs[target.name] = {arch: known[arch] if arch in known else _cut_off(arch, cut) for arch in archs}
         return costs
 
-    def _least(self, arch: Arch, stored: Mapping[Arch, tuple[Figures, ...]], targets: Sequence[Target]) -> float | None:
-        """The latency of a member that no target comes near to allowing, in its fastest precision."""
-        limits = [target.section.latency_ms for target in targets]
-        if any(limit is None for limit in limits) or not stored.get(arch):
-            return None
-        least = min(_typical(each, targets[0].section.latency_scope) for each in stored[arch])
-        return least if least > _HOPELESS * max(limit for limit in limits if limit is not None) else None
+    def _tell_lower_end(self, target: Target, stored: Mapping[Arch, Sequence[Figures]]) -> None:
+        """Says where a calibration does not know the percentile of a limit."""
+        section = target.section
+        ratios = [each.ratios for figures in stored.values() for each in figures if each.predicted_ms]
+        if any(f"{section.percentile:g}" not in known.get(section.latency_scope, {}) for known in ratios):
+            self.run.say_once(
+                f"{target.name}: no calibration tells p{section.percentile:g}; students are priced by a lower "
+                "percentile, which is a lower end, and measured before one is chosen"
+            )
+
+    def _known(self, arch: Arch, targets: Sequence[Target], wanted: Sequence[Precision]) -> tuple[Figures, ...] | None:
+        """What an earlier run stored, or this one measured."""
+        key = self._key(arch, targets, wanted)
+        manifest = artifact.current(self._folder(arch, targets[0]), KIND, key)
+        if manifest is None:
+            return self._noisy.get(key)
+        return tuple(Figures.model_validate(entry) for entry in manifest.info["figures"])
 
     def _chunk(
         self, archs: Sequence[Arch], targets: Sequence[Target], wanted: Sequence[Precision]
@@ -236,9 +310,9 @@ class Pricing:
         target = targets[0]
         found: dict[Arch, tuple[Figures, ...]] = {}
         for arch in archs:
-            manifest = artifact.current(self._folder(arch, target), KIND, self._key(arch, targets, wanted))
-            if manifest is not None:
-                found[arch] = tuple(Figures.model_validate(entry) for entry in manifest.info["figures"])
+            known = self._known(arch, targets, wanted)
+            if known is not None:
+                found[arch] = known
         missing = [arch for arch in archs if arch not in found]
         if not missing:
             return found
@@ -247,12 +321,17 @@ class Pricing:
             graphs: dict[tuple[Arch, Precision], Path] = {}
             for arch in missing:
                 graphs |= {(arch, each): file for each, file in self._graphs(arch, target, wanted, Path(folder))}
-            figures = self._figures(graphs, targets)
+            figures, noise = self._figures(graphs, targets)
         for arch in missing:
             found[arch] = tuple(figures[arch, each] for each in wanted if (arch, each) in figures)
+            if arch in noise:
+                self._noisy[self._key(arch, targets, wanted)] = found[arch]
+                continue
             info: dict[str, Any] = {"figures": [each.model_dump(mode="json") for each in found[arch]]}
             with artifact.create(self._folder(arch, target), KIND, self._key(arch, targets, wanted), info):
                 pass  # all of it is in the manifest
+        for warning in dict.fromkeys(noise.values()):
+            self.run.say_once(f"students of the pool were priced while {warning}; the next run prices them again")
         return found
 
     def _graphs(
@@ -280,7 +359,14 @@ class Pricing:
 
     def _figures(
         self, graphs: Mapping[tuple[Arch, Precision], Path], targets: Sequence[Target]
-    ) -> dict[tuple[Arch, Precision], Figures]:
+    ) -> tuple[dict[tuple[Arch, Precision], Figures], dict[Arch, str]]:
+        """Of every graph; and by architecture, why a measurement of it is not to be kept.
+
+        Raises:
+            EdgestillError: with --strict, where there is such a reason.
+        """
+        from cli.pipeline.run import refuse_unquiet
+
         run, target = self.run, targets[0]
         batch, calibration = target.section.batch, self.calibration(target)
         measured: dict[str, Measurement] = {}
@@ -302,7 +388,10 @@ class Pricing:
                 fresh_process=_asks_for_memory(targets),
             )
             measured = {name: result.measurement for name, result in results.items()}
+        if run.strict:
+            refuse_unquiet(measured.values())
         found = {}
+        noise: dict[Arch, str] = {}
         for (arch, precision), file in graphs.items():
             bound = roofline(file, target.device, precision, batch, target.power_mode).bound_ms
             size = sum(path.stat().st_size for path in file.parent.glob(f"{file.name}*")) / _MIB
@@ -315,10 +404,12 @@ class Pricing:
                     memory_mib=said.memory_mib,
                     bound_ms=bound,
                     predicted_ms={"end_to_end": said.p50_ms, "compute": said.compute_ms},
-                    tail=said.p99_ms / said.p50_ms if math.isfinite(said.p99_ms) else 1.0,
+                    ratios=calibration.ratios,
                 )
                 continue
             seen = measured[f"{arch} {precision}"]
+            if seen.warnings:
+                noise[arch] = "the machine was busy or throttled" if seen.stable else "latencies did not settle"
             found[arch, precision] = Figures(
                 precision=precision,
                 file_mib=size,
@@ -326,7 +417,7 @@ class Pricing:
                 bound_ms=bound,
                 clocks={"end_to_end": Spread.of(seen.end_to_end), "compute": Spread.of(seen.compute)},
             )
-        return found
+        return found, noise
 
     def _folder(self, arch: Arch, target: Target) -> Path:
         return self.run.folder / "choice" / "costs" / f"{arch}-b{target.section.batch}"
@@ -377,16 +468,27 @@ def _asks_for_memory(targets: Sequence[Target]) -> bool:
     return any(target.section.memory_mib is not None for target in targets)
 
 
-def _cost(figures: Figures, section: TargetSection, tail: float) -> Cost:
+def cost_of(figures: Figures, section: TargetSection, tail: float) -> Cost:
+    """What a graph costs a target, in the clock and percentile of its limit.
+
+    Args:
+        figures: of the graph.
+        section: the target's table.
+        tail: times the median, that a measured percentile is; see `_tail`.
+    """
     source: Literal["calibrated", "measured"] = "measured"
     if figures.predicted_ms:
-        # a calibration knows the median and p99; what lies beyond is for the measurement to say
-        source, tail = "calibrated", 1.0 if section.percentile == 50 else figures.tail
+        source, tail = "calibrated", _ratio(figures.ratios.get(section.latency_scope, {}), section.percentile)
     expected = _typical(figures, section.latency_scope) * tail
     return Cost(figures.file_mib, figures.memory_mib, figures.bound_ms, expected, source)
 
 
-def _typical(figures: Figures, scope: str) -> float:
+def _ratio(known: Mapping[str, float], percentile: float) -> float:
+    """The ratio of that percentile, or of the highest one below that is known: a lower end."""
+    return max((value for name, value in known.items() if float(name) <= percentile), default=1.0)
+
+
+def _typical(figures: Figures, scope: Scope) -> float:
     """The median latency, or the largest where there were too few samples for it."""
     if figures.predicted_ms:
         return figures.predicted_ms[scope]
@@ -415,8 +517,28 @@ def _tail(pool: Any, scope: str, percentile: float) -> float:
     return statistics.median(ratios) if ratios else 1.0
 
 
-def _beyond(arch: Arch, hopeless: Mapping[Arch, float]) -> bool:
+def _is_hopeless(figures: Sequence[Figures], targets: Sequence[Target]) -> bool:
+    """Whether no target comes near to allowing the median latency of a member, in its fastest precision."""
+    for target in targets:
+        limit, given = target.section.latency_ms, precisions_of(target)
+        known = [_typical(each, target.section.latency_scope) for each in figures if each.precision in given]
+        if limit is None or not known or min(known) <= _HOPELESS * limit:
+            return False
+    return True
+
+
+def _beyond(arch: Arch, hopeless: Iterable[Arch]) -> bool:
     return any(_larger(arch, other) for other in hopeless)
+
+
+def _cut_off(arch: Arch, hopeless: Mapping[Arch, Costs]) -> Costs:
+    """The lower end for a member that was not looked at: what every hopeless one that is a part of it needs."""
+    least: dict[Precision, float] = {}
+    for other, costs in hopeless.items():
+        if _larger(arch, other):
+            for precision, cost in costs.items():
+                least[precision] = max(least.get(precision, 0.0), cost.latency_ms or 0.0)
+    return {precision: Cost(latency_bound_ms=value, is_cut_off=True) for precision, value in least.items()}
 
 
 def _larger(arch: Arch, other: Arch) -> bool:

@@ -83,6 +83,7 @@ def build_report(run: Run, shipped: Sequence[Shipped], *, require_measured: bool
             splits={name: len(dataset.split(name)) for name in ("train", "validation", "test")},
             labels=dataset.classes,
             input=f"{dataset.input.dtype} {'x'.join(str(side) for side in dataset.input.shape)}",
+            test_key=run.test_key,
         ),
         notes=(*run.notes, *weak),
     )
@@ -152,7 +153,11 @@ def _explain(run: Run, outcome: Shipped, limits: Sequence[LimitVerdict]) -> tupl
     if outcome.selection is not None:
         why += selection_lines(outcome.selection, outcome.arch)
     if outcome.miss is not None:
-        return tuple(why), (f"{outcome.miss.fix}, or a pool with smaller students",)
+        assumed = any(excess.source == "assumed" for excess in outcome.miss.excesses)
+        fix = f"{outcome.miss.fix}{' by assumption' if assumed else ''}, or a pool with smaller students"
+        if assumed:
+            fix += ", or student.choice.assumed_efficiency"
+        return tuple(why), (fix,)
     fixes: list[str] = []
     for limit in limits:
         if limit.name == "latency_ms" and limit.verdict in ("fail", "inconclusive") and measurement is not None:
@@ -235,6 +240,7 @@ def _candidate(candidate: Candidate, outcome: Shipped) -> CandidateRow:
         if candidate.validation is not None
         else None,
         latency=LatencyValue.of(measurement) if measurement is not None else None,
+        peak_memory_mib=measurement.memory.peak_mib if measurement is not None else None,
         chosen=chosen,
         rejected_because=None if chosen else rejected,
     )

@@ -34,6 +34,7 @@ from cli.pipeline.teachers import (
     variant_for,
 )
 from cli.recipe import LoadedRecipe, Recipe, to_toml
+from cli.report.predictions import PREDICTIONS, Predictions, save_predictions
 from cli.report.schema import Bought, MetricValue, ReferenceRow, Report, Selection, Stage
 from cli.report.schema import Difference as ReportedDifference
 from cli.report.words import metric_title
@@ -190,6 +191,7 @@ class Run:
         self.strict = strict
         self.pool_like = pool_like
         self.stages: list[Stage] = []
+        self._inside: list[float] = []
         self.started = time.time()
         self.targets = tuple(
             resolve_target(section, base=loaded.base, where=f"{loaded.origin}, target[{index}]")
@@ -220,11 +222,20 @@ class Run:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[dict[str, bool]]:
-        """Times a stage; the block sets `cached` when nothing had to be done."""
+        """Times a stage without the stages inside it; the block sets `cached` when nothing had to be done."""
         facts = {"cached": False}
         start = time.perf_counter()
-        yield facts
-        self.stages.append(Stage(name=name, seconds=round(time.perf_counter() - start, 2), cached=facts["cached"]))
+        self._inside.append(0.0)
+        try:
+            yield facts
+        except BaseException:
+            self._inside.pop()  # what it took stays with the stage around it
+            raise
+        took = time.perf_counter() - start
+        own = took - self._inside.pop()
+        if self._inside:
+            self._inside[-1] += took
+        self.stages.append(Stage(name=name, seconds=round(own, 2), cached=facts["cached"]))
 
     @contextmanager
     def made(self, name: str, folder: Path) -> Iterator[None]:
@@ -255,6 +266,15 @@ class Run:
             return load_dataset(
                 self.recipe.data, seed=self.recipe.seed, base=self.loaded.base, folder=folder, progress=self.progress
             )
+
+    @cached_property
+    def test_key(self) -> str:
+        """Hash of the test split's inputs and labels."""
+        dataset = self.dataset
+        files = artifact.read_manifest(self.folder / "data", "data").files
+        # the rows say where the samples were in the source, not what they are
+        held_out = {name: key for name, key in files.items() if name.startswith("test_") and "rows" not in name}
+        return artifact.content_key(held_out, dataset.task, dataset.classes)
 
     @property
     def teacher(self) -> Teacher | None:
@@ -721,7 +741,7 @@ class Run:
         told = None if self.recipe.teacher.moves else cache
         folder = self.folder / f"students/{arch}--qat-{artifact.content_key(spec)[:8]}"
         title = f"quantisation-aware training {arch}"
-        with self._stage(title) as stage:
+        with self.timed(title) as stage:
             before = _manifest_time(folder)
             objective = copy.deepcopy(trained.objective)
             student, result = train_quantized(
@@ -742,7 +762,9 @@ class Run:
             stage["cached"] = before is not None and before == _manifest_time(folder)
         files = artifact.read_manifest(folder, "student").files
         key = artifact.content_key(files["student.safetensors"], files["objective.safetensors"])
-        return Deployable(replace(trained, student=student, objective=objective, result=result, key=key)).eval(), key
+        retrained = replace(trained, student=student, objective=objective, result=result, key=key)
+        self._trained["qat", folder.name] = retrained
+        return Deployable(retrained).eval(), key
 
     def exploration_for(self, arch: str, learner: Teacher | None = None) -> Exploration | None:
         """What a student explores; None where it learns on its data alone.
@@ -874,14 +896,16 @@ class Run:
             allow_code=self.allow_code,
         )
 
-    def plan(self, target: Target, arch: str | None = None) -> Plan:
+    def plan(self, target: Target, arch: str | None = None, *, rescue: bool = True) -> Plan:
         """Every candidate file of a target, verified; targets with the same student and dialect share them.
 
         Args:
             target: one of the recipe's.
             arch: the student; None: the target's. Another one is tried for it.
+            rescue: whether search and quantisation-aware training follow where INT8 does not keep the metric.
         """
         title = f"export {target.name}" + ("" if arch is None else f" {arch}")
+        title += " (INT8 that keeps the metric)" if arch is not None and rescue else ""
         arch = arch or self.arch_of(target)
         trained = self.student(arch)
         dataset, seed = self.dataset, self.recipe.seed
@@ -920,6 +944,7 @@ class Run:
                 # the other processes of a torchrun do not export, and could not help training
                 retrain=retrain if int(os.environ.get("WORLD_SIZE", "1")) == 1 else None,
                 floor=floor_of(target.section),
+                rescue=rescue,
             )
             stage["cached"] = found.all_reused
         return found
@@ -936,13 +961,16 @@ class Run:
         self.distill()
         if not self.is_main:
             return {}
-        budgets = self.budgets
-        return {
-            target.name: self.plan(target) for target in self.targets if budgets is None or budgets.has_student(target)
-        }
+        found = {}
+        for target in self.targets:
+            if self.budgets is None or not self.budgets.chooses(target):
+                found[target.name] = self.plan(target)
+            elif self.budgets.has_student(target):
+                found[target.name], _ = self.budgets.exported(target, self.arch_of(target))
+        return found
 
     def measurements(
-        self, target: Target, found: Plan, *, arch: str | None = None, fresh: bool = False
+        self, target: Target, found: Plan, *, arch: str | None = None, rescued: bool = False, fresh: bool = False
     ) -> dict[str, Measurement]:
         """Latency of every usable candidate, interleaved, on this machine; empty for a target that is another device.
 
@@ -950,6 +978,7 @@ class Run:
             target: one of the recipe's.
             found: its plan.
             arch: the student where several are tried for the target, each with measurements of its own.
+            rescued: the plan of such a student is the full one, whose files are measured beside each other anew.
             fresh: measure although an earlier measurement of the same files under the same section is stored.
         """
         if not target.is_this_machine or target.stack.runtime != "onnxruntime":
@@ -962,7 +991,8 @@ class Run:
             target.device,
             target.stack,
         )
-        folder = self.folder / "measurements" / (target.name if arch is None else f"{target.name}--{arch}")
+        name = target.name if arch is None else f"{target.name}--{arch}" + "--rescued" * rescued
+        folder = self.folder / "measurements" / name
         with self.timed(f"measure {target.name}" + ("" if arch is None else f" {arch}")) as stage:
             if not fresh and artifact.current(folder, "measurements", key) is not None:
                 stored = {name: load_measurement(folder / f"{name}.json").measurement for name in files}
@@ -989,9 +1019,11 @@ class Run:
 
     def bench(self) -> dict[str, dict[str, Measurement]]:
         """Measures every candidate of every target that is this machine anew; empty for other devices."""
-        plans = self.export()
+        plans, budgets = self.export(), self.budgets
         return {
-            target.name: self.measurements(target, plans[target.name], fresh=True)
+            target.name: budgets.measure_again(target)
+            if budgets is not None and budgets.chooses(target)
+            else self.measurements(target, plans[target.name], fresh=True)
             for target in self.targets
             if target.name in plans
         }
@@ -1084,6 +1116,12 @@ class Run:
         metric = self._metric(logits, test)
         drop = difference(self.dataset.task, logits, reference, test.labels, test.mask, seed=self.recipe.seed)
         bundle = self._bundle(target, found, candidate, metric)
+        save_predictions(
+            self.folder / PREDICTIONS / target.name,
+            Predictions.of(self.dataset.task, logits, test.labels, test.mask),
+            test_key=self.test_key,
+            model_key=artifact.file_hash(candidate.to_score or candidate.file),
+        )
         return Shipped(target, arch, found, choice, measured, rooflines, metric, drop, bundle)
 
     def report(self, *, require_measured: bool = False) -> Report:
@@ -1230,6 +1268,7 @@ class Run:
                 metric=metric,
                 tokenizer=dataset.tokenizer,
                 licence=dataset.licence,
+                section=self.recipe.export,
             )
 
 

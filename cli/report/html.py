@@ -1,4 +1,9 @@
-"""The report as one self-contained page: no script, no network, light and dark, readable on a phone and on paper."""
+"""The report as one self-contained page: no network, light and dark, readable on a phone and on paper.
+
+Only the chart and the filters need the script; without it the tables hold all that there is. Whatever the run, the page
+stays below MOST_BYTES: long curves are thinned, long tables and texts end with what was left out, and pictures that do
+not fit are named.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +13,9 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from cli.report.chart import SHIPPED, TRIED, chart_data, file_name
 from cli.report.schema import MetricValue, Picture, Report, TargetRow
-from cli.report.svg import accuracy_latency, training_curve
+from cli.report.svg import training_curve
 from cli.report.words import (
     LIMIT_TITLES,
     NOT_THE_DEVICE,
@@ -19,6 +25,7 @@ from cli.report.words import (
     choice_rows,
     date,
     duration,
+    energy_words,
     engine_words,
     exploration_notes,
     latency_limit,
@@ -45,10 +52,16 @@ from cli.report.words import (
 )
 
 STYLE_FILE = Path(__file__).with_name("page.css")
+SCRIPT_FILE = Path(__file__).with_name("page.js")
+MOST_BYTES = 2_000_000
 _MARKS = {"pass": "✓", "fail": "✗", "inconclusive": "?", "not measured": "–", "error": "!"}
 _PNG = b"\x89PNG\r\n\x1a\n"
 _LONGEST_TEXT = 20_000
-"""Characters of an example file that the page shows."""
+"""Characters of an example file, or of a measurement's environment, that the page shows."""
+_MOST_ROWS = 200
+"""Of a table that has a row per member of a pool."""
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+"""The browser itself then refuses whatever would leave the page."""
 
 
 def to_html(report: Report, folder: Path | None = None) -> str:
@@ -58,23 +71,36 @@ def to_html(report: Report, folder: Path | None = None) -> str:
         report: the report.
         folder: the run folder, whose pictures become part of the page; None: they are only named.
     """
-    sections = [
-        _heading(report),
-        _targets(report),
-        _shots(report),
-        _plot(report),
-        _exploration(report, folder),
-        _why(report),
-        _details(report),
-    ]
+    before = [_heading(report), _FILTERS, _targets(report), _shots(report), _plot(report)]
+    after = [_why(report), _details(report)]
+    script = SCRIPT_FILE.read_text(encoding="utf-8")
+    style = STYLE_FILE.read_text(encoding="utf-8")
+    data = json.dumps(chart_data(report), ensure_ascii=False, separators=(",", ":"))
+    # nothing in the data can end the element that it stands in
+    data = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    end = f'<script type="application/json" id="chart-data">{data}</script>\n<script>\n{script}</script>\n'
+    used = sum(len(part.encode()) for part in (*before, *after, style, end))
+    sections = [*before, _exploration(report, folder, MOST_BYTES - 100_000 - used), *after, end]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(_POLICY)}">'
         f'<meta name="generator" content="edgestill {escape(report.versions.get("edgestill", ""))}">'
         f"<title>{escape(report.name)} · edgestill</title>\n"
-        f"<style>\n{STYLE_FILE.read_text(encoding='utf-8')}</style></head>\n"
+        f"<style>\n{style}</style></head>\n"
         f"<body>\n{''.join(sections)}</body></html>\n"
     )
+
+
+_FILTERS = '<div id="filters" class="filters" hidden></div>\n'
+
+
+def _row(cells: Sequence[str], target: TargetRow, precision: str | None = None) -> str:
+    """A row that the filters know."""
+    marked = f' data-target="{escape(target.name)}"'
+    if precision is not None:
+        marked += f' data-precision="{escape(precision)}"'
+    return f"<tr{marked}>{''.join(cells)}</tr>"
 
 
 def _class(verdict: str) -> str:
@@ -153,7 +179,7 @@ def _targets(report: Report) -> str:
             _cell("-" if limit is None else plain_number(limit), "limit", "number"),
             _cell(_verdict(row.verdict, VERDICT_WORDS[row.verdict]), look="judged"),
         ]
-        rows.append(f"<tr>{''.join(cells)}</tr>")
+        rows.append(_row(cells, row, file_name(row)))
     for reference in report.references:
         cells = [
             _cell(escape(reference.title), title=reference.note),
@@ -210,8 +236,8 @@ def _shots(report: Report) -> str:
     return f'<h2>{SHOT_HEADING.replace(" %", "")}</h2>{_table(heads, rows)}<div class="notes">{notes}</div>\n'
 
 
-def _exploration(report: Report, folder: Path | None) -> str:
-    """What the students explored, with the pictures that the run made of it."""
+def _exploration(report: Report, folder: Path | None, room: int) -> str:
+    """What the students explored, with the pictures that the run made of it, as far as `room` bytes hold them."""
     found = report.exploration
     if found is None:
         return ""
@@ -233,7 +259,12 @@ def _exploration(report: Report, folder: Path | None) -> str:
         heads = [("kept %, by the class that the teacher names", ""), *((each.arch, "number") for each in students)]
         kept = _table(heads, rows)
     notes = "".join(f'<p class="soft">{escape(note)}</p>' for note in exploration_notes(report))
-    pictures = "".join(_picture(picture, folder) for picture in found.pictures)
+    pictures = ""
+    for picture in found.pictures:
+        shown = _picture(picture, folder)
+        if len((pictures + shown).encode()) > room:
+            shown = _picture(picture.model_copy(update={"title": f"{picture.title}; too large for this page:"}), None)
+        pictures += shown
     return f"<h2>Exploration</h2>{notes}{kept}{pictures}\n"
 
 
@@ -254,18 +285,19 @@ def _picture(picture: Picture, folder: Path | None) -> str:
 
 
 def _plot(report: Report) -> str:
-    picture = accuracy_latency(report)
-    title = escape(metric_title(report.metric))
-    if not picture:
-        return (
-            f'<h2>{title} over latency</h2><p class="soft">Fewer than two measured targets: nothing to compare.</p>\n'
-        )
-    caption = (
-        "Left and up is better. Bars: intervals. Line: Pareto front; another target beats what is under or right of it."
+    """Where the script draws the chart."""
+    data = chart_data(report)
+    counts = [sum(point["set"] == each for point in data["points"]) for each in (SHIPPED, TRIED)]
+    heading = "<h2>What each costs, and what it is good for</h2>"
+    if max(counts) < 2 or len(data["axes"]) < 2:
+        return f'{heading}<p class="soft">Fewer than two files with figures: nothing to compare.</p>\n'
+    shapes = "Circle: PASS, cross: FAIL, diamond: INCONCLUSIVE; of what was tried, a full circle was chosen."
+    return (
+        f'{heading}<div id="chart-controls" class="filters"></div><figure id="chart" class="chart">'
+        "<noscript><p>The chart needs JavaScript. The tables hold the same figures.</p></noscript></figure>"
+        '<div class="notes"><p id="chart-missing"></p><p>Bars: intervals. Line: Pareto front, which nothing beats in '
+        f"both. {shapes} Point at one, or reach it with the Tab key, for its figures.</p></div>\n"
     )
-    shapes = "Circle: PASS, cross: FAIL, diamond: INCONCLUSIVE. Targets that were not measured are not drawn."
-    notes = f'<div class="notes"><p>{caption} {shapes}</p></div>'
-    return f'<h2>{title} over latency</h2><div class="scroll">{picture}</div>{notes}\n'
 
 
 def _why(report: Report) -> str:
@@ -276,7 +308,8 @@ def _why(report: Report) -> str:
         host = f"{row.host} · " if row.host else ""
         items = f"<ul>{''.join(lines)}</ul>" if lines else ""
         cards.append(
-            f'<section class="card is-{_class(row.verdict)}"><header><h3>{escape(row.name)}</h3>'
+            f'<section class="card is-{_class(row.verdict)}" data-target="{escape(row.name)}" '
+            f'data-precision="{escape(file_name(row))}"><header><h3>{escape(row.name)}</h3>'
             f"{_verdict(row.verdict, VERDICT_WORDS[row.verdict])}</header>"
             f'<p class="soft">{escape(host + provenance(row))}</p>'
             f"{items}</section>"
@@ -299,7 +332,8 @@ def _details(report: Report) -> str:
     for row in report.targets:
         if row.selection is not None:
             title = f"Students for {escape(row.name)}, {escape(metric_title(report.metric))} on the validation split"
-            parts.append(f"<details><summary>{title}</summary>{_students(row, report.metric)}</details>")
+            students = _students(row, report.metric)
+            parts.append(f'<details data-target="{escape(row.name)}"><summary>{title}</summary>{students}</details>')
     parts.append(f"<details><summary>Measurements</summary>{_measurements(report)}</details>")
     if report.training or report.stages:
         parts.append(f"<details open><summary>Training and stages</summary>{_cost(report)}</details>")
@@ -322,7 +356,7 @@ def _limits(report: Report) -> str:
                 _cell(asked + unit, "limit", "number"),
                 _cell(_verdict(limit.verdict, VERDICT_WORDS[limit.verdict]) + reason, look="judged"),
             ]
-            rows.append(f"<tr>{''.join(cells)}</tr>")
+            rows.append(_row(cells, row))
     heads = [("Target", ""), ("Limit of", ""), ("value", "number"), ("interval", "number"), ("limit", "number")]
     return _table([*heads, ("Verdict", "")], rows) if rows else ""
 
@@ -343,7 +377,7 @@ def _candidates(report: Report) -> str:
                 _cell(milliseconds(latency.upper_bound if latency else None), "bound", "number"),
                 _cell(f"<strong>{escape(fate)}</strong>" if candidate.chosen else escape(fate)),
             ]
-            rows.append(f"<tr>{''.join(cells)}</tr>")
+            rows.append(_row(cells, row, candidate.precision))
     heads = [("Target", ""), ("Precision", ""), ("MiB", "number"), (metric_head, "number"), ("ms", "number")]
     return _table([*heads, ("bound", "number"), ("", "")], rows) if rows else ""
 
@@ -362,7 +396,7 @@ def _steps(report: Report) -> str:
                 _cell(seconds, "time", "number"),
                 _cell(escape("; ".join(part for part in (outcome, step.note) if part))),
             ]
-            rows.append(f"<tr>{''.join(cells)}</tr>")
+            rows.append(_row(cells, row))
     heads = [("Target", ""), ("Step", ""), ("MiB", "number"), (metric_head, "number"), ("time", "number"), ("", "")]
     return _table(heads, rows) if rows else ""
 
@@ -371,7 +405,8 @@ def _students(row: TargetRow, metric: str) -> str:
     """Every student that a target might have got, and what became of it."""
     head = f"{metric_title(metric)} %"
     rows = []
-    for arch, file, value, latency, fate, reason in choice_rows(row.selection) if row.selection is not None else ():
+    found = choice_rows(row.selection) if row.selection is not None else []
+    for arch, file, value, latency, fate, reason in found[:_MOST_ROWS]:
         cells = [
             _cell(escape(arch), look="name"),
             _cell(escape(file)),
@@ -381,7 +416,9 @@ def _students(row: TargetRow, metric: str) -> str:
             _cell(escape(reason)),
         ]
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    return _table([("Student", ""), ("File", ""), (head, "number"), ("ms", "number"), ("", ""), ("", "")], rows)
+    left = len(found) - len(rows)
+    more = f'<p class="soft">and {left:,} more, all in report.json</p>' if left else ""
+    return _table([("Student", ""), ("File", ""), (head, "number"), ("ms", "number"), ("", ""), ("", "")], rows) + more
 
 
 def _measurements(report: Report) -> str:
@@ -404,15 +441,19 @@ def _measurement(row: TargetRow) -> str:
         ("first inference", f"{milliseconds(row.first_inference_ms)} ms" if row.first_inference_ms is not None else ""),
         ("peak memory", f"{mebibytes(row.peak_memory_mib)} MiB" if row.peak_memory_mib is not None else ""),
         ("memory read from", row.peak_memory_how),
+        ("energy", energy_words(row)),
         ("computes in", row.compute_precision),
         ("engine", engine_words(row)),
         ("model", row.model_file or ""),
         ("bundle", row.bundle or ""),
     ]
-    environment = (
-        f"<pre>{escape(json.dumps(row.environment, indent=2, ensure_ascii=False))}</pre>" if row.environment else ""
-    )
-    return f"<h3>{escape(row.name)}</h3>{_definitions(facts)}{environment}"
+    options = {} if latency is None else latency.options
+    recorded = {**({"options": options} if options else {}), **row.environment}
+    text = json.dumps(recorded, indent=2, ensure_ascii=False) if recorded else ""
+    if len(text) > _LONGEST_TEXT:
+        text = text[:_LONGEST_TEXT].rpartition("\n")[0] + "\n… the rest is in report.json"
+    environment = f"<pre>{escape(text)}</pre>" if text else ""
+    return f'<div data-target="{escape(row.name)}"><h3>{escape(row.name)}</h3>{_definitions(facts)}{environment}</div>'
 
 
 def _definitions(facts: Sequence[tuple[str, str]]) -> str:

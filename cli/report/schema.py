@@ -61,6 +61,21 @@ class MetricLike(Protocol):
     def method(self) -> str: ...
 
 
+class EnergyLike(Protocol):
+    """What `EnergyValue.of` reads: a measured energy of one inference."""
+
+    @property
+    def millijoules(self) -> float | None: ...
+    @property
+    def low(self) -> float | None: ...
+    @property
+    def high(self) -> float | None: ...
+    @property
+    def confidence(self) -> float: ...
+    @property
+    def how(self) -> str: ...
+
+
 class MetricValue(Part):
     """A metric with its interval, and where the model ran that it belongs to."""
 
@@ -121,6 +136,13 @@ class LatencyValue(Part):
     mean: float | None = None
     max: float | None = None
     outliers: int | None = None
+    runtime: str = ""
+    runtime_version: str = ""
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+    """Everything that was set in the runtime, and the pause between queries."""
+    input_shapes: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    input_source: str = ""
+    """runtime to input_source: what must be the same for two latencies to be compared."""
 
     @classmethod
     def of(cls, measurement: Measurement) -> LatencyValue:
@@ -140,6 +162,30 @@ class LatencyValue(Part):
             mean=asked.mean,
             max=asked.maximum,
             outliers=asked.outliers,
+            runtime=measurement.runtime,
+            runtime_version=measurement.runtime_version,
+            options=measurement.options,
+            input_shapes=measurement.input_shapes,
+            input_source=measurement.input_source,
+        )
+
+
+class EnergyValue(Part):
+    """Energy of one inference in millijoules, idle power subtracted."""
+
+    value: float | None = None
+    """None where this machine offers no sensor; `how` then has the reason."""
+    low: float | None = None
+    high: float | None = None
+    confidence: float = 0.95
+    how: str = ""
+    """Which sensor, over which parts of the device."""
+
+    @classmethod
+    def of(cls, energy: EnergyLike) -> EnergyValue:
+        """The report's copy of a measured energy."""
+        return cls(
+            value=energy.millijoules, low=energy.low, high=energy.high, confidence=energy.confidence, how=energy.how
         )
 
 
@@ -188,6 +234,8 @@ class CandidateRow(Part):
     metric: MetricValue | None = None
     """On the validation split: candidates are chosen there, the test split is used once."""
     latency: LatencyValue | None = None
+    peak_memory_mib: float | None = None
+    energy: EnergyValue | None = None
     chosen: bool = False
     rejected_because: str | None = None
 
@@ -280,6 +328,10 @@ class Selection(Part):
     """The least limits with which the nearest of the pool would have passed, where nothing does."""
     shared_with: tuple[str, ...] = ()
     """Other targets that got the same student."""
+    untried: int = 0
+    """Cheaper members that were passed over when all that were to be trained turned out to be over a limit."""
+    left_out: int = 0
+    """Further members that were rejected by their cost and are not in `rejected`."""
 
     @property
     def chosen(self) -> Attempt | None:
@@ -288,13 +340,26 @@ class Selection(Part):
 
 
 class SharedTraining(Part):
-    """A network that was trained once, and the targets that it served."""
+    """A network that was trained once, and the targets that it served.
 
-    role: Literal["teacher", "trial", "student"]
+    A student serves the targets that would have trained it in a run of their own: those whose finalist or fallback it
+    is.
+    """
+
+    role: Literal["teacher", "supernet", "trial", "student", "qat"]
+    """supernet: a teacher that was trained with the pool's shared weights; qat: a student trained on for INT8."""
     arch: str
     epochs: float
     seconds: float
     targets: tuple[str, ...]
+    kept: bool = False
+    """Whether some target got this student."""
+
+    @property
+    def title(self) -> str:
+        """What it was: "student, kept"."""
+        words = {"qat": "for INT8", "student": "student, kept" if self.kept else "student, not kept"}
+        return words.get(self.role, self.role)
 
 
 class Sharing(Part):
@@ -303,14 +368,40 @@ class Sharing(Part):
     trainings: tuple[SharedTraining, ...]
 
     @property
+    def own(self) -> tuple[SharedTraining, ...]:
+        """The trainings without the teacher's, which the students share whether they are chosen or not."""
+        return tuple(training for training in self.trainings if training.role not in ("teacher", "supernet"))
+
+    @property
+    def teacher_seconds(self) -> float:
+        """The teacher's training, with the pool's shared weights where it has any."""
+        return sum(training.seconds for training in self.trainings) - self.seconds
+
+    @property
     def seconds(self) -> float:
-        """All trainings, once each."""
-        return sum(training.seconds for training in self.trainings)
+        """All trainings of `own`, once each."""
+        return sum(training.seconds for training in self.own)
 
     @property
     def separate_seconds(self) -> float:
         """The same, had every target been a run of its own."""
-        return sum(training.seconds * len(training.targets) for training in self.trainings)
+        return sum(training.seconds * len(training.targets) for training in self.own)
+
+    def seconds_of(self, role: str, *, kept: bool | None = None) -> float:
+        """The trainings of one role; of those that some target kept, or of the others, where `kept` says so."""
+        return sum(
+            training.seconds
+            for training in self.trainings
+            if training.role == role and (kept is None or training.kept == kept)
+        )
+
+    def times(self, *, kept: bool = False) -> float | None:
+        """How many times the own training of the students all of `own` took; None where none was trained.
+
+        kept: of the students that some target kept; else of all that were trained in full, each once.
+        """
+        full = self.seconds_of("student", kept=True if kept else None)
+        return self.seconds / full if full else None
 
 
 class TargetRow(Part):
@@ -345,6 +436,7 @@ class TargetRow(Part):
     first_inference_ms: float | None = None
     peak_memory_mib: float | None = None
     peak_memory_how: str = ""
+    energy: EnergyValue | None = None
     limits: tuple[LimitVerdict, ...] = ()
     verdict: RowVerdict
     """`overall_verdict(limits, measured=latency is not None, error=error)`."""
@@ -407,6 +499,7 @@ class Stage(Part):
 
     name: str
     seconds: float
+    """Without those of the stages inside it."""
     cached: bool = False
     """True when an earlier run's result was used; `seconds` then is the time of looking."""
 
@@ -423,7 +516,8 @@ class CurvePoint(Part):
 class TrainingRun(Part):
     """What training one network cost and how it went."""
 
-    role: Literal["teacher", "student", "trial", "no teacher"]
+    role: Literal["teacher", "student", "trial", "no teacher", "qat"]
+    """qat: a student that was trained on for INT8."""
     arch: str
     objective: str
     strategy: str = "frozen"
@@ -442,7 +536,8 @@ class TrainingRun(Part):
     def title(self) -> str:
         """The training's name: "student (lgtm, random)"."""
         words = [self.strategy] * (self.strategy != "frozen") + [self.exploration] * (self.exploration != "none")
-        return f"{self.role} ({', '.join(words)})" if words else self.role
+        role = "student for INT8" if self.role == "qat" else self.role
+        return f"{role} ({', '.join(words)})" if words else role
 
 
 ShotName = Literal["many", "medium", "few"]
@@ -549,6 +644,8 @@ class DataFacts(Part):
     labels: tuple[str, ...] = ()
     input: str = ""
     """What one sample is: "uint8 1x28x28"."""
+    test_key: str = ""
+    """Hash of the test split, inputs and labels; metrics on other data are not compared."""
 
 
 class Machine(Part):

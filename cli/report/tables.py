@@ -69,6 +69,9 @@ CSV_COLUMNS = (
     "load_ms",
     "first_inference_ms",
     "peak_memory_mib",
+    "energy_mj",
+    "energy_low_mj",
+    "energy_high_mj",
     "limit_latency_ms",
     "limit_memory_mib",
     "limit_file_size_mib",
@@ -122,6 +125,9 @@ def to_csv(report: Report) -> str:
                 "latency_samples": row.latency.samples,
                 "latency_stable": row.latency.stable,
             }
+        if row.energy is not None:
+            ends = {"energy_mj": row.energy.value, "energy_low_mj": row.energy.low, "energy_high_mj": row.energy.high}
+            fields |= ends
         for name in _LIMITS:
             limit = row.limit(name)
             fields[f"limit_{name}"] = None if limit is None else limit.limit
@@ -166,7 +172,7 @@ def _metric_fields(report: Report, metric: MetricValue | None) -> dict[str, obje
     }
 
 
-def _escape(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """One line of Markdown and HTML that shows as it is written, also inside a table."""
     text = " ".join(text.split())
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -179,10 +185,10 @@ def to_markdown(report: Report) -> str:
     several = len(shown) > 1
     title = percentile_title(shown[0]) if len(shown) == 1 else "latency"
     lines = [
-        f"### {_escape(report.name)}: {counts_line(report)}",
+        f"### {escape_markdown(report.name)}: {counts_line(report)}",
         "",
-        f"{_escape(subject_line(report))}; {_escape(date(report.created))}, {duration(report.seconds)}, "
-        f"exit status {report.exit_status}",
+        f"{escape_markdown(subject_line(report))}; {escape_markdown(date(report.created))}, "
+        f"{duration(report.seconds)}, exit status {report.exit_status}",
         "",
         f"| Target | Student | Precision | MiB | {metric_title(report.metric)} % | {title} ms | bound | limit "
         "| Verdict |",
@@ -195,9 +201,9 @@ def to_markdown(report: Report) -> str:
             point = f"{percentile_title(latency.percentile)} {point}"
         verdict = VERDICT_WORDS[row.verdict]
         cells = [
-            _escape(row.name),
-            _escape(row.arch),
-            _escape(row.precision),
+            escape_markdown(row.name),
+            escape_markdown(row.arch),
+            escape_markdown(row.precision),
             mebibytes(row.size_mib),
             _metric_words(row.metric) + ("\\*" if on_other_machine(row) else ""),
             point,
@@ -209,8 +215,8 @@ def to_markdown(report: Report) -> str:
     for reference in report.references:
         cells = [
             f"_{reference.title}_",
-            _escape(reference.arch),
-            _escape(reference.precision),
+            escape_markdown(reference.arch),
+            escape_markdown(reference.precision),
             mebibytes(reference.size_mib),
             _metric_words(reference.metric),
         ]
@@ -224,17 +230,17 @@ def to_markdown(report: Report) -> str:
     if len(timed) == 1:
         lines.append(f"{next(iter(timed))}, one query in flight{bound}  ")
     else:
-        lines += [f"{what}: {_escape(', '.join(names))}{bound}  " for what, names in timed.items()]
+        lines += [f"{what}: {escape_markdown(', '.join(names))}{bound}  " for what, names in timed.items()]
     for entry in report.bought:
-        lines.append(f"distilling {_escape(entry.arch)} bought {points(entry.difference)}  ")
-    lines += [f"{_escape(note)}  " for note in (*strategy_notes(report), *exploration_notes(report))]
+        lines.append(f"distilling {escape_markdown(entry.arch)} bought {points(entry.difference)}  ")
+    lines += [f"{escape_markdown(note)}  " for note in (*strategy_notes(report), *exploration_notes(report))]
     if any(on_other_machine(row) for row in report.targets):
         lines.append(f"\\* {NOT_THE_DEVICE}  ")
     lines += ["", *_shots(report)]
     for row in report.targets:
-        lines.append(f"- **{_escape(row.name)}** ({_escape(provenance(row))})")
-        lines += [f"  - {_escape(reason)}" for reason in reasons(row)]
-        lines += [f"  - fix: {_escape(fix)}" for fix in row.fixes]
+        lines.append(f"- **{escape_markdown(row.name)}** ({escape_markdown(provenance(row))})")
+        lines += [f"  - {escape_markdown(reason)}" for reason in reasons(row)]
+        lines += [f"  - fix: {escape_markdown(fix)}" for fix in row.fixes]
     limits = [(row, limit) for row in report.targets for limit in row.limits]
     if limits:
         lines += ["", "<details><summary>Every limit</summary>", ""]
@@ -242,8 +248,8 @@ def to_markdown(report: Report) -> str:
         for row, limit in limits:
             value, interval, at = limit_figures(limit)
             found = f"{LIMIT_TITLES[limit.name]} | {value} | {interval} | {at} | {limit_unit(limit)}"
-            reason = f", {_escape(limit.reason)}" if limit.reason else ""
-            lines.append(f"| {_escape(row.name)} | {found} | {VERDICT_WORDS[limit.verdict]}{reason} |")
+            reason = f", {escape_markdown(limit.reason)}" if limit.reason else ""
+            lines.append(f"| {escape_markdown(row.name)} | {found} | {VERDICT_WORDS[limit.verdict]}{reason} |")
         lines += ["", "</details>"]
     return "\n".join(lines) + "\n"
 
@@ -254,13 +260,13 @@ def _shots(report: Report) -> list[str]:
     if shots is None:
         return []
     heads = ["Mean recall %", "Student", "Precision"]
-    heads += [_escape(shot_title(group.name)) for group in shots.groups]
+    heads += [escape_markdown(shot_title(group.name)) for group in shots.groups]
     lines = [f"| {' | '.join(heads)} |", f"|---|---|---|{'--:|' * len(shots.groups)}"]
     for row in shots.rows:
-        title = _escape(row.title) if row.role == "student" else f"_{row.title}_"
+        title = escape_markdown(row.title) if row.role == "student" else f"_{row.title}_"
         figures = [_metric_words(row.metrics.get(group.name)) for group in shots.groups]
-        lines.append(f"| {' | '.join([title, _escape(row.arch), _escape(row.precision), *figures])} |")
-    return [*lines, "", *(f"{_escape(note)}  " for note in shot_notes(report)), ""]
+        lines.append(f"| {' | '.join([title, escape_markdown(row.arch), escape_markdown(row.precision), *figures])} |")
+    return [*lines, "", *(f"{escape_markdown(note)}  " for note in shot_notes(report)), ""]
 
 
 def _metric_words(metric: MetricValue | None) -> str:

@@ -34,6 +34,7 @@ from cli.report.words import (
     date,
     device_words,
     duration,
+    energy_words,
     engine_words,
     exploration_notes,
     latency_limit,
@@ -77,7 +78,8 @@ _STYLES: dict[RowVerdict, str] = {
 }
 _MARKS: dict[RowVerdict, str] = {"pass": "✓", "fail": "✗", "inconclusive": "?", "not measured": "-", "error": "!"}
 _ASCII_MARKS: dict[RowVerdict, str] = _MARKS | {"pass": "+", "fail": "x"}
-_SHORT_WORDS: dict[RowVerdict, str] = VERDICT_WORDS | {"inconclusive": "INCONCL.", "not measured": "not run"}
+SHORT_WORDS: dict[RowVerdict, str] = VERDICT_WORDS | {"inconclusive": "INCONCL.", "not measured": "not run"}
+"""Where there is no room for the whole."""
 _TO_ASCII = str.maketrans(
     {"±": "+-", "°": "", "×": "x", "–": "-", "—": "-", "−": "-", "µ": "u", "μ": "u", "≥": ">=", "≤": "<=", "…": "~"}
     | {"→": "->", "’": "'", "‘": "'", "“": '"', "”": '"', "·": "."}
@@ -254,7 +256,7 @@ def _table(report: Report, style: Style) -> list[Text]:
     several = len(shown) > 1
     title = percentile_title(shown[0]) if len(shown) == 1 else "latency"
     wide = style.width >= FULL_WORDS_FROM
-    words = VERDICT_WORDS if wide else _SHORT_WORDS
+    words = VERDICT_WORDS if wide else SHORT_WORDS
     heads = [
         "",
         "Target",
@@ -524,7 +526,7 @@ def _all(report: Report, style: Style) -> list[Text]:
             out += section(f"Students for {style.clean(row.name)}", _grid(heads, students, {0, 1, 4}, style))
     if report.sharing is not None:
         shared = [
-            ([each.role, each.arch, plain_number(each.epochs), duration(each.seconds)], ", ".join(each.targets))
+            ([each.title, each.arch, plain_number(each.epochs), duration(each.seconds)], ", ".join(each.targets))
             for each in report.sharing.trainings
         ]
         heads = ["trained once", "arch", "epochs", "time"]
@@ -545,6 +547,7 @@ def _all(report: Report, style: Style) -> list[Text]:
         ]
         notes = (
             f"peak memory: {row.peak_memory_how}" if row.peak_memory_how else "",
+            f"energy: {energy_words(row)}" if energy_words(row) else "",
             f"computes in {row.compute_precision}" if row.compute_precision else "",
             engine_words(row),
         )

@@ -255,19 +255,28 @@ def selection_lines(selection: Selection, arch: str) -> list[str]:
         elif chosen.passes:
             lines.append(f"{figures}, the only file within the limits")
         else:
-            lines.append(f"no file of {trained_words(selection)} is within the limits; nearest: {figures}")
+            made = count_words(len({attempt.arch for attempt in selection.attempts}))
+            lines.append(f"no file of {made} is within the limits; nearest: {figures}")
         lines.append(f"{fit}; {trained_words(selection)} trained in full: {ranking_words(selection.ranked)}")
     others = [f"not {line}" for line in _over(selection) if chosen is None or line != attempt_words(chosen)]
     lines += others[:_NEAREST]
+    if selection.untried:
+        fit = "that fits" if selection.untried == 1 else "that fit"
+        lines.append(f"cheaper and not tried: {count_words(selection.untried)} {fit}")
     if selection.shared_with:
         lines.append(f"the same student as {', '.join(selection.shared_with)}")
     return lines
 
 
 def trained_words(selection: Selection) -> str:
-    """ "2 students": how many were trained in full and exported for the target."""
-    count = len({attempt.arch for attempt in selection.attempts})
-    return f"{count} student{'' if count == 1 else 's'}"
+    """ "2 students": how many that fit the target were trained in full."""
+    trained = {attempt.arch for attempt in selection.attempts}
+    return count_words(len(trained | {row.arch for row in selection.ranked if row.validation is not None}))
+
+
+def count_words(students: int) -> str:
+    """ "2 students"."""
+    return f"{students} student{'' if students == 1 else 's'}"
 
 
 def ranking_words(rows: Iterable[RankedStudent]) -> str:
@@ -318,19 +327,24 @@ def choice_rows(selection: Selection) -> list[tuple[str, str, str, str, str, str
         fate = "exported" if row.arch in exported else "trained" if row.validation is not None else "fits"
         rows.append((row.arch, "", figure, "-", fate, "; ".join(part for part in (how, trained) if part)))
     rows += [(row.arch, row.precision, "-", "-", "rejected", row.reason) for row in selection.rejected]
+    if selection.left_out:
+        rows.append((f"{selection.left_out:,} more", "", "-", "-", "rejected", "further from fitting, not listed"))
     return rows
 
 
 def sharing_note(report: Report) -> str:
-    """What choosing for several targets at once saved; empty where nothing was shared."""
+    """What choosing took beside the students' own training, and saved; empty where no student was trained."""
     sharing = report.sharing
-    if sharing is None or sharing.separate_seconds <= sharing.seconds:
+    every, kept = (None, None) if sharing is None else (sharing.times(), sharing.times(kept=True))
+    if sharing is None or every is None:
         return ""
+    text = f"trainings beside the teacher's ({duration(sharing.teacher_seconds)}): {duration(sharing.seconds)}"
+    text += f", {every:.2f} times those of the students that were trained in full"
+    text += "" if kept is None else f" and {kept:.2f} times those of the kept ones"
     saved = sharing.separate_seconds - sharing.seconds
-    return (
-        f"the targets share what was trained: {duration(sharing.seconds)} in all, {duration(sharing.separate_seconds)} "
-        f"in runs of their own ({duration(saved)} saved)"
-    )
+    if saved > 0:
+        text += f"; {duration(sharing.separate_seconds)} in a run for each target ({duration(saved)} saved)"
+    return text
 
 
 def bound_sentence(row: TargetRow) -> str:
@@ -361,6 +375,18 @@ def state_words(row: TargetRow) -> list[str]:
 def provenance(row: TargetRow) -> str:
     """Device, stack, power mode and state of a target in one line."""
     return ", ".join([device_words(row), *state_words(row)])
+
+
+def energy_words(row: TargetRow) -> str:
+    """Energy of one inference with its interval and sensor, or why there is none; empty where nobody looked."""
+    energy = row.energy
+    if energy is None:
+        return ""
+    if energy.value is None:
+        return f"n/a: {energy.how}"
+    known = energy.low is not None and energy.high is not None
+    interval = f" [{milliseconds(energy.low)}, {milliseconds(energy.high)}]" if known else ""
+    return f"{milliseconds(energy.value)} mJ{interval}{f', {energy.how}' if energy.how else ''}"
 
 
 def engine_words(row: TargetRow) -> str:

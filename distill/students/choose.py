@@ -142,7 +142,7 @@ def fitting(
 
     Returns:
         The options that fit, in the order given, and the others, nearest first: by how many times they need the limit
-        that they exceed most.
+        that they exceed most. Those that were cut off come last, as how far they are is not known.
     """
     fits, rejected = list[Option](), list[Rejected]()
     for option in options:
@@ -150,7 +150,7 @@ def fitting(
             rejected.append(Rejected(option, excesses))
         else:
             fits.append(option)
-    return tuple(fits), tuple(sorted(rejected, key=lambda entry: entry.overshoot))
+    return tuple(fits), tuple(sorted(rejected, key=lambda entry: (entry.option.cost.is_cut_off, entry.overshoot)))
 
 
 def by_cost(options: Iterable[Option]) -> tuple[Arch, ...]:
@@ -292,11 +292,11 @@ def nearest_miss(rejected: Sequence[Rejected], limits: Limits) -> Miss | None:
         limits: those that rejected them.
 
     Returns:
-        None where nothing was rejected.
+        None where nothing was rejected, or nothing but what nobody looked at.
     """
-    if not rejected:
+    option = next((entry.option for entry in rejected if not entry.option.cost.is_cut_off), None)
+    if option is None:
         return None
-    option = rejected[0].option
     # without a margin: what is predicted above a limit is not promised to pass
     excesses = _worst_first(option.cost, limits, 1.0)
     raised = {excess.limit: _rounded_up(excess.needs) for excess in excesses}

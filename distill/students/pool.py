@@ -44,6 +44,8 @@ class Cost:
 
     source: how it is known. "measured": on the device; "calibrated": predicted by the device's calibration; "assumed":
     the bound over an assumed efficiency, with the other figures as lower ends; "bound": every figure is a lower end.
+
+    is_cut_off: nobody looked at it, as a part of it is hopeless already; its bound is what that part needs.
     """
 
     file_mib: float | None = None
@@ -51,6 +53,7 @@ class Cost:
     latency_bound_ms: float | None = None
     latency_ms: float | None = None
     source: Source = "bound"
+    is_cut_off: bool = False
 
     def __post_init__(self) -> None:
         if self.latency_ms is not None and self.source == "bound":

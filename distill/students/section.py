@@ -34,7 +34,7 @@ class ChoiceSection(Section):
     finalists: int = Field(3, ge=1, le=32, description="students that are trained in full for a target at most, k")
     trials: int = Field(8, ge=1, le=256, description="students in the first round of trials, over all targets at most")
     trial_share: float = Field(
-        0.1, gt=0, le=0.5, description="share of train.epochs in the first round; three times as many in the next one"
+        0.05, gt=0, le=0.5, description="share of train.epochs in the first round; three times as many in the next one"
     )
     margin: float = Field(
         1.0, ge=1, le=3, description="a predicted latency may be up to so many times the limit; measuring decides"

@@ -36,7 +36,7 @@ _PROVIDER = "CPUExecutionProvider"
 _ERRORS_ONLY = 3
 _KERNEL = "_kernel_time"
 _SKIPPED_RUNS = 5
-_FASTEST = 3
+_FASTEST = 4
 
 
 def _settings(threads: int | None) -> Any:
@@ -193,7 +193,7 @@ class TracedNode(NamedTuple):
     """One node of the optimised graph as the runtime's profiler saw it.
 
     outputs: (dtype as the runtime writes it, shape) of every output. microseconds: of its kernel, the mean of the runs
-    that were the fastest third as a whole: in the others something else took its share of the core.
+    that were the fastest quarter as a whole: in the others something else took its share of the core.
     """
 
     name: str
@@ -238,14 +238,15 @@ def trace(
         if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):
             seen[event["args"]["node_index"]].append(event)
     once = [[event["dur"] for event in found] for found in seen.values() if len(found) == skipped + runs]
-    fastest = np.argsort(np.sum(once, axis=0)[skipped:], kind="stable")[: math.ceil(runs / _FASTEST)] if once else []
+    totals = np.sum(once, axis=0)[skipped:] if once else np.empty(0)
+    fastest = [int(run) for run in np.argsort(totals, kind="stable")[: math.ceil(runs / _FASTEST)]]
     return tuple(_traced(found[skipped * len(found) // (skipped + runs) :], fastest, runs) for found in seen.values())
 
 
 def _traced(events: list[dict[str, Any]], fastest: Sequence[int], runs: int) -> TracedNode:
     first = events[0]
     # a node of a subgraph may run several times, or not in every run
-    chosen = [events[run] for run in fastest] if len(events) == runs and len(fastest) else events
+    chosen = [events[run] for run in fastest] if len(events) == runs and fastest else events
     return TracedNode(
         name=first["name"].removesuffix(_KERNEL),
         operator=first["args"]["op_name"],

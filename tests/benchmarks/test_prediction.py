@@ -12,7 +12,7 @@ from cli.pipeline.calibrate import Effort, calibrate
 from cli.pipeline.calibration_models import sample_architectures
 from profiles.progress import Silent
 from tests.benchmarks.prediction.__main__ import QUICK, compare, unseen_architectures, write
-from tests.benchmarks.prediction.report import Compared, scatter, tables
+from tests.benchmarks.prediction.report import Compared, markdown, scatter, tables
 
 
 def compared(model: str, precision: str, measured: float, error: float, family: str = "conv") -> Compared:
@@ -27,6 +27,8 @@ def compared(model: str, precision: str, measured: float, error: float, family: 
         predicted_mib=66.0,
         measured_mib=60.0,
         spread=0.01,
+        undisturbed=0.8,
+        whole_ms=1.1 * measured,
         left_out_ms=measured * (1 + 2 * error),
     )
 
@@ -45,6 +47,29 @@ def test_tables_tell_errors_by_precision_and_left_out_family() -> None:
     assert found["p99"]["median_error"] == pytest.approx(0.2)
     assert found["p99_covered"] == 1.0
     assert found["memory"]["median_error"] == pytest.approx(0.1)
+
+
+def test_the_page_says_at_once_what_was_met_and_what_was_missed() -> None:
+    found = [
+        *(compared(f"a{i}", precision, 0.1 * 2**i, 0.05) for i in range(4) for precision in ("fp32", "int8")),
+        compared("b", "int8", 7.0, 0.2, "text"),
+    ]
+    own = {"models": 36, "median_error": 0.09, "p90_error": 0.21, "rank_correlation": 0.99}
+    calibration = {"seconds": 246.0, "models": 104, "threads": 1, "spread": 0.02, "undisturbed": 0.6}
+    document = {
+        "command": "a test", "date": "today", "machine": "one", "versions": "none", "busy": None,
+        "calibration": {**calibration, "held_out": {"fp32": own}}, "tables": tables(found),
+        "models": [one.model_dump() for one in found],
+    }  # fmt: skip
+    page = markdown(document)
+    sentence = next(line for line in page.splitlines() if line.startswith("**"))
+    assert "5.0% (fp32) and 5.0% (int8) against the medians of undisturbed queries" in sentence
+    assert "against those of all queries" in sentence
+    assert "9.0% (fp32), which misses the targets in fp32" in sentence
+    assert "text in int8 (40.0%) missed the target" in sentence
+    assert "was not recorded" in page
+    document["calibration"]["other_cores"] = 0.3  # type: ignore[index]
+    assert "Other processes kept 0.3 cores busy meanwhile." in markdown(document)
 
 
 def test_a_point_on_the_diagonal_is_drawn_there(tmp_path: Path) -> None:

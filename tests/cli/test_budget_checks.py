@@ -50,6 +50,17 @@ def test_a_target_without_a_limit_to_choose_by(place: Path) -> None:
     assert "no limit that a student could be chosen by" in error.message
 
 
+def test_precisions_that_only_follow_a_missed_metric_are_not_priced(place: Path) -> None:
+    targets = target("rtx", 50.0, device="rtx-4060-laptop", precision="auto")
+    targets += target("eight", 50.0, device="rtx-4060-laptop", precision="fp8")
+    run = Run(load_recipe(str(write_recipe(place, targets))), place / "priced")
+    assert run.budgets is not None
+    fits, rejected = run.budgets.priced()
+    assert {option.precision for option in fits["rtx"]} == {"fp32", "fp16", "int8"}
+    assert {option.precision for option in fits["eight"]} == {"fp8"}
+    assert not rejected["rtx"]
+
+
 def test_a_pool_of_one(place: Path) -> None:
     error = refusal(place, target("here", FITS_ALL), pool=f'["{SMALL}"]')
     assert error.where == "student.pool"

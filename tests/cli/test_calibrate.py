@@ -50,7 +50,8 @@ def test_a_calibration_is_made_stored_shown_and_used(calibration: Calibration, t
     files = build(sample_layers(1, seed=5)[0], device, tmp_path)
     for precision, file in files.items():
         found = predict(file, calibration, precision=precision)  # type: ignore[arg-type]
-        assert 0 <= found.overhead_ms < found.p50_ms <= found.p99_ms
+        assert 0 <= found.overhead_ms < found.p50_ms
+        assert found.p99_ms is None, "a few queries tell no p99"
         assert found.memory_mib is not None
         assert found.memory_mib > 0
 
@@ -66,7 +67,7 @@ def test_the_command_prints_a_table_or_json(calibration: Calibration, monkeypatc
     monkeypatch.setattr(module, "calibrate", lambda *_arguments, **_options: Calibrated(calibration, [], None))
     printed = edgestill("devices", "calibrate")
     assert printed.status == 0
-    assert all(word in printed.out for word in ("Median error", "FP32", "INT8", "did not see"))
+    assert all(word in printed.out for word in ("Median error", "FP32", "INT8", "did not see", "other processes"))
     document = json.loads(edgestill("devices", "calibrate", "--json").out)
     assert document["runtime"] == "onnxruntime"
     assert Path(document["file"]).is_file()
@@ -86,11 +87,17 @@ def test_a_busy_machine_is_refused_and_nothing_is_written(monkeypatch: pytest.Mo
     [
         ({"other_cores": 0.1, "stolen_cores": 0.0}, 1, None),
         ({}, 1, None),
+        ({"other_cores": 2.6, "stolen_cores": 0.0}, 1, None),
+        ({"other_cores": 2.8, "stolen_cores": 0.0}, 1, "used 2.8 of 4 cores"),
+        ({"other_cores": 0.5, "stolen_cores": 0.0}, 4, "measuring takes 4 whole"),
         ({"other_cores": 99.0, "stolen_cores": 0.0, "busiest": [{"name": "train", "cores": 2.0}]}, 1, "train 2.0"),
         ({"other_cores": 0.0, "stolen_cores": 0.5}, 1, "the hypervisor took 0.5"),
     ],
 )
-def test_other_work_on_the_cores_is_told(use: dict[str, object], threads: int, words: str | None) -> None:
+def test_other_work_on_the_cores_is_told(
+    use: dict[str, object], threads: int, words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("profiles.agent.affinity", lambda: [0, 1, 2, 3])
     reason = module._others(use, threads)
     assert reason is None if words is None else words in (reason or "")
 

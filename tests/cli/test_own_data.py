@@ -174,7 +174,7 @@ device = "rtx-4060-laptop"
     [
         ('objective = [{kind = "kd"}, {kind = "ec"}]', "train.hard_weight"),
         ('objective = "ec"\n[train]\nmixup = 0.2', "train.mixup"),
-        ('[[target]]\nname = "x"\ndevice = "l4"\nprecision = "fp8"', "precision"),
+        ('[[target]]\nname = "x"\ndevice = "rtx-a2000"\nprecision = "fp8"', "precision"),
         ('[[target]]\nname = "x"\ndevice = "jetson-nano"\nprecision = "fp16"', "precision"),
     ],
 )

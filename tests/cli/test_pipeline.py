@@ -133,6 +133,19 @@ def test_every_target_has_a_bundle_that_checks_out(finished: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_a_run_keeps_what_a_comparison_needs(finished: Path) -> None:
+    from cli.report.compare import compare
+    from cli.report.sides import load_side
+
+    found = compare(load_side(finished), load_side(finished / "report.json"))
+    assert [row.name for row in found.rows] == ["here", "rtx", "orin"]
+    for row in found.rows:
+        how = {change.quantity: change.how for change in row.changes}
+        assert how["metric"] == "the same file and answers"
+    # a machine that is busy with other tests may not settle, but its samples are found
+    assert {figures.samples() is not None for figures in load_side(finished).figures if figures.latency} == {True}
+
+
 def test_targets_with_the_same_student_share_its_training(finished: Path) -> None:
     assert sorted(path.name for path in (finished / "students").iterdir()) == [
         "conv-w8-d1-k3",

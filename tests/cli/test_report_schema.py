@@ -132,10 +132,16 @@ def test_latency_is_copied_in_the_scope_that_was_asked_for() -> None:
         "end_to_end": clock("end_to_end", 1.5),
         "scope": "compute",
         "stable": True,
+        "runtime": "onnxruntime",
+        "runtime_version": "1.31.1",
+        "options": {"intra_op_threads": 2},
+        "input_shapes": {"image": (2, 1, 28, 28)},
+        "input_source": "random",
     }
     measurement = Measurement.model_construct(**parts)
     copied = LatencyValue.of(measurement)
     assert (copied.scope, copied.point, copied.batch, copied.confidence) == ("compute", 1.0, 2, 0.995)
+    assert (copied.runtime_version, copied.options) == ("1.31.1", {"intra_op_threads": 2})
 
 
 def test_nan_is_refused_where_json_could_not_hold_it_and_dropped_from_curves() -> None:

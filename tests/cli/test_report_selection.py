@@ -57,8 +57,10 @@ SELECTION = Selection(
 SHARING = Sharing(
     trainings=(
         SharedTraining(role="teacher", arch="conv-w32-d1-k3", epochs=8, seconds=60.0, targets=("a", "b")),
-        SharedTraining(role="student", arch="conv-w16-d1-k3", epochs=12, seconds=30.0, targets=("a", "b")),
+        SharedTraining(role="trial", arch="conv-w16-d1-k3", epochs=1, seconds=4.0, targets=("a", "b")),
+        SharedTraining(role="student", arch="conv-w16-d1-k3", epochs=12, seconds=30.0, targets=("a", "b"), kept=True),
         SharedTraining(role="student", arch="conv-w8-d1-k3", epochs=12, seconds=10.0, targets=("b",)),
+        SharedTraining(role="qat", arch="conv-w16-d1-k3", epochs=2, seconds=6.0, targets=("a",), kept=True),
     )
 )
 
@@ -91,10 +93,41 @@ def test_everything_shows_all_that_were_exported_ranked_and_rejected() -> None:
 
 
 def test_shared_trainings_are_told_with_the_time_that_they_saved() -> None:
-    assert (SHARING.seconds, SHARING.separate_seconds) == (100.0, 190.0)
-    assert "90 s saved" in sharing_note(with_selection())
-    assert "90 s saved" in " ".join(render_text(with_selection()).split())
+    assert (SHARING.teacher_seconds, SHARING.seconds, SHARING.separate_seconds) == (60.0, 50.0, 84.0)
+    assert "34 s saved" in sharing_note(with_selection())
+    assert "34 s saved" in " ".join(render_text(with_selection()).split())
     assert sharing_note(example()) == ""
+
+
+def test_what_choosing_took_is_told_against_the_students_that_were_trained_and_those_that_were_kept() -> None:
+    assert (SHARING.times(), SHARING.times(kept=True)) == (50 / 40, 50 / 30)
+    note = sharing_note(with_selection())
+    assert "1.25 times those of the students that were trained in full and 1.67 times those of the kept ones" in note
+    assert [each.title for each in SHARING.trainings[2:]] == ["student, kept", "student, not kept", "for INT8"]
+    assert Sharing(trainings=SHARING.trainings[:1]).times() is None
+
+
+def test_rejected_members_that_are_not_listed_are_counted() -> None:
+    assert choice_rows(SELECTION.model_copy(update={"left_out": 1234}))[-1][0] == "1,234 more"
+
+
+def test_students_that_were_trained_but_not_exported_are_counted_as_trained() -> None:
+    more = RankedStudent(arch="conv-w20-d1-k3", by="trial", score=0.8, epochs=2, validation=0.88)
+    lines = selection_lines(
+        SELECTION.model_copy(update={"ranked": (*SELECTION.ranked, more), "untried": 1}), "conv-w16-d1-k3"
+    )
+    assert "3 students trained in full" in lines[1]
+    assert "cheaper and not tried: 1 student that fits" in lines
+
+
+def test_what_only_an_assumption_excludes_is_not_said_to_fail() -> None:
+    option = Option(parse_arch("conv-w8-d1-k3"), "int8", Cost(latency_ms=0.2, latency_bound_ms=0.05, source="assumed"))
+    limits = Limits(latency_ms=0.1)
+    miss = nearest_miss(fitting([option], limits)[1], limits)
+    assert miss is not None
+    (verdict,) = missed(TargetSection(name="there", latency_ms=0.1), miss)
+    assert (verdict.verdict, verdict.value) == ("not measured", 0.2)
+    assert "by an assumed efficiency" in verdict.reason
 
 
 def test_where_nothing_fits_the_nearest_fails_its_limits_and_the_others_are_not_measured() -> None:

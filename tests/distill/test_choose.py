@@ -209,6 +209,18 @@ def test_a_bound_promises_nothing() -> None:
     assert str(miss).endswith("latency_ms = 0.5 at the least")
 
 
+def test_what_nobody_looked_at_is_the_farthest_and_never_the_nearest_miss() -> None:
+    limits = Limits(latency_ms=0.1)
+    seen = [Option(A, "fp32", Cost(latency_ms=ms, source="measured")) for ms in (0.9, 0.5)]
+    cut = Option(B, "fp32", Cost(latency_bound_ms=0.3, is_cut_off=True))
+    _, rejected = fitting([cut, *seen], limits)
+    assert [each.option for each in rejected] == [seen[1], seen[0], cut]
+    miss = nearest_miss(rejected, limits)
+    assert miss is not None
+    assert miss.option == seen[1]
+    assert nearest_miss(rejected[2:], limits) is None
+
+
 def test_where_nothing_was_rejected_nothing_is_missed() -> None:
     assert nearest_miss((), Limits(latency_ms=1.0)) is None
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 import export
 from distill.data.text import encode, train_tokenizer
 from export import Plan, plan, write_bundle
+from profiles import engine_check
 from profiles.artifact import verify
 from profiles.errors import InputError
 from tests.export.conftest import IMAGES, device_and_stack, score
@@ -28,19 +29,16 @@ WHEELS = Path(os.environ.get("EDGESTILL_TEST_WHEELS", Path(__file__).parents[2] 
 
 def bundle_of(plan: Plan, name: str, folder: Path, **options: Any) -> Path:
     device, stack = device_and_stack(plan.device, plan.stack)
-    return write_bundle(
-        folder,
-        plan,
-        plan[name],
-        name="line3",
-        device=device,
-        stack=stack,
-        golden=IMAGES[:1],
-        labels=LABELS,
-        preprocessing={"kind": "image", "resize": "stretch", "color": "grey"},
-        licence="MIT",
-        **options,
-    )
+    given = {
+        "name": "line3",
+        "device": device,
+        "stack": stack,
+        "golden": IMAGES[:1],
+        "labels": LABELS,
+        "preprocessing": {"kind": "image", "resize": "stretch", "color": "grey"},
+        "licence": "MIT",
+    }
+    return write_bundle(folder, plan, plan[name], **given | options)
 
 
 def run_infer(
@@ -208,6 +206,61 @@ def test_tensorrt_bundles_pass_their_selftest_in_onnxruntime(rtx_plan: Plan, tmp
     assert found.returncode == 0, found.stdout + found.stderr
 
 
+def infer_on(gpu: dict[str, Any] | None, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The bundle's selftest, with that in place of the GPU that this machine has."""
+    code = f"engine_check.this_gpu = lambda: {gpu!r}; runpy.run_path('infer.py', None, '__main__')"
+    return subprocess.run(
+        [sys.executable, "-c", f"import engine_check, runpy; {code}", "--selftest", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        cwd=folder,
+    )
+
+
+HERE = {"device": "NVIDIA GeForce RTX 4060 Laptop GPU", "compute_capability": "8.9", "memory_mib": 8188}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "change", "message"),
+    [
+        (None, {}, "an engine needs an NVIDIA GPU with its driver"),
+        (HERE | {"compute_capability": "8.6"}, {}, "built for compute capability 8.9, this GPU has 8.6"),
+        (HERE, {"builder": "TensorRT-RTX 1.6.0.3"}, "1.6.0.3 and runs on that version only; here is TensorRT-RTX 1."),
+        (HERE, {"builder": "TensorRT 10.3.0"}, "built by TensorRT 10.3.0; here is TensorRT-RTX"),
+        (HERE, {"sha256": "0" * 64}, "not the file that its manifest describes"),
+    ],
+)
+def test_infer_refuses_an_engine_that_does_not_belong_here(
+    rtx_plan: Plan, tmp_path: Path, gpu: dict[str, Any] | None, change: dict[str, str], message: str
+) -> None:
+    folder = bundle_of(rtx_plan, "fp16", tmp_path / "bundle")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["info"]["engine"].update(change)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    found = infer_on(gpu, folder, "--runtime", "tensorrt")
+    assert found.returncode == 1
+    assert message in found.stderr
+    assert len(found.stderr.splitlines()) == 1, found.stderr
+
+
+def test_tensorrt_bundles_build_their_engine_on_the_device(rtx_plan: Plan, tmp_path: Path) -> None:
+    device, stack = device_and_stack("jetson-orin-nano")
+    folder = bundle_of(rtx_plan, "fp16", tmp_path / "bundle", device=device, stack=stack)
+    script = (folder / "build_engine.sh").read_text()
+    assert "MADE_FOR=10.3.0" in script
+    assert "--optShapes=image:4x1x16x16" in script
+    assert "WORKSPACE=2048" in script
+    assert "sh build_engine.sh" in (folder / "README.txt").read_text()
+    # what the script leaves beside an engine is what infer.py goes by
+    facts = {"builder": "TensorRT 10.3.0", "compute_capability": "8.7", "device": "Orin"}
+    (folder / "other.engine").write_bytes(b"plan")
+    (folder / "other.engine.json").write_text(json.dumps(facts))
+    found = infer_on(HERE, folder, "--engine", "other.engine")
+    assert "built by TensorRT 10.3.0; here is TensorRT-RTX" in found.stderr
+
+
 def test_same_content_is_not_written_again(cpu_plan: Plan, tmp_path: Path) -> None:
     folder = bundle_of(cpu_plan, "fp32", tmp_path / "bundle")
     before = (folder / "manifest.json").stat().st_mtime_ns
@@ -220,11 +273,14 @@ def test_refused_candidate_cannot_be_bundled(cpu_plan: Plan, tmp_path: Path) -> 
         bundle_of(cpu_plan, "fp16", tmp_path / "bundle")
 
 
-def test_infer_is_python_3_6() -> None:
-    source = (Path(export.__file__).parent / "infer_template.py").read_text(encoding="utf-8")
-    ast.parse(source, feature_version=(3, 6))
+@pytest.mark.parametrize(
+    "template",
+    [Path(export.__file__).parent / "infer_template.py", Path(engine_check.__file__)],
+    ids=lambda path: path.stem,
+)
+def test_what_runs_on_the_device_is_python_3_6(template: Path) -> None:
+    ast.parse(template.read_text(encoding="utf-8"), feature_version=(3, 6))
     pytest.importorskip("vermin", reason="vermin is not installed (extra dev)")
-    template = Path(export.__file__).parent / "infer_template.py"
     command = ["-c", "import sys, vermin; sys.exit(vermin.main())", "--target=3.6-", "--no-tips", str(template)]
     found = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout

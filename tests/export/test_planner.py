@@ -94,6 +94,12 @@ def test_a_stated_floor_below_what_int8_reaches_ends_the_search(tmp_path: Path) 
     assert [step.name for step in found.steps] == ["fp32", "int8"]
 
 
+def test_without_rescue_neither_search_nor_retraining_follow(tmp_path: Path) -> None:
+    found = planned("this-machine", tmp_path, "grouped", rescue=False, precisions=("int8",))
+    assert [step.name for step in found.steps] == ["fp32", "int8"]
+    assert not keeps(found, "int8")
+
+
 def test_retraining_is_the_last_resort_and_starts_from_the_grids_of_the_target(tmp_path: Path) -> None:
     asked: list[QuantSpec] = []
 

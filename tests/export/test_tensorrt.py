@@ -32,6 +32,9 @@ def test_rtx_target_gets_engines_without_a_gpu(rtx_plan: Plan) -> None:
         assert candidate.engine.compute_capability == "8.9"
         assert candidate.engine.batch == (1, 4, 4)
         assert candidate.static_engine.batch == (1, 1, 1)
+        assert candidate.engine.more_profiles == ((1, 1, 1),)
+        assert candidate.engine.workspace_mib == 4096
+        assert candidate.engine.device is None
         assert candidate.engine.file.stat().st_size == candidate.engine.size_bytes > 10_000
         assert "unverified" in candidate.engine.realised_precision
 

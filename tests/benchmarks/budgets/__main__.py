@@ -1,6 +1,6 @@
 """Are students that follow from the device better than those that a simpler rule chooses, and what does choosing cost?
 
-    python -m tests.benchmarks.budgets [--folder runs/budgets] [--minutes 60] [--limits 0.15,0.4,1.5]
+    python -m tests.benchmarks.budgets [--folder runs/budgets] [--minutes 60] [--limits 0.25,0.5,1.5]
 
 Chooses students for six targets (this machine at three latency limits; a Raspberry Pi 5, a Jetson Orin Nano and an RTX
 4060 Laptop that are not attached) in one run, then trains and measures what scaling by hand and counting FLOPs would

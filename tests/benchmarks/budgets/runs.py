@@ -37,7 +37,7 @@ class Sizes:
     other: (name, device, latency_ms) of the targets that are not attached.
     """
 
-    latency_ms: tuple[float, ...] = (0.15, 0.4, 1.5)
+    latency_ms: tuple[float, ...] = (0.25, 0.5, 1.5)
     other: tuple[tuple[str, str, float], ...] = (
         ("pi5", "raspberry-pi-5", 3.0),
         ("orin", "jetson-orin-nano", 1.0),
@@ -45,7 +45,7 @@ class Sizes:
     )
     train_size: int | None = None
     test: int | None = None
-    epochs: int = 20
+    epochs: int = 12
     teacher_epochs: int = 12
     teacher: str = "conv-w32-d1-k3"
     choice: Mapping[str, Any] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class Sizes:
     @property
     def chosen_by(self) -> dict[str, Any]:
         """The recipe's `[student.choice]`."""
-        return {"finalists": 2, "trials": 8, **self.choice}
+        return {"finalists": 2, "trials": 6, **self.choice}
 
 
 QUICK = Sizes(

@@ -3,11 +3,13 @@
     python -m tests.benchmarks.prediction [--per-family 9] [--threads 1]
 
 Calibrates this machine as `edgestill devices calibrate` does (nothing is stored), then exports and measures other
-architectures of every family, and writes results/prediction.json, .md and .png beside this folder. About ten minutes
+architectures of every family, and writes results/prediction.json, .md and .png beside this folder. About seven minutes
 on two quiet cores; a busy machine is refused.
 
 --quick: two architectures of two families, in a folder of its own and written there only, also on a busy machine: shows
 that everything runs.
+
+--page: writes the page anew from the JSON that is there, and measures nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ from profiles.progress import Progress
 from tests.benchmarks.prediction.report import Compared, left_out, markdown, scatter, tables
 
 RESULTS = Path(__file__).parents[1] / "results"
-QUICK = Effort(families=("conv", "textc"), per_family=1, layers=2, runs=8, queries=64, seconds=0.3, probes=1)
+QUICK = Effort(
+    families=("conv", "textc"), per_family=1, layers=2, runs=8, profiles=1, queries=64, seconds=0.3, probes=1
+)
 _SEED = 1
 
 
@@ -51,7 +55,7 @@ def compare(calibrated: Calibrated, unseen: tuple[Sampled, ...], effort: Effort,
     calibration = calibrated.calibration
     with tempfile.TemporaryDirectory(prefix="edgestill-") as folder:
         models = export_all(unseen, this_machine(THIS_MACHINE), Path(folder), progress)
-        observations, busy = measure_all(unseen, models, progress, threads=calibration.threads, effort=effort)
+        observations, busy, _ = measure_all(unseen, models, progress, threads=calibration.threads, effort=effort)
         if busy is not None and calibrated.busy is None:
             raise EdgestillError("the machine was not quiet enough to measure", evidence=busy)
         without = left_out(calibrated.observations, observations)
@@ -60,6 +64,7 @@ def compare(calibrated: Calibrated, unseen: tuple[Sampled, ...], effort: Effort,
 
 def _compared(one: Observation, file: Path, calibrated: Calibrated, without: dict[tuple[str, str], float]) -> Compared:
     found = predict(file, calibrated.calibration, precision=one.precision)
+    whole = one.whole_ms["end_to_end"]
     return Compared(
         model=one.model,
         family=one.family,
@@ -67,10 +72,12 @@ def _compared(one: Observation, file: Path, calibrated: Calibrated, without: dic
         predicted_ms=found.p50_ms,
         measured_ms=one.p50_ms,
         predicted_p99_ms=found.p99_ms,
-        measured_p99_ms=one.p99_ms,
+        measured_p99_ms=whole.get("99"),
         predicted_mib=found.memory_mib,
         measured_mib=one.peak_mib,
         spread=one.spread,
+        undisturbed=one.undisturbed,
+        whole_ms=whole.get("50", one.p50_ms),
         left_out_ms=without[one.model, one.precision],
     )
 
@@ -88,7 +95,7 @@ def write(calibrated: Calibrated, compared: list[Compared], command: str, place:
         "tables": tables(compared),
         "models": [one.model_dump(mode="json") for one in compared],
     }
-    page = markdown(document, calibration)
+    page = markdown(document)
     place.mkdir(parents=True, exist_ok=True)
     scatter(compared, place / "prediction.png")
     artifact.write_text(place / "prediction.json", json.dumps(document, indent=1) + "\n")
@@ -102,8 +109,14 @@ def main() -> int:
     parser.add_argument("--per-family", type=int, default=9, help="unseen architectures of each family")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="a few models; writes into the folder only")
+    parser.add_argument("--page", action="store_true", help="the page again, from the JSON in the folder")
     parser.add_argument("--folder", type=Path, default=None, help="where to write; default: results, or a run folder")
     options = parser.parse_args()
+    if options.page:
+        folder = options.folder or RESULTS
+        document = json.loads((folder / "prediction.json").read_text(encoding="utf-8"))
+        artifact.write_text(folder / "prediction.md", markdown(document))
+        return 0
     effort = QUICK if options.quick else Effort()
     progress = console.make_progress()
     try:
