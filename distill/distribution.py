@@ -204,7 +204,8 @@ class _GatherStatistics(torch.autograd.Function):
 @cache
 def _keep_out_of_graphs() -> None:
     """torch.compile leaves the layer out. Done when the first one is made: it imports the whole compiler."""
-    _GlobalBatchNorm.forward = torch.compiler.disable(_GlobalBatchNorm.forward)  # type: ignore[method-assign]
+    outside: Any = torch.compiler.disable(_GlobalBatchNorm.forward)  # type: ignore[no-untyped-call]
+    _GlobalBatchNorm.forward = outside  # type: ignore[method-assign]
 
 
 class _GlobalBatchNorm(_BatchNorm):
