@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -200,6 +201,13 @@ class _GatherStatistics(torch.autograd.Function):
         return summed[ctx.rank], None, None
 
 
+@cache
+def _keep_out_of_graphs() -> None:
+    """torch.compile leaves the layer out. Done when the first one is made: it imports the whole compiler."""
+    outside: Any = torch.compiler.disable(_GlobalBatchNorm.forward)  # type: ignore[no-untyped-call]
+    _GlobalBatchNorm.forward = outside  # type: ignore[method-assign]
+
+
 class _GlobalBatchNorm(_BatchNorm):
     """BatchNorm with the statistics of all processes' samples, which torch's SyncBatchNorm refuses on CPUs.
 
@@ -209,13 +217,13 @@ class _GlobalBatchNorm(_BatchNorm):
     def __init__(self, layer: nn.Module, rank: int, world: int) -> None:
         assert isinstance(layer, _BatchNorm)
         super().__init__(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
+        _keep_out_of_graphs()
         self.weight, self.bias = layer.weight, layer.bias
         self.running_mean, self.running_var = layer.running_mean, layer.running_var
         self.num_batches_tracked = layer.num_batches_tracked
         self.training = layer.training
         self._rank, self._world = rank, world
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             alone = self.running_mean is None

@@ -39,7 +39,7 @@ def refusal_of(precision: str, device: Device, stack: Stack, has_calibration: bo
             f"chooses {precision.upper()} by a flag and not by the graph; on the device: "
             f"trtexec --onnx={GRAPH} --{precision}"
             + {
-                "int8": " --calib=<cache> (its own calibration)",
+                "int8": ", with a calibration of its own, which edgestill does not make",
                 "fp16": ", or sh build_engine.sh --precision fp16",
             }.get(precision, "")
         )

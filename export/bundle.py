@@ -193,7 +193,7 @@ def _info(
         "exclusive": exclusive,
         "classes": len(labels),
         "preprocessing": _preprocessing(preprocessing),
-        "calibration_sha256": plan.calibration_sha256 if candidate.precision == "int8" else None,
+        "calibration_sha256": plan.calibration_sha256 if candidate.precision in ("int8", "fp8") else None,
         "metric": json.loads(metric.model_dump_json()) if metric is not None else None,
         "validation": json.loads(candidate.validation.model_dump_json()) if candidate.validation is not None else None,
         "parity": [json.loads(rung.model_dump_json()) for rung in candidate.parity],

@@ -229,7 +229,8 @@ def read_samples(path, info):
             sys.exit("%s holds %s, the model takes %s" % (path, array.dtype, spec["dtype"]))
         if array.ndim == len(spec["shape"]) - 1:
             array = array[None]
-        if list(array.shape[1:]) != spec["shape"][1:]:
+        fixed = [(axis, size) for axis, size in enumerate(spec["shape"]) if axis and isinstance(size, int)]
+        if array.ndim != len(spec["shape"]) or any(array.shape[axis] != size for axis, size in fixed):
             sys.exit("%s has shape %s, the model takes %s" % (path, list(array.shape), spec["shape"]))
         if kind == "tokens" and array.size and not 0 <= array.min() <= array.max() < preprocessing["vocabulary"]:
             sys.exit("%s has token ids outside 0 to %d" % (path, preprocessing["vocabulary"] - 1))

@@ -759,7 +759,7 @@ class _Work:
         """What computes: looked up in the runtime's own graph where the target is this machine."""
         said = types_of(model)
         if self.stack.runtime != "onnxruntime":
-            return f"{said} by the graph's types, unverified (no GPU here)"
+            return f"{said} by the graph's types, unverified (not looked into on its GPU)"
         if precision != "int8":
             return said
         if self.device.name != THIS_MACHINE:

@@ -226,7 +226,7 @@ def build_engine(
         sha256=file_hash(target),
         size_bytes=target.stat().st_size,
         build_seconds=round(time.perf_counter() - started, 3),
-        realised_precision=f"{precision} by the graph's types, unverified (no GPU here)",
+        realised_precision=f"{precision} by the graph's types, unverified (not looked into on its GPU)",
     )
 
 

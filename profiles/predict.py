@@ -103,7 +103,8 @@ def roofline(
 
     The larger of operations / peak and bytes / bandwidth, for the whole graph. What fusion, folding or a cache could
     save is left out, so that the device cannot be faster: `matrix_flops` alone count, and bytes above `ON_CHIP_BYTES`.
-    FP32 on a device with TF32 is held to the TF32 peak, since runtimes use it unasked.
+    FP32 on a device with TF32 is held to the TF32 peak, since runtimes use it unasked. In a graph that is quantised in
+    part, every node is held to the peak of what it computes in itself.
 
     Raises:
         InputError: missing or damaged file.
@@ -112,16 +113,23 @@ def roofline(
     flops = sum(cost.flops for cost in graph.costs)
     matrix_flops = sum(cost.flops for cost in graph.costs if cost.matrix)
     moved = graph.input_output_bytes + sum(cost.weight_bytes for cost in graph.costs)
-    peak = device.peak(precision, power_mode)
-    if precision == "fp32" and "tf32" in device.precisions:
-        peak = device.peak("tf32", power_mode)
+
+    def peak_of(computed: Precision) -> float | None:
+        return device.peak("tf32" if computed == "fp32" and "tf32" in device.precisions else computed, power_mode)
+
+    peak = peak_of(precision)
     bandwidth = device.bandwidth(power_mode)
     missing = []
     if peak is None:
         missing.append(f"{precision} peak of {device.name}")
     if bandwidth is None:
         missing.append(f"memory bandwidth of {device.name}")
-    compute_ms = matrix_flops / peak * 1e3 if peak else 0.0
+    quantised = any(cost.precision == precision for cost in graph.costs if cost.matrix)
+    compute_ms = sum(
+        cost.flops / ((peak_of(cost.precision) if quantised and cost.precision else None) or peak) * 1e3
+        for cost in graph.costs
+        if cost.matrix and peak
+    )
     memory_ms = max(0, moved - ON_CHIP_BYTES) / bandwidth * 1e3 if bandwidth else 0.0
     bound = max(compute_ms, memory_ms)
     limiting: Literal["compute", "memory"] = "compute" if compute_ms >= memory_ms else "memory"

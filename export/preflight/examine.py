@@ -75,7 +75,13 @@ def examine(path: Path, device: Device, stack: Stack, *, batch: int = 1) -> Exam
         if answer.verdict == "refuses it" and answer.decides and not explained:
             fact = f"{answer.tool}: {answer.detail}"
             findings.append(
-                Finding(level="refused", message=f"{case.runtime} refuses the file", fact=fact, rule="tool")
+                Finding(
+                    level="refused",
+                    message=f"{case.runtime} refuses the file",
+                    fact=fact,
+                    fix="export it again for this stack, or name another version with --stack",
+                    rule="tool",
+                )
             )
     memory = Memory(
         weights=sum(tensor_bytes(tensor) for _, tensor in graph.weights),

@@ -42,9 +42,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     make_data(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EDGESTILL_CONFIG", str(folder / "config"))
-        # what a noisy machine measured of the pool is not stored; here the runs are to find it again
-        patch.setattr("profiles.measure._warnings", lambda *_: ())
         yield folder
+
+
+def be_quiet(patch: pytest.MonkeyPatch) -> None:
+    """What a noisy machine measured of the pool is not stored; here the runs are to find it again."""
+    patch.setattr("profiles.measure._warnings", lambda *_: ())
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    be_quiet(monkeypatch)
 
 
 @pytest.fixture
@@ -72,10 +80,12 @@ def resumed(place: Path) -> tuple[Path, dict[Path, int], dict[Path, int]]:
     """A run that was interrupted before its first full training and then finished; what was there before and after."""
     recipe, folder = write_recipe(place, TARGETS), place / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "student", interrupted)
-        assert edgestill("-q", "run", str(recipe), "--out", str(folder)) == 130
-    before = made(folder)
-    assert edgestill("-q", "run", str(recipe), "--out", str(folder)) == 3
+        be_quiet(patch)
+        with pytest.MonkeyPatch.context() as interruption:
+            interruption.setattr(Run, "student", interrupted)
+            assert edgestill("-q", "run", str(recipe), "--out", str(folder)) == 130
+        before = made(folder)
+        assert edgestill("-q", "run", str(recipe), "--out", str(folder)) == 3
     return folder, before, made(folder)
 
 

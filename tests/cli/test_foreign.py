@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +175,15 @@ def test_a_transformer_is_called_by_keyword_and_keeps_its_dynamic_sizes(bert: Re
         expected = module("bert", place)(torch.from_numpy(tokens), torch.from_numpy(mask)).logits.numpy()
     found = run_model(path, {"input_ids": tokens, "attention_mask": mask})["logits"]
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_bundle_with_a_dynamic_size_reads_samples_of_another_length(bert: Result, place: Path) -> None:
+    assert bert.status == 0
+    np.savez(place / "short.npz", input_ids=np.ones((2, 7), np.int64), attention_mask=np.ones((2, 7), np.int64))
+    command = [sys.executable, str(place / "bert" / "fp32" / "infer.py"), str(place / "short.npz")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2
 
 
 def test_what_export_made_is_checked_and_measured(bert: Result, place: Path) -> None:

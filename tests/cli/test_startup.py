@@ -45,6 +45,11 @@ def test_the_help_of_a_command_does_not_import_torch(name: str) -> None:
     subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, check=True, timeout=60)
 
 
+def test_importing_the_pipeline_leaves_the_compiler_out() -> None:
+    code = "import sys, cli.pipeline; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=Path(__file__).parents[2])
+
+
 @pytest.fixture
 def hostile_folder(tmp_path: Path) -> Path:
     """A working folder whose own modules are called as ours are, and must not be imported."""

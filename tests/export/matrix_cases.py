@@ -110,11 +110,19 @@ def student(name: str) -> Deployable:
     return Deployable(Trained(built, objective, cast(Any, None), "", "")).eval()
 
 
-FORMS = ("fp32", "fp16", "int8 u8s8", "int8 s8s8", "int8 symmetric", "int8, rest fp16")
-"""What every student is made in: the two float types, INT8 for x86 and Arm processors and the two for TensorRT."""
-FURTHER = ("bf16", "fp8")
-"""Made of one student of each kind of data."""
+FORMS = ("fp32", "fp16", "int8 u8s8", "int8, rest fp16")
+"""What every student is made in: INT8 for x86 processors, and for TensorRT."""
+FURTHER = ("int8 s8s8", "int8 symmetric", "bf16", "fp8")
+"""INT8 for Arm processors, INT8 for TensorRT with an FP32 remainder, and what newer GPUs have."""
 WITH_FURTHER = ("conv", "text")
+"""Students that are made in those, too: one of each kind of data."""
+SAME_GRAPH = {"conv, multi-label": "conv"}
+"""Students whose graph is that of another one: several labels change the loss and the metric."""
+
+
+def forms_of(name: str) -> tuple[str, ...]:
+    """The forms that a student is made in."""
+    return (*FORMS, *FURTHER) if name in WITH_FURTHER else FORMS
 
 
 def make(name: str, folder: Path) -> dict[str, Path]:
@@ -131,27 +139,34 @@ def make(name: str, folder: Path) -> dict[str, Path]:
         "int8 symmetric": quantization_for(*device_and_stack("rtx-4060-laptop")),
     }
     found: dict[str, Path] = {"fp32": base}
-    quantizers = {form: Quantizer(base, calibration, quantization, 99.99) for form, quantization in forms.items()}
+
+    @cache
+    def quantizer(form: str) -> Quantizer:
+        return Quantizer(base, calibration, forms[form], 99.99)
 
     def half(path: Path) -> None:
         to_fp16(base, path)
 
     def quantised(form: str) -> Callable[[Path], None]:
-        return lambda path: save(quantizers[form].quantized("minmax"), path)
+        return lambda path: save(quantizer(form).quantized("minmax"), path)
+
+    def rest_in_half(path: Path) -> None:
+        quantised("int8 symmetric")(folder / "symmetric.onnx")
+        to_fp16(folder / "symmetric.onnx", path)
 
     def eight_bit_floats(path: Path) -> None:
-        quantizer = quantizers["int8 symmetric"]
-        save(to_fp8(quantizer.quantized("minmax"), quantizer.prepared), path)
+        symmetric = quantizer("int8 symmetric")
+        save(to_fp8(symmetric.quantized("minmax"), symmetric.prepared), path)
 
     makers: dict[str, Callable[[Path], None]] = {
         "fp16": half,
         "bf16": lambda path: to_bf16(base, path),
         **{form: quantised(form) for form in forms},
-        "int8, rest fp16": lambda path: to_fp16(folder / "int8-symmetric.onnx", path),
+        "int8, rest fp16": rest_in_half,
         "fp8": eight_bit_floats,
     }
     for form, maker in makers.items():
-        if form in FURTHER and name not in WITH_FURTHER:
+        if form not in forms_of(name):
             continue
         path = folder / f"{form.replace(', ', '-').replace(' ', '-')}.onnx"
         maker(path)

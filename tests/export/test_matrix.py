@@ -1,4 +1,4 @@
-"""Every student that can be built exports: each in every form of graph, read by ONNX Runtime, OpenVINO, TensorRT-RTX.
+"""Every student that can be built exports, in every form of graph, to ONNX Runtime, OpenVINO and TensorRT-RTX.
 
     pytest tests/export/test_matrix.py -n 0 -v        the table, one line per cell
 
@@ -8,6 +8,7 @@ does not take is listed in REFUSED with the reason, and must be refused for that
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
@@ -28,9 +29,23 @@ from export import Candidate, Plan, parity, tensorrt, write_bundle
 from profiles.errors import EdgestillError
 from profiles.opening import open_bundle
 from tests.export.conftest import device_and_stack
-from tests.export.matrix_cases import FORMS, FURTHER, KINDS, ROWS, WITH_FURTHER, Array, fixed, make, samples, student
+from tests.export.matrix_cases import (
+    FORMS,
+    FURTHER,
+    KINDS,
+    ROWS,
+    SAME_GRAPH,
+    WITH_FURTHER,
+    Array,
+    fixed,
+    forms_of,
+    make,
+    samples,
+    student,
+)
 
-TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 8e-2, "fp8": 0.25} | {form: 0.25 for form in FORMS if "int8" in form}
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 8e-2}
+EIGHT_BITS = 0.25
 """Relative error. The students are untrained: their logits lie close together, and eight bits cost more than usual."""
 
 TENSORRT_QDQ = "TensorRT takes symmetric activations and biases in float only"
@@ -38,12 +53,19 @@ TURING = "TensorRT-RTX 1.7 computes in FP16 only on Turing"
 REFUSED = {
     ("bf16", "onnxruntime"): ("cannot load the graph.*NOT_IMPLEMENTED", "no BF16 kernels on a CPU"),
     ("fp8", "onnxruntime"): ("cannot load the graph", "no FP8 kernels on a CPU"),
-    **{(form, reader): ("cannot parse the graph", TENSORRT_QDQ)
-       for form in ("int8 u8s8", "int8 s8s8") for reader in ("rtx 8.9 dynamic", "rtx 12.0 static", "rtx 7.5")},
-    **{(form, "rtx 7.5"): ("no engine|cannot build an engine.*7.5", TURING)
+    ("int8 u8s8", "rtx 8.9 dynamic"): ("cannot parse the graph", TENSORRT_QDQ),
+    ("int8 s8s8", "rtx 8.9 dynamic"): ("cannot parse the graph", TENSORRT_QDQ),
+    **{(form, "rtx 7.5"): ("cannot build an engine for compute capability 7.5", TURING)
        for form in ("fp32", "int8 symmetric", "bf16", "fp8")},
 }  # fmt: skip
 """(form, reader): what the reader says, and why that is right."""
+ONLY_READ = {
+    (
+        "int8, rest fp16",
+        "openvino",
+    ): "a form for TensorRT: OpenVINO 2026.4's INT8 kernels stop the process on FP16 scales"
+}
+"""(form, reader): why the reader reads the graph and does not compute it."""
 READERS = ("onnxruntime", "openvino", "rtx 8.9 dynamic", "rtx 12.0 static", "rtx 7.5")
 STATIC_ENGINES = ("fp32", "int8, rest fp16")
 """Forms that are built for a fixed batch, too."""
@@ -52,16 +74,19 @@ STATIC_ENGINES = ("fp32", "int8, rest fp16")
 def cells() -> list[Any]:
     """(student, form, reader), with what is expected in the name."""
     found = []
-    for kind in KINDS:
-        for form in (*FORMS, *(FURTHER if kind in WITH_FURTHER else ())):
-            for reader in READERS:
-                if reader == "rtx 12.0 static" and form not in STATIC_ENGINES:
-                    continue
-                if reader == "rtx 7.5" and kind not in WITH_FURTHER:
-                    continue
-                refused = REFUSED.get((form, reader))
-                said = f"refused: {refused[1]}" if refused else "passes"
-                found.append(pytest.param(kind, form, reader, id=f"{kind} | {form} | {reader} | {said}"))
+    for kind, form, reader in itertools.product(KINDS, (*FORMS, *FURTHER), READERS):
+        turing = reader == "rtx 7.5" and kind in WITH_FURTHER and not form.startswith(("int8 u", "int8 s8"))
+        static = reader == "rtx 12.0 static" and form in STATIC_ENGINES
+        if form not in forms_of(kind) or not (turing or static or reader in READERS[:3]):
+            continue
+        if kind in SAME_GRAPH and reader not in READERS[:2]:
+            continue
+        expected = "passes"
+        if refused := REFUSED.get((form, reader)):
+            expected = f"refused: {refused[1]}"
+        elif reason := ONLY_READ.get((form, reader)):
+            expected = f"read, not computed: {reason}"
+        found.append(pytest.param(kind, form, reader, id=f"{kind} | {form} | {reader} | {expected}"))
     return found
 
 
@@ -71,6 +96,8 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str
 
     @cache
     def made(kind: str) -> dict[str, Path]:
+        if kind in SAME_GRAPH:
+            return made(SAME_GRAPH[kind])
         torch.set_num_threads(1)
         return make(kind, tmp_path_factory.mktemp("matrix"))
 
@@ -101,7 +128,7 @@ def test_matrix(kind: str, form: str, reader: str, graphs: Callable[[str], dict[
 
 def compare(kind: str, form: str, found: Array) -> None:
     assert found.shape == reference(kind).shape
-    assert parity.relative_error(reference(kind), found)[1] < TOLERANCE[form]
+    assert parity.relative_error(reference(kind), found)[1] < TOLERANCE.get(form, EIGHT_BITS)
 
 
 def run_onnxruntime(kind: str, form: str, reader: str, graph: Path, folder: Path) -> None:
@@ -113,9 +140,13 @@ def run_onnxruntime(kind: str, form: str, reader: str, graph: Path, folder: Path
     compare(kind, form, parity.run_session(static, inputs(kind), 4))
 
 
+@cache
+def openvino_core() -> Any:
+    return pytest.importorskip("openvino", reason="openvino is not installed (extra dev)").Core()
+
+
 def run_openvino(kind: str, form: str, reader: str, graph: Path, folder: Path) -> None:
-    openvino = pytest.importorskip("openvino", reason="openvino is not installed (extra dev)")
-    core = openvino.Core()
+    core = openvino_core()
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     if form in ("int8 s8s8", "int8 symmetric"):
         # without VNNI two products of eight-bit weights may saturate its sixteen-bit sums: compute as it is written
@@ -126,10 +157,10 @@ def run_openvino(kind: str, form: str, reader: str, graph: Path, folder: Path) -
         model = core.compile_model(str(path), "CPU", options)
         return np.concatenate([model(array[start : start + batch])[0] for start in range(0, ROWS, batch)])
 
-    if form != "int8, rest fp16":
-        compare(kind, form, computed(graph, 5))
-    else:  # in INT8 kernels alone, see above: shape and finite numbers
-        assert np.isfinite(computed(graph, 5)).all()
+    if (form, reader) in ONLY_READ:
+        assert core.read_model(str(graph)).outputs[0].partial_shape[1].get_length() == 3
+        return
+    compare(kind, form, computed(graph, 5))
     if form in ("fp32", "int8 u8s8"):
         compare(kind, form, computed(fixed(graph, 4, folder / "static.onnx"), 4))
 
@@ -174,9 +205,10 @@ def test_texts_bring_their_tokenizer(kind: str, graphs: Callable[[str], dict[str
         folder=tmp_path, device=device.name, stack=stack.name, dialect=stack.dialect, opset=20, input_name="tokens",
         input_dtype="int64", input_shape=(10,), batch=1, calibration_sha256=None, candidates=(candidate,), seconds=0,
     )  # fmt: skip
+    preprocessing = {"kind": "tokens", "length": 10, "pad_id": 0, "vocabulary": 40}
     bundle = write_bundle(
         tmp_path / "bundle", plan, candidate, name="texts", device=device, stack=stack, golden=tokens[:1],
-        labels=("a", "b", "c"), preprocessing={"kind": "tokens", "length": 10}, tokenizer=tmp_path / "tokenizer.json",
+        labels=("a", "b", "c"), preprocessing=preprocessing, tokenizer=tmp_path / "tokenizer.json",
     )  # fmt: skip
     assert {"tokenizer.json", "model.onnx"} <= set(open_bundle(bundle).files)
     (tmp_path / "texts.txt").write_text("\n".join(texts))

@@ -10,7 +10,7 @@ import torch
 from export import Plan, tensorrt
 from export.onnx import export_graph
 from export.parity import agreement, emulate, open_session, run_session
-from export.precision import quantization_for, quantize, to_fp16
+from export.precision import quantization_for, quantize, to_fp16, types_of
 from export.preflight import preflight
 from export.section import ExportSection
 from profiles.errors import EdgestillError
@@ -107,7 +107,7 @@ def test_fp16_graph_keeps_its_interface(fp32_graph: Path, tmp_path: Path) -> Non
     assert model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
     assert model.graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
     assert {tensor.data_type for tensor in model.graph.initializer} & {onnx.TensorProto.FLOAT16}
-    assert tensorrt.graph_precision(model) == "fp16"
+    assert types_of(model) == "fp16"
 
 
 def test_graph_without_anything_to_quantise_is_refused(tmp_path: Path) -> None:
