@@ -857,12 +857,11 @@ def _differences(sampled: Mapping[str, Sampled], scope: Scope) -> dict[str, tupl
 
 
 def _verdict(found: Sampled, plan: Plan, *, stable: bool) -> Outcome | None:
-    """Of a latency that moved, only what holds for every single sample decides, when there are enough for a bound."""
+    """Of a latency that moved, only what holds for every single sample decides; to pass, there must be enough for a bound."""
     if stable or found.verdict is None or plan.limit_ms is None:
         return found.verdict
     samples = found.in_scope(plan.scope)
-    if len(samples) < statistics.samples_needed(plan.percentile, plan.look_confidence):
-        return "inconclusive"
-    if max(samples) <= plan.limit_ms * 1e6:
-        return "pass"
-    return "fail" if min(samples) > plan.limit_ms * 1e6 else "inconclusive"
+    if min(samples) > plan.limit_ms * 1e6:
+        return "fail"
+    enough = len(samples) >= statistics.samples_needed(plan.percentile, plan.look_confidence)
+    return "pass" if enough and max(samples) <= plan.limit_ms * 1e6 else "inconclusive"

@@ -57,7 +57,7 @@ def test_the_whole_evidence_in_miniature(
 ) -> None:
     monkeypatch.setenv("EDGESTILL_CONFIG", str(tmp_path / "config"))
     # what a busy machine measured of the pool is not stored, and the benchmark then asks for a quiet one
-    monkeypatch.setattr("profiles.measure._warnings", lambda *_: ())
+    monkeypatch.setattr("profiles.measure.warnings_of", lambda *_: ())
     assert main(["--quick", "--folder", str(tmp_path), "--minutes", "0"]) == 130
     assert main(["--quick", "--folder", str(tmp_path)]) == 0
     assert "## Against simpler rules" in capsys.readouterr().out

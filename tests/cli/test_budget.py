@@ -47,7 +47,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def be_quiet(patch: pytest.MonkeyPatch) -> None:
     """What a noisy machine measured of the pool is not stored; here the runs are to find it again."""
-    patch.setattr("profiles.measure._warnings", lambda *_: ())
+    patch.setattr("profiles.measure.warnings_of", lambda *_: ())
 
 
 @pytest.fixture(autouse=True)

@@ -181,7 +181,7 @@ def test_what_a_noisy_machine_measured_is_priced_again_by_the_next_run(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cli.pipeline.pricing._SECONDS", 0.05)
-    monkeypatch.setattr("profiles.measure._warnings", lambda *_: ("the machine was busy",))
+    monkeypatch.setattr("profiles.measure.warnings_of", lambda *_: ("the machine was busy",))
     archs = [parse_arch(SMALL)]
     first = pricing_of(place, tmp_path / "run", target("here", FITS_ALL))
     assert first.costs(archs)["here"][archs[0]]["fp32"].source == "measured"
