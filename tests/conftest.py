@@ -19,6 +19,8 @@ settings.register_profile("fixed", derandomize=True)
 settings.load_profile("fixed")
 
 
+# before pytest-xdist reads the groups
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests run last, so that a mistake shows early; the tests of a file in one process, with its fixtures."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
