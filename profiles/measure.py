@@ -857,7 +857,7 @@ def _differences(sampled: Mapping[str, Sampled], scope: Scope) -> dict[str, tupl
 
 
 def _verdict(found: Sampled, plan: Plan, *, stable: bool) -> Outcome | None:
-    """Of a latency that moved, only what holds for every single sample decides; to pass, there must be enough for a bound."""
+    """Of a latency that moved, only what holds for every sample decides; to pass, they must suffice for a bound."""
     if stable or found.verdict is None or plan.limit_ms is None:
         return found.verdict
     samples = found.in_scope(plan.scope)
