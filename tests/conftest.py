@@ -19,11 +19,7 @@ settings.register_profile("fixed", derandomize=True)
 settings.load_profile("fixed")
 
 
-# before pytest-xdist reads the groups
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests run last, so that a mistake shows early; the tests of a file in one process, with its fixtures."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
-    for item in items:
-        slow = " (slow)" if item.get_closest_marker("slow") is not None else ""
-        item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0] + slow))
+    """Files with slow tests run last, so that a mistake shows early; pytest-xdist keeps a file in one process."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: (item.path in slow, item.get_closest_marker("slow") is not None))

@@ -55,11 +55,6 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     be_quiet(monkeypatch)
 
 
-@pytest.fixture
-def _timed_shortly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cli.pipeline.estimate._TIMED_SECONDS", 0.05)
-
-
 def edgestill(*arguments: str) -> int:
     with pytest.raises(SystemExit) as caught:
         main(list(arguments))
@@ -229,7 +224,6 @@ def test_a_finished_choice_trains_and_measures_nothing_again(
     assert all(after[path] == time for path, time in before.items() if "bundles" not in path.parts)
 
 
-@pytest.mark.usefixtures("_timed_shortly")
 def test_a_dry_run_of_a_finished_choice_has_nothing_left_to_train(
     resumed: tuple[Path, dict[Path, int], dict[Path, int]], place: Path
 ) -> None:
@@ -240,7 +234,6 @@ def test_a_dry_run_of_a_finished_choice_has_nothing_left_to_train(
     assert done["students (about 2 in full)"]
 
 
-@pytest.mark.usefixtures("_timed_shortly")
 def test_a_dry_run_prices_trials_and_full_trainings_and_writes_nothing(place: Path) -> None:
     run = Run(load_recipe(str(write_recipe(place, TARGETS))), place / "dry")
     found = estimate(run)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.pipeline import Run, estimate
+from cli.pipeline import Run
 from cli.recipe import load_recipe
 from profiles.errors import InputError
 from tests.cli.cli_runner import edgestill
@@ -26,11 +26,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clothes")
     make_all(folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "_TIMED_SECONDS", 0.01)
 
 
 def refused(folder: Path, recipe: str, key: str, *words: str, allow_code: bool = False) -> None:

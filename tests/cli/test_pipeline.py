@@ -164,9 +164,7 @@ def test_a_second_run_does_no_stage_again(finished: Path, clothes: Path) -> None
 
 
 def test_another_limit_changes_the_verdict_and_trains_nothing(finished: Path, clothes: Path, tmp_path: Path) -> None:
-    loaded = load_recipe(
-        str(write_recipe(clothes)), ["target.here.latency_ms=0.0001", "target.here.metric_floor=0.999"]
-    )
+    loaded = load_recipe(str(write_recipe(clothes)), ["target.here.latency_ms=0.0001", "target.rtx.latency_ms=2"])
     report = Run(loaded, finished).report()
     assert report.targets[0].verdict == "fail"
     assert report.exit_status == 3

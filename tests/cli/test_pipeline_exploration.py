@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from cli.pipeline import Run, estimate
+from cli.pipeline import Run
 from cli.pipeline.exploration import left_over
 from cli.pipeline.study import Study
 from cli.recipe import load_recipe
@@ -288,10 +288,7 @@ def test_two_processes_make_everything_once(folder: Path, tmp_path: Path) -> Non
 # -- dry runs ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_says_what_is_explored_and_what_is_there(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(estimate, "_TIMED_SECONDS", 0.02)
+def test_a_dry_run_says_what_is_explored_and_what_is_there(folder: Path, tmp_path: Path) -> None:
     recipe, out = explored(folder, FIXED), tmp_path / "run"
 
     def told(*more: str) -> dict[str, dict[str, float]]:
@@ -329,13 +326,11 @@ def test_a_dry_run_says_what_is_explored_and_what_is_there(
 def test_a_dry_run_times_real_steps_with_exploration(
     folder: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     explore: str,
     teacher: str,
     kind: str,
     known: bool,
 ) -> None:
-    monkeypatch.setattr(estimate, "_TIMED_SECONDS", 0.02)
     recipe = explored(folder, explore, teacher=teacher, kind=kind)
     asked = ["-q", "run", recipe, "--out", str(tmp_path / "never"), "--dry-run", "--json", "--allow-code"]
     result = edgestill(*asked)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cli.pipeline import Run, estimate
+from cli.pipeline import Run
 from cli.pipeline.shots import class_logits_on_test, exploration_facts, shots
 from cli.recipe import load_recipe
 from cli.report.schema import Report, ShotRow, load_report
@@ -76,10 +76,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Report]:
     return run, run.report()
 
 
-def test_a_dry_run_tells_the_size_of_every_class_and_that_steps_are_few(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(estimate, "_TIMED_SECONDS", 0.01)
+def test_a_dry_run_tells_the_size_of_every_class_and_that_steps_are_few(tmp_path: Path) -> None:
     (tmp_path / "tail.toml").write_text(RECIPE)
     arguments = ("-q", "run", str(tmp_path / "tail.toml"), "--out", str(tmp_path / "out"), "--dry-run")
     found = json.loads(edgestill(*arguments, "--json").out)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cli.pipeline import Run, estimate
+from cli.pipeline import Run
 from cli.pipeline.pool_cost import limits_of, pool_cost
 from cli.pipeline.run import Trained
 from cli.pipeline.study import Study
@@ -387,10 +387,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
 # -- dry runs ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_times_real_steps_of_the_strategy(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(estimate, "_TIMED_SECONDS", 0.02)
+def test_a_dry_run_times_real_steps_of_the_strategy(folder: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "never")
 
     def stages(teacher: str) -> dict[str, dict[str, float]]:
@@ -409,10 +406,7 @@ def test_a_dry_run_times_real_steps_of_the_strategy(
     assert not (tmp_path / "never").exists()
 
 
-def test_a_dry_run_knows_that_a_coached_teacher_starts_from_the_trained_one(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(estimate, "_TIMED_SECONDS", 0.02)
+def test_a_dry_run_knows_that_a_coached_teacher_starts_from_the_trained_one(folder: Path, tmp_path: Path) -> None:
     run = open_run(write(folder, ""), tmp_path / "run")
     run.distill()
     recipe = write(folder, LGTM)
