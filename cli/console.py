@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,6 +68,20 @@ def emit(result: RenderableType) -> None:
         sys.stdout.write(result if result.endswith("\n") else result + "\n")
     else:
         stdout().print(result)
+
+
+def emit_wrapped(text: str) -> None:
+    """Prints lines on standard output; a terminal gets them broken between words, further lines indented."""
+    if sys.stdout.isatty():
+        from shutil import get_terminal_size
+
+        width = max(40, get_terminal_size().columns)
+        broken = []
+        for line in text.splitlines():
+            indent = line[: len(line) - len(line.lstrip())] + "  "
+            broken += textwrap.wrap(line, width, subsequent_indent=indent, drop_whitespace=True) or [""]
+        text = "\n".join(broken)
+    emit(text)
 
 
 def emit_json(document: Any) -> None:

@@ -199,9 +199,8 @@ def _check_hash(folder: Path, manifest: Manifest, name: str) -> None:
         evidence = f"SHA-256 {found[:12]}..., the manifest says {manifest.files[name][:12]}..."
     else:
         return
-    raise InputError(
-        f"{name} {state}", where=str(path), evidence=evidence, fix=f"delete {folder} and run the same command again"
-    )
+    again = "make or copy the bundle again" if manifest.kind == "bundle" else "run the same command again"
+    raise InputError(f"{name} {state}", where=str(path), evidence=evidence, fix=f"delete {folder} and {again}")
 
 
 @contextmanager

@@ -135,9 +135,9 @@ def bench(
             console.emit_json(document)
         for name, entries in {} if as_json else document.items():
             missing = f"{name}  not measured: the device is not this machine; name the one that is: --on {name}=HOST"
-            console.emit(f"{name}" if entries else missing)
+            console.emit_wrapped(name if entries else missing)
             for measurement in entries:
-                console.emit(describe(measurement, indent="  "))
+                console.emit_wrapped(describe(measurement, indent="  "))
         raise typer.Exit(worst_status([entry for entries in document.values() for entry in entries]))
     if overrides or allow_code:
         raise InputError(
@@ -170,16 +170,24 @@ def bench(
     if as_json:
         console.emit_json(result)
     else:
-        console.emit(describe(result.measurement))
+        console.emit_wrapped(describe(result.measurement))
         if result.throughput is not None:
             for point in result.throughput.points:
-                console.emit(f"  batch {point.batch:>4}  {point.samples_per_second:10,.0f} samples/s")
-            console.emit(f"  saturates at batch {result.throughput.saturation_batch}; {result.throughput.note}")
+                console.emit(
+                    f"  batch {point.batch:>4}  {point.samples_per_second:10,.0f} samples/s{_moved(point.stable)}"
+                )
+            console.emit_wrapped(f"  saturates at batch {result.throughput.saturation_batch}; {result.throughput.note}")
         if result.thread_sweep is not None:
             for step in result.thread_sweep.points:
-                console.emit(f"  {step.threads:>4} threads  p50 {step.p50_ms:.3f} ms")
-            console.emit(f"  saturates at {result.thread_sweep.saturation_threads} threads; {result.thread_sweep.note}")
+                console.emit(f"  {step.threads:>4} threads  p50 {step.p50_ms:.3f} ms{_moved(step.stable)}")
+            console.emit_wrapped(
+                f"  saturates at {result.thread_sweep.saturation_threads} threads; {result.thread_sweep.note}"
+            )
     raise typer.Exit(worst_status([result.measurement]))
+
+
+def _moved(stable: bool) -> str:
+    return "" if stable else ", never settled"
 
 
 def _cores(text: str | None) -> tuple[int, ...]:

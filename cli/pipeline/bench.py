@@ -236,6 +236,18 @@ def _same_names(graph: Any, batch: int, given: dict[str, tuple[int, ...]]) -> di
     known: dict[str, int] = {}
     for name, shape in given.items():
         known |= {dim: size for dim, size in zip(dims.get(name, []), shape, strict=False) if isinstance(dim, str)}
+    if unknown := [name for name in given if name not in dims]:
+        raise InputError(
+            f'the model has no input "{unknown[0]}"', where="--shape", evidence=f"its inputs: {', '.join(dims)}"
+        )
+    rows = {shape[0] for name, shape in given.items() if shape and dims[name] and not isinstance(dims[name][0], int)}
+    if rows and rows != {batch}:
+        raise InputError(
+            f"the first size is the batch, which is {batch} here",
+            where="--shape",
+            evidence=", ".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in given.items()),
+            fix=f"--batch {max(rows)}, or a first size of {batch}",
+        )
     shapes = dict(given)
     for name, (first, *rest) in ((name, sizes) for name, sizes in dims.items() if sizes and name not in given):
         if isinstance(first, str):

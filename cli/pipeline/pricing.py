@@ -72,7 +72,11 @@ class Spread(Section):
     maximum: float
 
     @classmethod
-    def of(cls, latency: Latency) -> Spread:
+    def of(cls, latency: Latency, *, settled: bool) -> Spread:
+        """Of latencies that did not settle only the fastest query says something, as a lower end: a pause of the
+        machine must not exclude a student that nobody then looks at."""
+        if not settled:
+            return cls(percentiles={"50": latency.minimum}, maximum=latency.minimum)
         found = {"50": latency.p50, "90": latency.p90, "95": latency.p95, "99": latency.p99, "99.9": latency.p99_9}
         return cls(percentiles=found, maximum=latency.maximum)
 
@@ -331,7 +335,7 @@ class Pricing:
             with artifact.create(self._folder(arch, target), KIND, self._key(arch, targets, wanted), info):
                 pass  # all of it is in the manifest
         for warning in dict.fromkeys(noise.values()):
-            self.run.say_once(f"students of the pool were priced while {warning}; the next run prices them again")
+            self.run.say_once(f"students of the pool were priced {warning}; the next run prices them again")
         return found
 
     def _graphs(
@@ -410,13 +414,20 @@ class Pricing:
                 continue
             seen = measured[f"{arch} {precision}"]
             if seen.warnings:
-                noise[arch] = "the machine was busy or throttled" if seen.stable else "latencies did not settle"
+                noise[arch] = (
+                    "while the machine was busy or throttled"
+                    if seen.stable
+                    else "by their fastest query, since latencies did not settle"
+                )
             found[arch, precision] = Figures(
                 precision=precision,
                 file_mib=size,
                 memory_mib=seen.memory.peak_mib,
                 bound_ms=bound,
-                clocks={"end_to_end": Spread.of(seen.end_to_end or seen.compute), "compute": Spread.of(seen.compute)},
+                clocks={
+                    "end_to_end": Spread.of(seen.end_to_end or seen.compute, settled=seen.stable),
+                    "compute": Spread.of(seen.compute, settled=seen.stable),
+                },
             )
         return found, noise
 

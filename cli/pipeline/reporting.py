@@ -218,7 +218,7 @@ def _at_least(value: float) -> str:
 
 def _not_measured(target: Target) -> str:
     title = target.device.title
-    return f"not run: this machine is no {title}; copy the bundle there and run its infer.py --selftest"
+    return f"not run: this machine is no {title}; run --on {target.name}=HOST measures it there over ssh"
 
 
 def _stack_words(target: Target) -> str:

@@ -103,6 +103,10 @@ class Comparison(Part):
     exit_status: int
 
 
+_MEMORY_MIB, _MEMORY_SHARE = 0.5, 0.01
+"""Peaks of one file in eight fresh processes were within 0.18 of 67 MiB; the larger of these is taken for no change."""
+
+
 class Interval(NamedTuple):
     """Ends of a difference and of the relative change; None where unknown."""
 
@@ -282,7 +286,9 @@ class _Planned:
         if None not in values and a.memory_how != b.memory_how:
             how = f"read in two ways: {a.memory_how}; {b.memory_how}"
             return self._finish("memory", "memory", values, None, refused=how)
-        return self._plain("memory", *values, a.memory_how, "one figure each, no interval")
+        tolerance = 0.0 if a.memory_mib is None else max(_MEMORY_MIB, _MEMORY_SHARE * a.memory_mib)
+        how = f"one reading each; {tolerance:.2g} MiB is what readings of one file differ by"
+        return self._plain("memory", *values, a.memory_how, how, tolerance)
 
     def _energy(self, confidence: float) -> Change:
         a, b = self.a.energy, self.b.energy
@@ -297,12 +303,15 @@ class _Planned:
         unknown = "no interval was recorded" if interval.low is None else ""
         return self._finish("energy", "energy", values, interval, unknown=unknown)
 
-    def _plain(self, quantity: Quantity, a: float | None, b: float | None, missing: str, how: str) -> Change:
+    def _plain(
+        self, quantity: Quantity, a: float | None, b: float | None, missing: str, how: str, tolerance: float = 0.0
+    ) -> Change:
         if a is None or b is None:
             return self._finish(quantity, quantity, (a, b), None, missing=missing)
-        change = b - a
-        relative = change / a if a else None
-        return self._finish(quantity, quantity, (a, b), Interval(change, change, relative, relative, 1.0, how))
+        tolerance = tolerance if a != b else 0.0
+        low, high = b - a - tolerance, b - a + tolerance
+        shares = (low / a, high / a) if a else (None, None)
+        return self._finish(quantity, quantity, (a, b), Interval(low, high, shares[0], shares[1], 1.0, how))
 
     def _finish(
         self,

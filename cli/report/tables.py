@@ -12,6 +12,7 @@ from cli.report.words import (
     LIMIT_TITLES,
     NOT_THE_DEVICE,
     VERDICT_WORDS,
+    bound_words,
     counts_line,
     date,
     duration,
@@ -224,8 +225,8 @@ def to_markdown(report: Report) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} | | | | |")
     lines.append("")
-    confidences = {row.latency.confidence for row in report.targets if row.latency is not None}
-    bound = f"; bound: {plain_number(min(confidences) * 100)} % confidence" if confidences else ""
+    words = bound_words(row.latency for row in report.targets if row.latency is not None)
+    bound = f"; {words}" if words else ""
     spreads = {row.metric.confidence for row in report.targets if row.metric is not None}
     bound += f"; ±: {plain_number(min(spreads) * 100)} %" if spreads else ""
     timed = scopes(report)

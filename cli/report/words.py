@@ -201,13 +201,14 @@ def limit_sentence(limit: LimitVerdict) -> str:
 def reasons(row: TargetRow) -> list[str]:
     """Why the target has its verdict: the error, the run's own reasons, and every limit but latency that did not pass.
 
-    The latency's figures stand in the table already, and the run explains them.
+    The latency's figures stand in the table already, and the run explains them; one that passes without a figure says
+    why.
     """
     lines = [] if row.error is None else [row.error]
     lines += row.why
     lines += [limit_sentence(limit) for limit in row.limits if limit.verdict != "pass" and limit.name != "latency_ms"]
     latency = row.limit("latency_ms")
-    if not lines and latency is not None and latency.verdict != "pass":
+    if latency is not None and (latency.reason if latency.verdict == "pass" else not lines):
         lines.append(limit_sentence(latency))
     return lines
 

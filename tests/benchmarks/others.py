@@ -298,8 +298,9 @@ def page(rows: list[Ratio], facts: dict[str, Any]) -> str:
         "# Our latencies against others",
         "",
         f"Made by `python -m tests.benchmarks.others` on {facts['created']}: {facts['cpu']}, one thread on one core, "
-        f"resnet8x4 at 32x32, {facts['repetitions']} repetitions of {facts['queries']} queries each, interleaved every {TURN} "
-        f"queries. LoadGen {facts['loadgen']}, OpenVINO {facts['openvino']}, ONNX Runtime {facts['onnxruntime']}.",
+        f"resnet8x4 at 32x32, {facts['repetitions']} repetitions of {facts['queries']} queries each, interleaved every "
+        f"{TURN} queries. LoadGen {facts['loadgen']}, OpenVINO {facts['openvino']}, ONNX Runtime "
+        f"{facts['onnxruntime']}.",
         "",
         "| against | runtime | percentile | ours, ms | theirs, ms | ratio, median | all ratios | within 3 % |",
         "|---|---|---|---:|---:|---:|---|---|",

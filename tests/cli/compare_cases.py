@@ -84,6 +84,7 @@ def write_run(
             "metric": metric,
             "latency": latency,
             "size_mib": size_mib,
+            "peak_memory_mib": measured.memory.peak_mib,
             "limits": (),
             "environment": measurement.environment,
             "candidates": (

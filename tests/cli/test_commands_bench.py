@@ -42,6 +42,8 @@ def test_energy_is_never_0_when_it_is_not_known(model: Path) -> None:
         (("--affinity", "first"), "--affinity 0,1"),
         (("--affinity", "4096"), "may not be used here"),
         (("--graph-optimization", "most"), "extended"),
+        (("--shape", "imag:1x3x8x8"), 'no input "imag"'),
+        (("--shape", "image:4x3x8x8"), "--batch 4"),
     ],
 )
 def test_what_does_not_exist_is_refused(model: Path, options: tuple[str, ...], says: str) -> None:

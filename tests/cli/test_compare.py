@@ -91,6 +91,17 @@ def test_a_run_is_no_worse_than_itself_and_a_second_one_is_within_noise(write: C
     assert change(found, "metric").how == "the same file and answers"
 
 
+@pytest.mark.parametrize(("after", "outcome"), [(50.3, "noise"), (49.6, "noise"), (51.0, "worse"), (49.0, "better")])
+def test_memory_is_one_reading_so_that_little_differences_are_noise(
+    write: Callable[..., Path], after: float, outcome: str
+) -> None:
+    before = write("before", latencies(0), answers(0))
+    memory = Memory(peak_mib=after, before_load_mib=40.0, how="VmHWM")
+    found = document(before, write("after", latencies(0), answers(0), memory=memory))[1]
+    assert change(found, "memory").outcome == outcome
+    assert change(found, "memory").how == "one reading each; 0.5 MiB is what readings of one file differ by"
+
+
 def test_a_regression_beyond_the_gate_fails_and_one_within_it_passes(write: Callable[..., Path]) -> None:
     before = write("before", latencies(0), answers(0))
     slower = write("slower", latencies(1, 1.3), answers(0))

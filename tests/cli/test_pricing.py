@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from cli.pipeline import Run
-from cli.pipeline.pricing import Figures, Pricing, cost_of
+from cli.pipeline.pricing import Figures, Pricing, Spread, cost_of
 from cli.recipe import load_recipe
 from distill.students.arch import parse_arch
 from distill.students.choose import nearest_miss
@@ -18,6 +18,7 @@ from distill.students.pool import Limits
 from profiles.calibration import PRIOR_EFFICIENCY
 from profiles.device import TargetSection, detect
 from profiles.errors import EdgestillError, InputError
+from profiles.measure import describe
 from profiles.measurement import Scope
 from tests.cli.budget_cases import FITS_ALL, RATIOS, SMALL, WIDE, calibrate, make_data, target, write_recipe
 
@@ -192,6 +193,20 @@ def test_what_a_noisy_machine_measured_is_priced_again_by_the_next_run(
     again.run.strict = True
     with pytest.raises(EdgestillError, match="--strict"):
         again.costs(archs)
+
+
+def test_latencies_that_did_not_settle_exclude_by_their_fastest_query_alone() -> None:
+    samples = [1_000_000] * 5 + [13_500_000] * 200
+    seen = describe(samples, "compute", 99.0, 0.99)
+    section = TargetSection(name="here", latency_ms=2.0, latency_scope="compute")
+
+    def cost(*, settled: bool) -> float | None:
+        spread = Spread.of(seen, settled=settled)
+        figures = Figures(precision="fp32", file_mib=1, memory_mib=None, bound_ms=None, clocks={"compute": spread})
+        return cost_of(figures, section, 1.0).latency_ms
+
+    assert cost(settled=True) == pytest.approx(13.5)
+    assert cost(settled=False) == pytest.approx(1.0)
 
 
 # -- on paper ----------------------------------------------------------------------------------------------------------
