@@ -107,11 +107,15 @@ def _fastest_measured(
         share = abs(difference.value) / best_ms if difference is not None else 0.0
         points = (option.validation.value - best.validation.value) * 100
         if faster:
-            rejected[best.name] = f"{option.name} is {share:.0%} faster and keeps the metric"
-            why.append(f"{option.name}, not {best.name}: {share:.0%} faster, {points:+.1f} pt on validation")
+            rejected[best.name] = f"{option.name} is {share:.0%} faster in the median and keeps the metric"
+            why.append(
+                f"{option.name}, not {best.name}: {share:.0%} faster in the median, {points:+.1f} pt on validation"
+            )
             best, best_ms = option, option_ms
         else:
-            rejected[option.name] = f"{share:.0%} slower than {best.name}" if slower else f"not faster than {best.name}"
+            rejected[option.name] = (
+                f"{share:.0%} slower than {best.name} in the median" if slower else f"not faster than {best.name}"
+            )
             why.append(f"{best.name}, not {option.name}: {option.name} is {rejected[option.name]}")
     return Choice(best.name, rejected, tuple(why))
 
