@@ -113,9 +113,8 @@ def _fastest_measured(
             )
             best, best_ms = option, option_ms
         else:
-            rejected[option.name] = (
-                f"{share:.0%} slower than {best.name} in the median" if slower else f"not faster than {best.name}"
-            )
+            found = f"{share:.0%} slower than {best.name} in the median" if slower else f"not faster than {best.name}"
+            rejected[option.name] = found
             why.append(f"{best.name}, not {option.name}: {option.name} is {rejected[option.name]}")
     return Choice(best.name, rejected, tuple(why))
 
