@@ -142,6 +142,8 @@ class Plan(Section):
     input_shape: tuple[int, ...]
     """Of one sample, without the batch."""
     batch: int
+    decides: bool = True
+    """The output is one score per class, so that a sample has a decision; False: other values, or not known."""
     calibration_sha256: str | None
     candidates: tuple[Candidate, ...]
     seconds: float

@@ -39,6 +39,7 @@ class OneOutput(nn.Module):
         self.output = _choose(found, output)
         batch = next(iter(inputs.values())).shape[0]
         shape = tuple(found[self.output].shape)
+        self.width = shape[1] if len(shape) == 2 else None
         if not shape or shape[0] != batch:
             raise InputError(
                 f'the output "{self.output}" has no batch',
@@ -46,6 +47,23 @@ class OneOutput(nn.Module):
                 evidence=f"its shape is {shape} for inputs of batch {batch}",
                 fix="--output NAME with one of: " + ", ".join(self.outputs),
             )
+
+    @property
+    def decides(self) -> bool:
+        """Whether the output is one score per class, as far as the model says: two or more "logits" per sample.
+
+        A model of transformers says it of regressions, too (`config.problem_type`).
+        """
+        several = self.width is not None and self.width > 1
+        return self.output == PREFERRED and several and self._problem() != "regression"
+
+    @property
+    def exclusive(self) -> bool:
+        """False where the model says that its classes do not exclude each other."""
+        return self._problem() != "multi_label_classification"
+
+    def _problem(self) -> object:
+        return getattr(getattr(self.model, "config", None), "problem_type", None)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """The chosen output (N, ...)."""

@@ -94,6 +94,7 @@ def export_model(
     section: ExportSection | None = None,
     weights: Path | None = None,
     output: str | None = None,
+    labels: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> tuple[Plan, list[Path]]:
     """Exports a module through the same ladder, without a task metric; one bundle per usable candidate.
@@ -108,10 +109,11 @@ def export_model(
             FP32 and FP16 only, compared on random inputs, which is said in the manifest.
         weights: .safetensors, or a .pth state dict (loaded with weights_only=True).
         output: name of the output to export, see `OneOutput`; None: "logits", else the first tensor.
+        labels: of the classes, when the output is one score per class; empty: see `OneOutput.decides`.
 
     Raises:
         InputError: names, shapes or types of `samples` do not fit; weights that do not fit the model; an output that
-            does not exist; dynamic sizes for a stack that runs engines.
+            does not exist, or has not one score for each label; dynamic sizes for a stack that runs engines.
         EdgestillError: as `plan`.
     """
     if not examples:
@@ -131,6 +133,14 @@ def export_model(
     if progress is not None and len(wrapped.outputs) > 1:
         others = ", ".join(name for name in wrapped.outputs if name != wrapped.output)
         progress.note(f'the output "{wrapped.output}" is exported; --output chooses another: {others}')
+    if labels and wrapped.width != len(labels):
+        raise InputError(
+            f'the output "{wrapped.output}" is not one score for each of {len(labels)} labels',
+            where="--labels",
+            evidence="it has " + (f"{wrapped.width} values" if wrapped.width is not None else "not two dimensions"),
+            fix="one label per line, in the order of the scores; --output chooses another output: "
+            + ", ".join(wrapped.outputs),
+        )
     name = re.sub(r"[^A-Za-z0-9_]", "_", wrapped.output)
     made = plan(
         wrapped,
@@ -144,10 +154,12 @@ def export_model(
         batch=batch or max(1, examples[0].shape[0]),
         precisions=precisions,
         section=section,
+        exclusive=wrapped.exclusive,
         progress=progress,
         output_name=f"output_{name}" if name[0].isdigit() or name in held_out else name,
         dynamic={example.name: dict(example.sizes) for example in examples if example.sizes},
     )
+    made = made.model_copy(update={"decides": bool(labels) or wrapped.decides})
     _check_other_sizes(wrapped, examples, made, section or ExportSection())
     golden = {name: array[:1] for name, array in held_out.items()}
     source = "random inputs" if samples is None else "the samples given"
@@ -160,6 +172,8 @@ def export_model(
             device=device,
             stack=stack,
             golden=golden,
+            labels=labels,
+            exclusive=wrapped.exclusive,
             facts={"compared_on": source, "output": wrapped.output, "weights": _hash_of(weights)},
             section=section,
         )

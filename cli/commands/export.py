@@ -62,6 +62,10 @@ def export(
         str | None,
         typer.Option("--output", help="The output to export, of several.  [default: logits, or the first]"),
     ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option("--labels", help="The classes' names, one per line: the output is one score for each."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Export a run's students for every target, verified; or, with --model, any PyTorch model."""
@@ -75,6 +79,7 @@ def export(
     given = {
         "--kwargs": kwargs, "--weights": weights, "--example": example, "--samples": samples, "--stack": stack,
         "--precision": precision, "--batch": batch, "--output": output,
+        "--labels": labels,
         "--device": None if device == "this-machine" else device,
     }  # fmt: skip
     for option, value in given.items():
@@ -89,7 +94,15 @@ def export(
 
         plan, bundles = export_foreign(
             ForeignModel(
-                model, kwargs, weights, tuple(example or ()), samples, output, tuple(precision or ("auto",)), batch
+                model,
+                kwargs,
+                weights,
+                tuple(example or ()),
+                samples,
+                output,
+                tuple(precision or ("auto",)),
+                batch,
+                labels,
             ),
             device=device,
             stack=stack,
@@ -142,7 +155,8 @@ def describe_candidates(plan: object, *, notes: bool = False) -> list[str]:
             parts.append(f"{candidate.validation.name} {candidate.validation.value:.1%} on validation")
         if candidate.parity:
             worst = max(candidate.parity, key=lambda rung: rung.relative)
-            parts.append(f"relative error {worst.relative:.1e}, {worst.agreement:.1%} same decisions")
+            parts.append(f"relative error {worst.relative:.1e}")
+            parts += [f"{worst.agreement:.1%} same decisions"] if plan.decides else []
         if candidate.engine is not None:
             parts.append(f"engine by {candidate.engine.builder}")
         parts += [note for note in (candidate.parsed_by, candidate.engine_note) if note]
