@@ -32,8 +32,11 @@ class Rung(Section):
     """Largest |a - b| over all logits."""
     relative: float
     """`max_abs` over the largest |reference| logit."""
-    agreement: float
-    """Share of samples (of logits, when classes are not exclusive) with the reference's decision, 0 to 1."""
+    agreement: float | None = None
+    """Share of samples (of logits, when classes are not exclusive) with the reference's decision, 0 to 1; None where
+    the output is no class logits."""
+    spread_error: float | None = None
+    """See `parity.spread_error`: 0 is none, 1 what a constant output would have."""
     difference: Difference | None = None
     """Task metric of this rung minus the reference's, paired over samples; None when no labels were given."""
     passed: bool

@@ -107,6 +107,8 @@ def export_model(
         folder: gets `graphs/` and one bundle folder per candidate.
         samples: real samples per input name (N, ...); half of them calibrate INT8, the other half is compared. None:
             FP32 and FP16 only, compared on random inputs, which is said in the manifest.
+        section: there is no task metric, so its `int8_tolerance` and, for class scores, `int8_agreement` say whether
+            INT8 is sound.
         weights: .safetensors, or a .pth state dict (loaded with weights_only=True).
         output: name of the output to export, see `OneOutput`; None: "logits", else the first tensor.
         labels: of the classes, when the output is one score per class; empty: see `OneOutput.decides`.
@@ -142,6 +144,7 @@ def export_model(
             + ", ".join(wrapped.outputs),
         )
     name = re.sub(r"[^A-Za-z0-9_]", "_", wrapped.output)
+    section = section or ExportSection()
     made = plan(
         wrapped,
         held_out=held_out,
@@ -155,12 +158,12 @@ def export_model(
         precisions=precisions,
         section=section,
         exclusive=wrapped.exclusive,
+        decides=bool(labels) or wrapped.decides,
         progress=progress,
         output_name=f"output_{name}" if name[0].isdigit() or name in held_out else name,
         dynamic={example.name: dict(example.sizes) for example in examples if example.sizes},
     )
-    made = made.model_copy(update={"decides": bool(labels) or wrapped.decides})
-    _check_other_sizes(wrapped, examples, made, section or ExportSection())
+    _check_other_sizes(wrapped, examples, made, section)
     golden = {name: array[:1] for name, array in held_out.items()}
     source = "random inputs" if samples is None else "the samples given"
     bundles = [

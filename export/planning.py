@@ -85,6 +85,7 @@ def plan(
     score: Score | None = None,
     difference: DifferenceOf | None = None,
     exclusive: bool = True,
+    decides: bool = True,
     metadata: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     retrain: Retrain | None = None,
@@ -110,10 +111,11 @@ def plan(
         score: task metric of an ONNX file on the validation data in ONNX Runtime.
         difference: paired difference of the task metric, see `DifferenceOf`.
         exclusive: classes exclude each other (argmax decides); else each logit's sign does.
+        decides: the output is class logits; False: other values, which hold no decisions.
         metadata: for the graph's `metadata_props`: preprocessing, labels and the like, as plain values.
         retrain: quantisation-aware training, the last resort; None: there is none.
-        floor: the metric to keep; None: 99 % of FP32. Without `score` what counts is that the decisions agree as the
-            section asks.
+        floor: the metric to keep; None: 99 % of FP32. Without `score` what counts is the outputs' error, and that the
+            decisions agree, as the section asks.
         rescue: whether search and retraining follow where INT8 does not keep the metric; without them, an INT8 that was
             asked for by name and cannot be used is left for the caller to judge.
         output_name: of the graph's output.
@@ -145,6 +147,7 @@ def plan(
         score=score,
         difference=difference,
         exclusive=exclusive,
+        decides=decides,
         metadata=dict(metadata or {}),
         strict="auto" not in precisions,
         opset=choose_opset(section.opset, stack),
@@ -167,6 +170,7 @@ def plan(
         input_dtype=str(held[first].dtype),
         input_shape=tuple(int(size) for size in held[first].shape[1:]),
         batch=batch,
+        decides=decides,
         calibration_sha256=work.calibration_hash,
         candidates=tuple(work.candidates),
         seconds=round(time.perf_counter() - started, 2),
@@ -208,6 +212,7 @@ class _Work:
     score: Score | None
     difference: DifferenceOf | None
     exclusive: bool
+    decides: bool
     metadata: dict[str, Any]
     strict: bool
     opset: int
@@ -382,6 +387,12 @@ class _Work:
         return parity.run_torch(self.model, self.samples)
 
     @property
+    def narrow_limits(self) -> Limits:
+        """Of INT8 and FP8 graphs. Where a task metric judges them, their error is not bounded besides."""
+        spread = None if self.score is not None else self.section.int8_tolerance
+        return Limits(None, self.section.int8_agreement, spread)
+
+    @property
     def batches(self) -> tuple[int, ...]:
         return tuple(sorted({1, 2, self.batch}))
 
@@ -476,7 +487,7 @@ class _Work:
             parity.emulate(graph, scored)
             if half:
                 parity.emulate_half(scored, scored)
-        rung = self.climb(name, parity.open_session(scored or graph), Limits(None, self.section.int8_agreement))
+        rung = self.climb(name, parity.open_session(scored or graph), self.narrow_limits)
         rung = self.judge(rung, scored or graph, _INT8_DIVERGENCE, strict=False)
         return self.describe(name, precision, graph, (rung,), scored=scored, form=form)
 
@@ -535,20 +546,20 @@ class _Work:
             return parity.run_session(parity.open_session(written(model)), self.samples, 256)
 
         def same(found: NDArray[np.float32]) -> float:
-            return parity.agreement(self.reference, found, exclusive=self.exclusive)
+            return parity.agreement(self.reference, found, exclusive=self.exclusive) if self.decides else 1.0
 
         def verdict(model: onnx.ModelProto) -> Verdict:
             found = logits(model)
-            agreement = same(found)
-            sound = bool(np.isfinite(found).all()) and agreement >= self.section.int8_agreement
+            sound = bool(np.isfinite(found).all()) and same(found) >= self.section.int8_agreement
             if self.score is None or lowest is None or not np.isfinite(found).all():
-                return Verdict(agreement, sound, None)
+                error = parity.spread_error(self.reference, found)
+                return Verdict(1 - error, sound and error <= self.section.int8_tolerance, None, error)
             metric = self.score(place)
             return Verdict(metric.value, sound and metric.value >= lowest, metric)
 
         def change(found: NDArray[np.float32]) -> float:
             if self.difference is None:
-                return same(found) - 1
+                return -parity.spread_error(self.reference, found)
             return self.difference(found, self.reference, self.rows).value
 
         return Judge(verdict, logits, self.reference, change)
@@ -639,7 +650,7 @@ class _Work:
                 if half:
                     parity.emulate_half(scored, scored)
             checked = scored or graph
-            rung = self.climb(name, parity.open_session(checked), Limits(None, self.section.int8_agreement))
+            rung = self.climb(name, parity.open_session(checked), self.narrow_limits)
             rung = self.judge(rung, checked, _INT8_DIVERGENCE, strict=False)
             described = f"quantised {form}, {self.section.calibration_method} ranges"
             return self.describe(name, "int8", graph, (rung,), scored=scored, form=described)
@@ -680,6 +691,7 @@ class _Work:
             self.batches,
             limits,
             exclusive=self.exclusive,
+            decides=self.decides,
             difference=self.difference,
         )
 
@@ -799,6 +811,7 @@ class _Work:
             self.output_name,
             {name: {str(place): size for place, size in sizes.items()} for name, sizes in self.dynamic.items()},
             self.exclusive,
+            self.decides,
             self.score is not None,
             self.difference is not None,
             tool_versions(),
@@ -953,10 +966,13 @@ def _float_inputs(source: Path, target: Path) -> None:
 
 def _failure_text(rung: Rung) -> str:
     node = f"; first diverging node: {rung.first_divergence}" if rung.first_divergence else ""
-    return (
-        f'parity rung "{rung.name}" fails: relative error {rung.relative:.2g}, agreement {rung.agreement:.1%} of '
-        f"{rung.samples} samples{node}"
-    )
+    return f'parity rung "{rung.name}" fails: {_figures(rung)}, {rung.samples} samples{node}'
+
+
+def _figures(rung: Rung) -> str:
+    agreed = f", {rung.agreement:.1%} of decisions kept" if rung.agreement is not None else ""
+    spread = f", {rung.spread_error:.2g} of the outputs' spread" if rung.spread_error is not None else ""
+    return f"relative error {rung.relative:.2g}{spread}{agreed}"
 
 
 def _failure(rung: Rung, tolerance: float | None) -> EdgestillError:
@@ -964,6 +980,6 @@ def _failure(rung: Rung, tolerance: float | None) -> EdgestillError:
     return EdgestillError(
         f'the exported graph does not compute what the model does (rung "{rung.name}")',
         where=f"first diverging node: {rung.first_divergence or 'none alone; the error grows over the graph'}",
-        evidence=f"relative error {rung.relative:.2g}{limit}; {rung.agreement:.1%} of decisions kept",
+        evidence=f"{_figures(rung)}{limit}",
         fix='precision = "auto" leaves a failing precision out' if not rung.name.startswith("onnx") else None,
     )

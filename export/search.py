@@ -38,11 +38,15 @@ _MOST_NAMED = 4
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a graph is worth on the held-out data. value: its metric, or its share of equal decisions without one."""
+    """What a graph is worth on the held-out data.
+
+    value: its metric; without one, 1 - `error`. error: see `parity.spread_error`; None: the metric decides.
+    """
 
     value: float
     keeps: bool
     metric: Metric | None
+    error: float | None = None
 
 
 @dataclass
@@ -225,9 +229,14 @@ class Search:
                 size_bytes=weights_bytes(model) if model is not None else None,
                 seconds=round(time.perf_counter() - started, 2),
                 keeps=verdict.keeps if verdict is not None else keeps,
-                note=note,
+                note="; ".join(part for part in (_error(verdict), note) if part),
             )
         )
+
+
+def _error(verdict: Verdict | None) -> str:
+    error = verdict.error if verdict is not None else None
+    return f"error {error:.2g} of the outputs' spread" if error is not None else ""
 
 
 def _worst(ranked: list[Sensitivity]) -> str:

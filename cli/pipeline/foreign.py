@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 
 from export import Plan, export_model, parse_example, refusal_of
+from export.section import ExportSection
 from profiles.device import TargetSection, resolve_target
 from profiles.errors import InputError
 from profiles.opening import open_arrays
@@ -24,7 +25,7 @@ class ForeignModel:
 
     factory: package.module:name. kwargs: a JSON object. examples: [NAME:]SHAPE[:TYPE] texts. samples: an .npz of real
     inputs by name. output: which one. precisions: as a target's. batch: of a query; None: the first example's. labels:
-    a text file, one label per line.
+    a text file, one label per line. int8_tolerance: see ExportSection; None: its default.
     """
 
     factory: str
@@ -36,6 +37,7 @@ class ForeignModel:
     precisions: tuple[str, ...] = ("auto",)
     batch: int | None = None
     labels: Path | None = None
+    int8_tolerance: float | None = None
 
 
 def export_foreign(
@@ -81,6 +83,7 @@ def export_foreign(
         precisions=model.precisions,
         batch=model.batch,
         labels=_labels(model.labels),
+        section=ExportSection() if model.int8_tolerance is None else ExportSection(int8_tolerance=model.int8_tolerance),
         progress=progress,
     )
 
