@@ -74,8 +74,8 @@ class Candidate(Section):
 
     name: str
     """Unique in a plan: fp32, fp16, bf16, int8 (ONNX Runtime), int8-fp16 and int8-fp32 (INT8 with that remainder, for
-    TensorRT), fp8-fp16 and fp8-fp32, int8-mixed (some nodes left in float), int8-qat (after a quantisation-aware
-    training)."""
+    TensorRT), fp8-fp16 and fp8-fp32, int8-mixed, int8-mixed-fp16 and int8-mixed-fp32 (some nodes left in float),
+    int8-qat (after a quantisation-aware training)."""
     precision: Precision
     file: Path | None = None
     """The ONNX graph; None when refused before it was made."""

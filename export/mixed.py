@@ -94,6 +94,18 @@ def share_in_int8(units: Sequence[Unit], floating: Sequence[Unit]) -> float:
     return 1 - (left / total if total else len(floating) / max(1, len(units)))
 
 
+def affordable(units: Sequence[Unit], order: Sequence[Unit], least: float) -> list[Unit]:
+    """Those of `order` that may be left in float together: each, in turn, unless INT8's share would fall below `least`.
+
+    A large one that does not fit is passed over; smaller ones behind it may.
+    """
+    taken: list[Unit] = []
+    for unit in order:
+        if share_in_int8(units, [*taken, unit]) >= least:
+            taken.append(unit)
+    return taken
+
+
 def leave_float(quantized: onnx.ModelProto, quantizer: Quantizer, floating: frozenset[str]) -> onnx.ModelProto:
     """The INT8 graph with the nodes of these names in float.
 

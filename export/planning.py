@@ -261,10 +261,11 @@ class _Work:
         if found.keeps:
             for name, half in self.remainders("int8"):
                 self.add(name, "int8", self.searched(name, found, _FULL, half=half), task, instead=True)
-        mixed = None
-        if found.mixed:
-            mixed = self.add("int8-mixed", "int8", self.searched("int8-mixed", found, _MIXED, half=self.has_half), task)
-        done = found.keeps or (mixed is not None and self.keeps(mixed) and found.share >= MOSTLY)
+        mixed = [
+            self.add(name, "int8", self.searched(name, found, _MIXED, half=half), task)
+            for name, half in (self.remainders("int8-mixed") if found.mixed else [])
+        ]
+        done = found.keeps or (any(self.keeps(candidate) for candidate in mixed) and found.share >= MOSTLY)
         if not done and self.retrain is not None:
             self.add("int8-qat", "int8", self.retrained, task)
         self.must_keep([candidate for candidate in self.candidates if candidate.precision == "int8"])
@@ -277,15 +278,11 @@ class _Work:
         ]
 
     def remainders(self, name: str) -> list[tuple[str, bool]]:
-        """(candidate, whether what is not quantised is FP16)."""
+        """(candidate, whether what is not quantised is FP16), for every remainder that the device computes in."""
         if self.stack.runtime == "onnxruntime":
             return [(name, False)]
-        return [(f"{name}-fp16", True), (f"{name}-fp32", False)]
-
-    @property
-    def has_half(self) -> bool:
-        """FP16 came out well, so a mixed graph has it as its remainder."""
-        return any(candidate.name == "fp16" and self.keeps(candidate) for candidate in self.candidates)
+        half = [(f"{name}-fp16", True)] if self.device.why_not("fp16") is None else []
+        return [*half, (f"{name}-fp32", False)]
 
     def add(
         self,
@@ -576,7 +573,7 @@ class _Work:
             return self.checked(name, "int8", model, folder, half=half, form=described)
 
         # plain INT8 stays where it is: the next run asks for it again
-        stored = name if name == "int8-mixed" else f"{name}-searched"
+        stored = name if file == _MIXED else f"{name}-searched"
         return lambda: self.artefact(stored, "int8", make, name=name, made_from=(self.searched_key, half))
 
     def retrained(self) -> Candidate:

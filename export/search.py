@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from export.candidate import PlanStep
 from export.equalise import correct_biases, equalise
-from export.mixed import Unit, leave_float, rescue, share_in_int8, units_of
+from export.mixed import Unit, affordable, leave_float, rescue, share_in_int8, units_of
 from export.onnx import weights_bytes
 from export.precision import Quantization, Quantizer
 from export.section import ExportSection
@@ -154,20 +154,26 @@ class Search:
     def _equalised(self, best: _Best) -> _Best:
         """Channels scaled across layers, then calibrated anew by the best method so far."""
         started = time.perf_counter()
-        scaled, count = equalise(best.quantizer.prepared, self.calibration)
-        if not count:
-            self._note("int8 equalised", None, None, started, note="no two layers whose channels can be scaled")
+        found = equalise(best.quantizer.prepared, self.calibration)
+        stopped = ""
+        if found.stopped:
+            operators = ", ".join(sorted(found.stopped))
+            stopped = f"; {sum(found.stopped.values())} were not: no scale is taken through {operators}"
+        if not found.groups:
+            note = f"no two layers whose channels can be scaled{stopped}"
+            self._note("int8 equalised", None, None, started, note=note)
             return best
-        quantizer = best.quantizer.of(scaled)
+        quantizer = best.quantizer.of(found.model)
         model = quantizer.quantized(best.method)
         tried = _Best(quantizer, best.method, model, best.verdict, f"{best.described}, equalised")
-        return self._better(best, tried, started, note=f"{count} groups of channels scaled")
+        return self._better(best, tried, started, note=f"{found.groups} groups of channels scaled{stopped}")
 
     def _corrected(self, best: _Best) -> _Best:
         """Biases that take the mean errors back."""
         started = time.perf_counter()
         changed, count = correct_biases(best.quantizer.prepared, best.model, self.calibration)
         if not count:
+            self._note("int8 biases corrected", None, None, started, note="no layer has a bias of its own")
             return best
         quantizer = best.quantizer.of(changed, keep_ranges=True)
         model = quantizer.quantized(best.method)
@@ -198,9 +204,10 @@ class Search:
             return asked[chosen][1].keeps
 
         order = [entry.unit for entry in ranked]
-        pool = [unit for place, unit in enumerate(order) if share_in_int8(units, order[: place + 1]) >= LEAST]
+        pool = affordable(units, order, LEAST)
         if not pool or not keeps(frozenset(pool)):
-            note = f"does not even with {1 - LEAST:.0%} of the multiply-adds in float ({len(pool)} nodes)"
+            share = 1 - share_in_int8(units, pool)
+            note = f"does not even with {share:.0%} of the multiply-adds in float ({len(pool)} of {len(units)} nodes)"
             self._note("int8-mixed", None, None, started, keeps=False, note=note)
             return self._found(best)
         chosen = rescue(pool, keeps, limit=_QUESTIONS)
