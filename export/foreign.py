@@ -23,15 +23,19 @@ class OneOutput(nn.Module):
         inputs: an example of every input by name, in order. Where the names are parameters of the model's forward(), it
             is called by keyword, else by position.
         output: name of the output: a key, a field, or a position in a tuple. None: see `PREFERRED`.
+        typed: the inputs as the user wrote them, for messages; else their names and shapes.
 
     Raises:
         InputError: some names are parameters of forward() and others are not; the model does not run on the inputs; an
             output that does not exist or does not have the batch as its first dimension.
     """
 
-    def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor], output: str | None) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: Mapping[str, Tensor], output: str | None, typed: Sequence[str] = ()
+    ) -> None:
         super().__init__()
         self.model = model
+        self.typed = tuple(typed)
         self.names = tuple(inputs)
         self.by_keyword = _by_keyword(model, self.names)
         found = self._try(inputs)
@@ -80,10 +84,10 @@ class OneOutput(nn.Module):
             with torch.no_grad():
                 found = dict(_tensors(self._call(tuple(inputs.values()))))
         except Exception as error:  # a user's model may raise anything
-            given = [f"{name}:{'x'.join(map(str, array.shape))}" for name, array in inputs.items()]
+            given = self.typed or [f"{name}:{'x'.join(map(str, array.shape))}" for name, array in inputs.items()]
             raise InputError(
                 "the model does not run on the example inputs",
-                where="--example " + " ".join(given),
+                where=" ".join(f"--example {text}" for text in given),
                 evidence=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}",
                 fix="--example must name every input that forward() needs, with shape and type: "
                 + ", ".join(_parameters(self.model)),

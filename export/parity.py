@@ -19,6 +19,8 @@ from torch import nn
 from export.candidate import Rung
 from export.onnx import data_file, dynamic_shapes, first_lines, graph_opset, quiet, save, write
 from export.preflight.graph import without_weights
+from export.section import ExportSection
+from profiles.device import Precision
 from profiles.errors import EdgestillError
 from profiles.metrics import Difference
 
@@ -41,6 +43,18 @@ class Limits:
     tolerance: float | None
     agreement: float | None
     spread: float | None = None
+
+
+def limits_of(precision: Precision, section: ExportSection, *, judged: bool) -> Limits:
+    """What a graph of that precision must hold. judged: a task metric says what its error costs, so that INT8's and
+    FP8's is not bounded besides."""
+    if precision in ("int8", "fp8"):
+        return Limits(None, section.int8_agreement, None if judged else section.int8_tolerance)
+    if precision == "fp16":
+        return Limits(section.fp16_tolerance, section.fp16_agreement)
+    if precision == "bf16":  # 8 bits of mantissa where FP16 has 11
+        return Limits(8 * section.fp16_tolerance, section.fp16_agreement)
+    return Limits(section.fp32_tolerance, section.fp32_agreement)
 
 
 def open_session(

@@ -383,11 +383,8 @@ class _Work:
         """The model's logits on `samples`, computed by PyTorch in FP32."""
         return parity.run_torch(self.model, self.samples)
 
-    @property
-    def narrow_limits(self) -> Limits:
-        """Of INT8 and FP8 graphs. Where a task metric judges them, their error is not bounded besides."""
-        spread = None if self.score is not None else self.section.int8_tolerance
-        return Limits(None, self.section.int8_agreement, spread)
+    def limits(self, precision: Precision) -> Limits:
+        return parity.limits_of(precision, self.section, judged=self.score is not None)
 
     @property
     def batches(self) -> tuple[int, ...]:
@@ -410,7 +407,7 @@ class _Work:
                 dynamic=self.dynamic,
                 metadata=self.graph_metadata("fp32"),
             )
-            limits = Limits(self.section.fp32_tolerance, self.section.fp32_agreement)
+            limits = self.limits("fp32")
             plain = self.climb("onnx fp32", parity.open_session(graph, optimised=False), limits)
             self.require(plain, lambda: parity.torch_values(self.model, self.first_samples), graph)
             fused = self.climb("onnx runtime optimised", parity.open_session(graph), limits)
@@ -434,9 +431,7 @@ class _Work:
             parity.open_session(graph)  # it loads as it is
             scored = folder / _SCORED
             parity.emulate_half(graph, scored)
-            rung = self.climb(
-                "fp16", parity.open_session(scored), Limits(self.section.fp16_tolerance, self.section.fp16_agreement)
-            )
+            rung = self.climb("fp16", parity.open_session(scored), self.limits("fp16"))
             rung = self.judge(rung, scored, self.section.fp16_tolerance)
             return self.describe("fp16", "fp16", graph, (rung,), scored=scored)
 
@@ -448,10 +443,10 @@ class _Work:
             to_bf16(self.base / GRAPH, graph, self.graph_metadata("bf16"))
             scored = folder / _SCORED
             parity.emulate_half(graph, scored, half=onnx.TensorProto.BFLOAT16)
-            # 8 bits of mantissa where FP16 has 11
-            tolerance = 8 * self.section.fp16_tolerance
-            rung = self.climb("bf16", parity.open_session(scored), Limits(tolerance, self.section.fp16_agreement))
-            return self.describe("bf16", "bf16", graph, (self.judge(rung, scored, tolerance),), scored=scored)
+            limits = self.limits("bf16")
+            assert limits.tolerance is not None
+            rung = self.climb("bf16", parity.open_session(scored), limits)
+            return self.describe("bf16", "bf16", graph, (self.judge(rung, scored, limits.tolerance),), scored=scored)
 
         return self.artefact("bf16", "bf16", make)
 
@@ -484,7 +479,7 @@ class _Work:
             parity.emulate(graph, scored)
             if half:
                 parity.emulate_half(scored, scored)
-        rung = self.climb(name, parity.open_session(scored or graph), self.narrow_limits)
+        rung = self.climb(name, parity.open_session(scored or graph), self.limits(precision))
         rung = self.judge(rung, scored or graph, _INT8_DIVERGENCE, strict=False)
         return self.describe(name, precision, graph, (rung,), scored=scored, form=form)
 
@@ -647,7 +642,7 @@ class _Work:
                 if half:
                     parity.emulate_half(scored, scored)
             checked = scored or graph
-            rung = self.climb(name, parity.open_session(checked), self.narrow_limits)
+            rung = self.climb(name, parity.open_session(checked), self.limits("int8"))
             rung = self.judge(rung, checked, _INT8_DIVERGENCE, strict=False)
             described = f"quantised {form}, {self.section.calibration_method} ranges"
             return self.describe(name, "int8", graph, (rung,), scored=scored, form=described)
@@ -743,7 +738,7 @@ class _Work:
             size_bytes=sum(path.stat().st_size for path in graph.parent.glob(f"{GRAPH}*")),
             parity=rungs,
             validation=self.score(scored or graph) if self.score is not None and failed is None else None,
-            refused=_failure_text(failed) if failed is not None else None,
+            refused=failure_text(failed) if failed is not None else None,
             notes=tuple(notes),
         )
 
@@ -961,12 +956,14 @@ def _float_inputs(source: Path, target: Path) -> None:
     save(model, target)
 
 
-def _failure_text(rung: Rung) -> str:
+def failure_text(rung: Rung) -> str:
+    """Why a rung failed, one clause."""
     node = f"; first diverging node: {rung.first_divergence}" if rung.first_divergence else ""
-    return f'parity rung "{rung.name}" fails: {_figures(rung)}, {rung.samples} samples{node}'
+    return f'parity rung "{rung.name}" fails: {figures_of(rung)}, {rung.samples} samples{node}'
 
 
-def _figures(rung: Rung) -> str:
+def figures_of(rung: Rung) -> str:
+    """The rung's errors and its agreement, as far as it has them."""
     agreed = f", {rung.agreement:.1%} of decisions kept" if rung.agreement is not None else ""
     spread = f", {rung.spread_error:.2g} of the outputs' spread" if rung.spread_error is not None else ""
     return f"relative error {rung.relative:.2g}{spread}{agreed}"
@@ -977,6 +974,6 @@ def _failure(rung: Rung, tolerance: float | None) -> EdgestillError:
     return EdgestillError(
         f'the exported graph does not compute what the model does (rung "{rung.name}")',
         where=f"first diverging node: {rung.first_divergence or 'none alone; the error grows over the graph'}",
-        evidence=f"{_figures(rung)}{limit}",
+        evidence=f"{figures_of(rung)}{limit}",
         fix='precision = "auto" leaves a failing precision out' if not rung.name.startswith("onnx") else None,
     )

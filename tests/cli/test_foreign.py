@@ -165,6 +165,9 @@ def test_a_transformer_is_called_by_keyword_and_keeps_its_dynamic_sizes(bert: Re
     assert {entry["name"]: entry["refused"] is None for entry in json.loads(bert.out)["plan"]["candidates"]} == {
         "fp32": True, "fp16": False, "int8": True,
     }  # fmt: skip
+    rungs = {entry["name"]: entry["parity"] for entry in json.loads(bert.out)["plan"]["candidates"]}
+    for name in ("fp32", "int8"):
+        assert (rungs[name][-1]["name"], rungs[name][-1]["passed"]) == (f"{name} at other sizes", True)
     path = place / "bert" / "fp32" / "model.onnx"
     inputs = {entry.name: entry.type.tensor_type.shape.dim for entry in onnx.load(path).graph.input}
     assert {name: [dim.dim_param for dim in dims] for name, dims in inputs.items()} == {
@@ -250,6 +253,7 @@ def infer(bundle: Path, samples: Path) -> list[str]:
     [
         ("mobile", (*IMAGES, "--output", "logit"), 'did you mean "logits"'),
         ("mobile", ("--example", "image:1x4x24x24"), "the model does not run on the example inputs"),
+        ("ready", ("--example", "1x9"), "where: --example 1x9 "),
         ("mobile", (*IMAGES, "--precision", "int8"), "real samples"),
         ("mobile", (*IMAGES, "--precision", "fp16"), "ONNX Runtime computes FP16 graphs in FP32"),
         ("mobile", (*IMAGES, "--precision", "fp4"), "no export for FP4"),

@@ -122,3 +122,36 @@ def test_columns_in_which_samples_do_not_differ_are_left_out() -> None:
     assert spread_error(reference, reference + np.array([0.0, 0.3])) == 0
     assert spread_error(np.full((8, 1), 5.0), np.full((8, 1), 6.0)) == pytest.approx(0.2)
     assert spread_error(np.zeros((8, 1)), np.full((8, 1), 0.5)) == 0.5
+
+
+class Lengths(nn.Module):
+    """Rows (N, T, 4) to values (N, 2), by way of numbers that are 25 times as large with 7 steps as with 12."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.hidden, self.value = nn.Linear(4, 16), nn.Linear(16, 2)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        length = torch.ones_like(rows[..., :1]).sum(1)
+        hidden = torch.relu(self.hidden(rows)).mean(1) * (12 / length) ** 6
+        return self.value(hidden * 1e4) / 1e4
+
+
+def test_every_precision_is_compared_at_other_sizes(tmp_path: Path) -> None:
+    device, stack = device_and_stack("this-machine")
+    # a graphics card whose stack is ONNX Runtime gets FP16, too
+    device = device.model_copy(update={"kind": "gpu", "precisions": ("fp32", "fp16", "int8")})
+    rows = {"rows": np.random.default_rng(0).standard_normal((64, 12, 4)).astype(np.float32)}
+    options = {"device": device, "stack": stack, "samples": rows}
+    fixed, _ = export_model(Lengths(), [parse_example("rows:1x12x4")], folder=tmp_path / "fixed", **options)  # type: ignore[arg-type]
+    assert [candidate.name for candidate in fixed.usable] == ["fp32", "fp16", "int8"]
+    named = [parse_example("rows:1xsteps=12x4")]
+    made, bundles = export_model(Lengths(), named, folder=tmp_path / "dynamic", **options)  # type: ignore[arg-type]
+    assert [path.name for path in bundles] == ["fp32"]
+    for name in ("fp16", "int8"):
+        assert f'parity rung "{name} at other sizes" fails' in str(made[name].refused)
+        assert made[name].parity[0].passed
+    assert made["fp32"].parity[-1].name == "fp32 at other sizes"
+    with pytest.raises(EdgestillError, match="at other sizes"):
+        export_model(Lengths(), named, folder=tmp_path / "asked", precisions=("int8",), **options)  # type: ignore[arg-type]
