@@ -124,6 +124,8 @@ class PlanStep(Section):
     """Such as "int8 minmax", "int8 equalised", "int8-mixed"."""
     metric: Metric | None = None
     """On validation data; None: there is none, or the graph was refused."""
+    agreement: float | None = None
+    """Share of the parity samples with the model's own decision; None: no graph, or no class logits."""
     size_bytes: int | None = None
     seconds: float | None = None
     """What it took when it was done, which may have been in an earlier run."""

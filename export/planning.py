@@ -325,6 +325,7 @@ class _Work:
         return PlanStep(
             name=candidate.name,
             metric=candidate.validation,
+            agreement=candidate.parity[-1].agreement if candidate.parity else None,
             size_bytes=candidate.size_bytes,
             seconds=candidate.seconds,
             keeps=self.keeps(candidate),
@@ -537,17 +538,15 @@ class _Work:
         def logits(model: onnx.ModelProto) -> NDArray[np.float32]:
             return parity.run_session(parity.open_session(written(model)), self.samples, 256)
 
-        def same(found: NDArray[np.float32]) -> float:
-            return parity.agreement(self.reference, found, exclusive=self.exclusive) if self.decides else 1.0
-
         def verdict(model: onnx.ModelProto) -> Verdict:
             found = logits(model)
-            sound = bool(np.isfinite(found).all()) and same(found) >= self.section.int8_agreement
+            same = parity.agreement(self.reference, found, exclusive=self.exclusive) if self.decides else None
+            sound = bool(np.isfinite(found).all()) and (same is None or same >= self.section.int8_agreement)
             if self.score is None or lowest is None or not np.isfinite(found).all():
                 error = parity.spread_error(self.reference, found)
-                return Verdict(1 - error, sound and error <= self.section.int8_tolerance, None, error)
+                return Verdict(1 - error, sound and error <= self.section.int8_tolerance, None, error, same)
             metric = self.score(place)
-            return Verdict(metric.value, sound and metric.value >= lowest, metric)
+            return Verdict(metric.value, sound and metric.value >= lowest, metric, None, same)
 
         def change(found: NDArray[np.float32]) -> float:
             if self.difference is None:

@@ -40,13 +40,15 @@ _MOST_NAMED = 4
 class Verdict:
     """What a graph is worth on the held-out data.
 
-    value: its metric; without one, 1 - `error`. error: see `parity.spread_error`; None: the metric decides.
+    value: its metric; without one, 1 - `error`. error: see `parity.spread_error`; None: the metric decides. agreement:
+    share of equal decisions; None where there are none.
     """
 
     value: float
     keeps: bool
     metric: Metric | None
     error: float | None = None
+    agreement: float | None = None
 
 
 @dataclass
@@ -233,6 +235,7 @@ class Search:
             PlanStep(
                 name=name,
                 metric=verdict.metric if verdict is not None else None,
+                agreement=verdict.agreement if verdict is not None else None,
                 size_bytes=weights_bytes(model) if model is not None else None,
                 seconds=round(time.perf_counter() - started, 2),
                 keeps=verdict.keeps if verdict is not None else keeps,
