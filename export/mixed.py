@@ -106,6 +106,19 @@ def affordable(units: Sequence[Unit], order: Sequence[Unit], least: float) -> li
     return taken
 
 
+def pools(units: Sequence[Unit], order: Sequence[Unit], least: float) -> list[list[Unit]]:
+    """Sets that may be left in float together, the most promising first.
+
+    `affordable` as ordered; then with each unit that did not fit in front, in place of what then does not fit.
+    """
+    first = affordable(units, order, least)
+    others = [affordable(units, [unit, *(entry for entry in order if entry is not unit)], least)
+              for unit in order if unit not in first]  # fmt: skip
+    found = [first]
+    found += [pool for pool in others if set(pool) not in [set(entry) for entry in found]]
+    return [pool for pool in found if pool]
+
+
 def leave_float(quantized: onnx.ModelProto, quantizer: Quantizer, floating: frozenset[str]) -> onnx.ModelProto:
     """The INT8 graph with the nodes of these names in float.
 

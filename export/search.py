@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from export.candidate import PlanStep
 from export.equalise import correct_biases, equalise
-from export.mixed import Unit, affordable, leave_float, rescue, share_in_int8, units_of
+from export.mixed import Unit, leave_float, pools, rescue, share_in_int8, units_of
 from export.onnx import weights_bytes
 from export.precision import Quantization, Quantizer
 from export.section import ExportSection
@@ -33,6 +33,8 @@ LEAST = 0.2
 """With a smaller share than this in INT8, a mixed graph has lost what INT8 is for."""
 _QUESTIONS = 24
 """Graphs that the rescue may ask about: each is made and scored on the whole validation split."""
+_MOST_POOLS = 4
+"""Sets of nodes that the rescue starts from at most."""
 _MOST_NAMED = 4
 
 
@@ -206,10 +208,11 @@ class Search:
             return asked[chosen][1].keeps
 
         order = [entry.unit for entry in ranked]
-        pool = affordable(units, order, LEAST)
-        if not pool or not keeps(frozenset(pool)):
-            share = 1 - share_in_int8(units, pool)
-            note = f"does not even with {share:.0%} of the multiply-adds in float ({len(pool)} of {len(units)} nodes)"
+        tried = pools(units, order, LEAST)[:_MOST_POOLS]
+        pool = next((pool for pool in tried if keeps(frozenset(pool))), None)
+        if pool is None:
+            share = max((1 - share_in_int8(units, each) for each in tried), default=0.0)
+            note = f"does not even with up to {share:.0%} of the multiply-adds in float ({len(tried)} sets of nodes)"
             self._note("int8-mixed", None, None, started, keeps=False, note=note)
             return self._found(best)
         chosen = rescue(pool, keeps, limit=_QUESTIONS)

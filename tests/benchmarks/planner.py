@@ -4,8 +4,8 @@
 
 Trains, exports, retrains where the planner does, and measures, by the same `Run` as `edgestill run`: the students of
 the built-in recipe `quickstart`, with its own floors and once with none of the metric to lose; and a depthwise network
-on the same images whose plain INT8 fails. The gains of its normalisations start spread over three orders of magnitude:
-the next normalisation takes them back, so it can compute what a network with equal gains does, but one INT8 scale for
+on the same images whose plain INT8 fails. The gains of its normalisations start spread over orders of magnitude: the
+next normalisation takes them back, so it can compute what a network with equal gains does, but one INT8 scale for
 all channels of a tensor suits few of them. With ReLU in between the channels can be scaled back, with GELU they cannot.
 Writes results/planner.json and .md beside this file. What is finished stays in the folder,
 so the same command goes on. Latencies want a quiet machine.
@@ -42,8 +42,6 @@ from profiles.progress import Silent
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-ORDERS = 3.0
-"""Orders of magnitude between the gains of "wide channels"."""
 
 
 class Depthwise(nn.Module):
@@ -51,17 +49,18 @@ class Depthwise(nn.Module):
 
     Args:
         act: of the blocks.
+        orders: of magnitude between the gains that the blocks' first normalisations start with.
         width: channels of the first block.
     """
 
-    def __init__(self, act: Literal["relu", "gelu"], width: int = 12) -> None:
+    def __init__(self, act: Literal["relu", "gelu"], orders: float, width: int = 12) -> None:
         super().__init__()
         activation = {"relu": nn.ReLU, "gelu": nn.GELU}[act]
         self.stem = nn.Sequential(nn.Conv2d(1, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
         blocks, channels = [], width
         for out, stride in ((width, 1), (2 * width, 2), (2 * width, 2)):
             hidden = 4 * channels
-            blocks += [nn.Conv2d(channels, hidden, 1, bias=False), gained(hidden), activation()]
+            blocks += [nn.Conv2d(channels, hidden, 1, bias=False), gained(hidden, orders), activation()]
             blocks += [nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False), nn.BatchNorm2d(hidden)]
             blocks += [activation(), nn.Conv2d(hidden, out, 1, bias=False), nn.BatchNorm2d(out)]
             channels = out
@@ -73,11 +72,11 @@ class Depthwise(nn.Module):
         return logits
 
 
-def gained(channels: int) -> nn.BatchNorm2d:
-    """A normalisation whose gains start between 1 and 1000, in an order of their own."""
+def gained(channels: int, orders: float) -> nn.BatchNorm2d:
+    """A normalisation whose gains start between 1 and 10^orders, in an order of their own."""
     norm = nn.BatchNorm2d(channels)
     order = torch.randperm(channels, generator=torch.Generator().manual_seed(channels))
-    norm.weight.data = 10 ** (ORDERS * order / (channels - 1))
+    norm.weight.data = 10 ** (orders * order / (channels - 1))
     return norm
 
 
@@ -104,19 +103,25 @@ def cases(quick: bool) -> tuple[Case, ...]:
         "export": {"qat_epochs": 1 if quick else 3},
     }
 
-    def depthwise(act: str) -> Case:
-        student = {"kind": "torch", "factory": "tests.benchmarks.planner:Depthwise", "kwargs": {"act": act}}
+    def depthwise(act: str, orders: float) -> Case:
+        student = {
+            "kind": "torch",
+            "factory": "tests.benchmarks.planner:Depthwise",
+            "kwargs": {"act": act, "orders": orders},
+        }
         target = {"name": "here", "max_metric_drop": 0.01}
         values = {**common, "name": act, "student": {**student, "input_channels": 1}, "target": [target]}
-        return Case(f"depthwise, wide channels, {act}", f"depthwise-{act}", ("here",), values=values)
+        title = f"depthwise, {act}, gains from 1 to {10**orders:,.0f}"
+        return Case(title, f"depthwise-{act}-{orders:g}", ("here",), values=values)
 
     changes = ("plain_students=false", f"measure.max_seconds={common['measure']['max_seconds']}", *few)
     strict = ("target.kiosk.max_metric_drop=0",)
     return (
         Case("quickstart", "quickstart", ("this-computer", "kiosk", "door-pi5"), "quickstart", changes),
         Case("quickstart, nothing to lose", "quickstart", ("kiosk",), "quickstart", (*changes, *strict)),
-        depthwise("relu"),
-        depthwise("gelu"),
+        depthwise("relu", 3),
+        depthwise("gelu", 1.5),
+        depthwise("gelu", 3),
     )
 
 

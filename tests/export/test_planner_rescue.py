@@ -5,7 +5,7 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export.mixed import Unit, affordable, rescue, share_in_int8
+from export.mixed import Unit, affordable, pools, rescue, share_in_int8
 
 
 @st.composite
@@ -75,3 +75,10 @@ def test_what_may_be_left_in_float_keeps_the_share_and_nothing_more_fits(
     assert share_in_int8(units, taken) >= least
     assert taken == [entry for entry in order if entry in taken]
     assert all(share_in_int8(units, [*taken, other]) < least for other in units if other not in taken)
+
+
+def test_a_large_unit_gets_its_turn_in_place_of_smaller_ones() -> None:
+    first, second, third = units = [unit(place, size) for place, size in enumerate([30, 60, 10])]
+    assert pools(units, units, 0.2) == [[first, third], [second, third]]
+    assert pools(units, units, 0.0) == [units]
+    assert pools([first], [first], 0.5) == []
