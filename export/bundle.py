@@ -55,7 +55,8 @@ def write_bundle(
     Args:
         name: of the target.
         golden: one or a few real held-out samples (N, ...), or such an array per input name.
-        exclusive: classes exclude each other: `infer.py` prints a softmax, else sigmoids.
+        exclusive: classes exclude each other: `infer.py` prints a softmax, else sigmoids. Where the plan's output is no
+            class scores it prints the output itself.
         preprocessing: what was done to the raw data before the graph. Its "kind" ("image" or "tokens") says what
             `infer.py` reads besides arrays; None: arrays only.
         metric: of this candidate on the test split.
@@ -116,7 +117,7 @@ def write_bundle(
         write_text(temporary / "engine_check.py", check)
         if script is not None:
             write_text(temporary / SCRIPT, script)
-        write_text(temporary / "README.txt", _readme(name, device, stack, candidate, engines, info["preprocessing"]))
+        write_text(temporary / "README.txt", _readme(name, device, stack, candidate, engines, info))
     return folder
 
 
@@ -190,6 +191,7 @@ def _info(
             "memory_gib": device.memory_gib,
         },
         "stack": json.loads(stack.model_dump_json(exclude={"evidence"})),
+        "decides": plan.decides,
         "exclusive": exclusive,
         "classes": len(labels),
         "preprocessing": _preprocessing(preprocessing),
@@ -224,18 +226,19 @@ def _readme(
     stack: Stack,
     candidate: Candidate,
     engines: Sequence[Engine],
-    preprocessing: Mapping[str, Any],
+    info: Mapping[str, Any],
 ) -> str:
     raw = {
         "image": ["python infer.py photo.jpg       the same for an image; needs Pillow"],
         "tokens": ["python infer.py texts.txt       the same for texts, one per line; needs tokenizers"],
     }
+    what = "the classes of" if info["decides"] else "what it gives for"
     lines = [
         f"{name}: {candidate.name} for {device.title}, {stack.name} ({stack.runtime} {stack.runtime_version})",
         "",
         "python infer.py --selftest      checks this folder on the device: PASS or FAIL",
-        "python infer.py samples.npy     prints the classes of your own samples",
-        *raw.get(preprocessing.get("kind", ""), []),
+        f"python infer.py samples.npy     prints {what} your own samples",
+        *raw.get(info["preprocessing"].get("kind", ""), []),
         "",
         "It needs NumPy and "
         + ("onnxruntime." if stack.runtime == "onnxruntime" else "TensorRT, or onnxruntime for a check."),

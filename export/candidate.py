@@ -32,8 +32,11 @@ class Rung(Section):
     """Largest |a - b| over all logits."""
     relative: float
     """`max_abs` over the largest |reference| logit."""
-    agreement: float
-    """Share of samples (of logits, when classes are not exclusive) with the reference's decision, 0 to 1."""
+    agreement: float | None = None
+    """Share of samples (of logits, when classes are not exclusive) with the reference's decision, 0 to 1; None where
+    the output is no class logits."""
+    spread_error: float | None = None
+    """See `parity.spread_error`: 0 is none, 1 what a constant output would have."""
     difference: Difference | None = None
     """Task metric of this rung minus the reference's, paired over samples; None when no labels were given."""
     passed: bool
@@ -71,8 +74,8 @@ class Candidate(Section):
 
     name: str
     """Unique in a plan: fp32, fp16, bf16, int8 (ONNX Runtime), int8-fp16 and int8-fp32 (INT8 with that remainder, for
-    TensorRT), fp8-fp16 and fp8-fp32, int8-mixed (some nodes left in float), int8-qat (after a quantisation-aware
-    training)."""
+    TensorRT), fp8-fp16 and fp8-fp32, int8-mixed, int8-mixed-fp16 and int8-mixed-fp32 (some nodes left in float),
+    int8-qat (after a quantisation-aware training)."""
     precision: Precision
     file: Path | None = None
     """The ONNX graph; None when refused before it was made."""
@@ -121,6 +124,8 @@ class PlanStep(Section):
     """Such as "int8 minmax", "int8 equalised", "int8-mixed"."""
     metric: Metric | None = None
     """On validation data; None: there is none, or the graph was refused."""
+    agreement: float | None = None
+    """Share of the parity samples with the model's own decision; None: no graph, or no class logits."""
     size_bytes: int | None = None
     seconds: float | None = None
     """What it took when it was done, which may have been in an earlier run."""
@@ -142,6 +147,8 @@ class Plan(Section):
     input_shape: tuple[int, ...]
     """Of one sample, without the batch."""
     batch: int
+    decides: bool = True
+    """The output is one score per class, so that a sample has a decision; False: other values, or not known."""
     calibration_sha256: str | None
     candidates: tuple[Candidate, ...]
     seconds: float

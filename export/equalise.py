@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,47 +26,52 @@ from export.parity import emulate, open_session
 _BATCH = 64
 _LARGEST_FACTOR = 1e4
 """Channels are scaled by at most this against each other; a channel that is always 0 needs no scale."""
-_SAME_CHANNEL = (
-    "Relu",
-    "LeakyRelu",
-    "MaxPool",
-    "AveragePool",
-    "GlobalAveragePool",
-    "Add",
-    "Sum",
-    "Identity",
-    "Dropout",
-)
-"""f(s x) = s f(x) for s > 0, channel by channel."""
-_RESHAPING = ("Flatten", "Reshape", "Squeeze", "ReduceMean")
-"""The same where only positions go and the channels stay the second dimension."""
+_ELEMENTWISE = ("Relu", "LeakyRelu", "Identity", "Dropout")
+"""f(s x) = s f(x) for s > 0."""
+_POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool")
+"""The same, channel by channel of a map."""
+_RESHAPING = ("Flatten", "Reshape", "Squeeze", "Unsqueeze")
+_REDUCING = ("ReduceMean", "ReduceSum")
 
 
-def equalise(model: onnx.ModelProto, calibration: Mapping[str, NDArray[Any]]) -> tuple[onnx.ModelProto, int]:
+@dataclass(frozen=True)
+class Equalised:
+    """The scaled graph. groups: sets of values that were scaled; 0: it is the graph as it was.
+
+    stopped: operators at which other layers' channels could not be scaled, with how many sets each stopped: those that
+    do not pass a scale on (Gelu, a normalisation behind a residual sum), and the Reshape into an attention's heads,
+    through which it is not followed.
+    """
+
+    model: onnx.ModelProto
+    groups: int
+    stopped: Mapping[str, int]
+
+
+def equalise(model: onnx.ModelProto, calibration: Mapping[str, NDArray[Any]]) -> Equalised:
     """The same function with channels scaled so that activations and the weights that read them share a range.
 
     For every set of values that have to be scaled alike (a layer's output, or a whole residual stream): with a_c the
     largest activation of channel c and w_c the largest weight that reads it, the layers that write it are divided by
     s_c = sqrt(a_c / w_c) and those that read it multiplied. Then a_c / s_c = w_c s_c: the paper's condition. A
     depthwise convolution has a scale for each channel of its own, so there the activations alone decide: s_c = a_c.
+    Layers are convolutions and matrix products with constant weights; a layer normalisation's own weights write, too.
     Exact but for rounding where Clip (ReLU6) never cuts at its upper end on the calibration samples; other Clips stop
     it.
 
     Args:
         model: the prepared float graph: batch normalisation folded, all shapes known.
         calibration: real training samples by input.
-
-    Returns:
-        The graph, and how many sets of values were scaled; 0: nothing could be.
     """
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
     graph = changed.graph
-    regions = _regions(graph)
-    watched = {name for region in regions for name in region.values}
+    _untie_vectors(graph)
+    regions, stopped = _regions(graph)
+    watched = {name: axis for region in regions for name, axis in region.values.items()}
     if not watched:
-        return changed, 0
-    largest = channel_extremes(changed, sorted(watched), calibration)
+        return Equalised(model, 0, stopped)
+    largest = channel_extremes(changed, watched, calibration)
     done = 0
     weights = {tensor.name: tensor for tensor in graph.initializer}
     for region in regions:
@@ -76,7 +83,9 @@ def equalise(model: onnx.ModelProto, calibration: Mapping[str, NDArray[Any]]) ->
             weight = np.abs(numpy_helper.to_array(weights[node.input[1]]))
             if not _is_depthwise(node, weight.shape):
                 free = False
-                reading = np.maximum(reading, _by_input_channel(node, weight).reshape(len(activations), -1).max(1))
+                reading = np.maximum(
+                    reading, np.moveaxis(weight, _input_axis(node), 0).reshape(len(activations), -1).max(1)
+                )
         live = activations > activations.max() / _LARGEST_FACTOR if activations.max() > 0 else activations > 0
         if not free:
             live &= reading > 0
@@ -86,117 +95,234 @@ def equalise(model: onnx.ModelProto, calibration: Mapping[str, NDArray[Any]]) ->
         factors[live] = activations[live] if free else np.sqrt(activations[live] / reading[live])
         # where the scale of the whole lies changes nothing but the numbers' size
         factors[live] /= math.exp(np.log(factors[live]).mean())
-        _scale(graph, weights, region, factors)
+        _scale(weights, region, factors)
         for clip, _ in region.tops():
             clip.op_type = "Relu"
             del clip.input[1:]
         done += 1
     _drop_unread(graph)
-    return changed, done
+    return Equalised(changed, done, stopped)
+
+
+def _untie_vectors(graph: onnx.GraphProto) -> None:
+    """Gives every reader of a shared vector (the exporter keeps equal biases once) one of its own."""
+    vectors = {tensor.name: tensor for tensor in graph.initializer if len(tensor.dims) == 1}
+    seen: set[str] = set()
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            if name in vectors and name in seen:
+                copied = TensorProto()
+                copied.CopyFrom(vectors[name])
+                copied.name = f"{name}_of_{node.name}_{place}"
+                graph.initializer.append(copied)
+                node.input[place] = copied.name
+            seen.add(name)
 
 
 class _Region:
-    """Values that must share one scale per channel, the layers that write and read them, and Clips in between."""
+    """Values that must share one scale per channel, the layers that write and read them, and what is in between.
 
-    def __init__(self, graph: onnx.GraphProto) -> None:
-        self.graph = graph
-        self.values: set[str] = set()
+    values: with the axis of their channels. shifts: (constant that is added, number of its axes behind the channels').
+    stopped: the operator that does not let the scale pass; None: it can be scaled. "": an input or output of the graph.
+    """
+
+    def __init__(self, constants: Mapping[str, TensorProto]) -> None:
+        self.constants = constants
+        self.values: dict[str, int] = {}
         self.writers: list[onnx.NodeProto] = []
         self.readers: list[onnx.NodeProto] = []
         self.clips: list[onnx.NodeProto] = []
+        self.shifts: list[tuple[str, int]] = []
+        self.stopped: str | None = None
+
+    def stop(self, operator: str) -> None:
+        self.stopped = self.stopped or operator
 
     def tops(self) -> list[tuple[onnx.NodeProto, float]]:
         """The Clips with their upper ends."""
-        constants = {tensor.name: tensor for tensor in self.graph.initializer}
-        return [(clip, float(numpy_helper.to_array(constants[clip.input[2]]).reshape(-1)[0])) for clip in self.clips]
+        return [
+            (clip, float(numpy_helper.to_array(self.constants[clip.input[2]]).reshape(-1)[0])) for clip in self.clips
+        ]
 
 
-def _regions(graph: onnx.GraphProto) -> list[_Region]:
-    """The regions that can be scaled: written by convolutions alone, read by convolutions and Gemms alone."""
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    writers: dict[str, onnx.NodeProto] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-        for name in node.output:
-            writers[name] = node
-    shapes = {
-        entry.name: [int(dim.dim_value) for dim in entry.type.tensor_type.shape.dim]
-        for entry in (*graph.value_info, *graph.output)
-    }
-    ends = {entry.name for entry in (*graph.input, *graph.output)}
-    uses: dict[str, int] = {}
-    for node in graph.node:
-        for name in set(node.input) & constants.keys():
-            uses[name] = uses.get(name, 0) + 1
-    seen: set[str] = set()
-    found = []
-    for start in graph.node:
-        if start.op_type != "Conv" or start.output[0] in seen:
-            continue
-        region, sound, waiting = _Region(graph), True, [start.output[0]]
+class _View:
+    """A graph with what the search for regions asks of it."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self.constants = {tensor.name: tensor for tensor in graph.initializer}
+        self.readers: dict[str, list[onnx.NodeProto]] = {}
+        self.writers: dict[str, onnx.NodeProto] = {}
+        self.uses: Counter[str] = Counter()
+        for node in graph.node:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
+            for name in node.output:
+                self.writers[name] = node
+            self.uses.update(set(node.input) & self.constants.keys())
+        self.shapes = {
+            entry.name: [int(dim.dim_value) for dim in entry.type.tensor_type.shape.dim]
+            for entry in (*graph.value_info, *graph.output)
+        } | {name: list(tensor.dims) for name, tensor in self.constants.items()}
+        self.ends = {entry.name for entry in (*graph.input, *graph.output)}
+
+    def rank(self, name: str) -> int:
+        return len(self.shapes.get(name, []))
+
+    def writes(self, node: onnx.NodeProto) -> int | None:
+        """Axis of the channels that a layer writes; None: it is no layer whose weights are constant."""
+        if len(node.input) < 2 or node.input[1] not in self.constants:
+            return None
+        last = self.rank(node.output[0]) - 1
+        if node.op_type == "Conv":
+            return 1
+        if node.op_type == "Gemm":
+            return 1 if _is_plain_gemm(node) else None
+        if node.op_type == "MatMul":
+            return last if self.rank(node.input[1]) == 2 and last >= 1 else None
+        if node.op_type == "LayerNormalization":
+            axis = next((int(entry.i) for entry in node.attribute if entry.name == "axis"), -1)
+            return last if axis in (-1, last) and last >= 1 else None
+        return None
+
+    def reads(self, node: onnx.NodeProto, value: str, axis: int) -> bool:
+        """Whether a layer with constant weights reads the value's channels as its own."""
+        if node.op_type not in ("Conv", "Gemm", "MatMul") or list(node.input).count(value) != 1:
+            return False
+        if node.input[0] != value or node.input[1] not in self.constants:
+            return False
+        if node.op_type == "MatMul":
+            return self.rank(node.input[1]) == 2 and axis == self.rank(value) - 1
+        if node.op_type == "Gemm":
+            return axis == 1 and _is_plain_gemm(node)
+        return axis == 1 and (_groups(node) == 1 or _is_depthwise(node, self.constants[node.input[1]].dims))
+
+    def onward(self, node: onnx.NodeProto, value: str, axis: int) -> int | None:
+        """Axis of the channels behind a node that passes their scale on; None: it does not."""
+        before, after = self.shapes.get(value, []), self.shapes.get(node.output[0], [])
+        if value not in node.input or not 0 < axis < len(before):
+            return None
+        if node.op_type in ("Add", "Sum"):
+            others = [name for name in node.input if name != value]
+            alike = all(self.shapes.get(name) == after for name in others if name not in self.constants)
+            shifts = all(self.shift(node, name, axis) is not None for name in others if name in self.constants)
+            return axis if before == after and alike and shifts else None
+        if node.op_type in ("Mul", "Div"):
+            other = node.input[1] if node.input[0] == value else node.input[0]
+            if other == value or before != after or (node.op_type == "Div" and node.input[0] != value):
+                return None
+            place = axis - (len(after) - self.rank(other))
+            known = other in self.shapes
+            return axis if known and (place < 0 or self.shapes[other][place] == 1) else None
+        if node.input[0] != value:
+            return None
+        if node.op_type == "Clip":
+            limits = [numpy_helper.to_array(self.constants[name]) for name in node.input[1:] if name in self.constants]
+            fits = len(node.input) == 3 and len(limits) == 2 and float(limits[0].reshape(-1)[0]) == 0.0
+            return axis if fits else None
+        if node.op_type in _ELEMENTWISE:
+            return axis
+        if node.op_type in _POOLS:
+            return 1 if axis == 1 else None
+        if node.op_type == "Transpose":
+            order = next((list(entry.ints) for entry in node.attribute if entry.name == "perm"), None)
+            return order.index(axis) if order is not None else len(before) - 1 - axis
+        if node.op_type in _RESHAPING:
+            return _reshaped(before, after, axis)
+        if node.op_type in _REDUCING:
+            return self._reduced(node, before, axis)
+        return None
+
+    def _reduced(self, node: onnx.NodeProto, before: Sequence[int], axis: int) -> int | None:
+        axes = next((list(entry.ints) for entry in node.attribute if entry.name == "axes"), [])
+        if len(node.input) > 1 and node.input[1] in self.constants:
+            axes = numpy_helper.to_array(self.constants[node.input[1]]).reshape(-1).tolist()
+        gone = {entry % len(before) for entry in axes}
+        if not gone or axis in gone:
+            return None
+        kept = next((bool(entry.i) for entry in node.attribute if entry.name == "keepdims"), True)
+        return axis if kept else axis - sum(entry < axis for entry in gone)
+
+    def shift(self, node: onnx.NodeProto, name: str, axis: int) -> int | None:
+        """How many axes of a constant that is added lie behind the channels'; None: it is not one number for each."""
+        after = self.shapes.get(node.output[0], [])
+        shape = self.shapes[name]
+        behind = len(after) - 1 - axis
+        place = len(shape) - 1 - behind
+        if place < 0 or shape[place] != after[axis] or math.prod(shape) != shape[place]:
+            return None
+        return behind
+
+    def region(self, start: str, axis: int) -> _Region:
+        """Everything that has to be scaled with a value."""
+        region = _Region(self.constants)
+        waiting = [(start, axis)]
         while waiting:
-            value = waiting.pop()
+            value, axis = waiting.pop()
             if value in region.values:
+                if region.values[value] != axis:
+                    region.stop(self.writers[value].op_type)
                 continue
-            region.values.add(value)
-            writer = writers.get(value)
-            if value in ends or writer is None or len(shapes.get(value, [])) < 2:
-                sound = False
+            region.values[value] = axis
+            writer = self.writers.get(value)
+            if value in self.ends or writer is None:
+                region.stop("")
                 continue
-            if writer.op_type == "Conv":
+            if self.writes(writer) == axis:
                 region.writers.append(writer)
-            elif _passes(writer, constants, shapes):
-                waiting += [name for name in writer.input[: _inputs(writer)] if name not in region.values]
+            else:
+                sources = [
+                    (name, place)
+                    for name in dict.fromkeys(writer.input)
+                    for place in range(1, self.rank(name))
+                    if name not in self.constants and self.onward(writer, name, place) == axis
+                ]
+                if not sources:
+                    region.stop(writer.op_type)
+                waiting += sources
                 if writer.op_type == "Clip":
                     region.clips.append(writer)
-            else:
-                sound = False
-            for reader in readers.get(value, []):
-                if reader.op_type in ("Conv", "Gemm") and reader.input[0] == value and reader.input[1] in constants:
+                if writer.op_type in ("Add", "Sum"):
+                    shifts = [(name, self.shift(writer, name, axis)) for name in writer.input if name in self.constants]
+                    region.shifts += [(name, behind) for name, behind in shifts if behind is not None]
+            for reader in self.readers.get(value, []):
+                after = self.onward(reader, value, axis)
+                if self.reads(reader, value, axis):
                     region.readers.append(reader)
-                elif _passes(reader, constants, shapes) and value in reader.input[: _inputs(reader)]:
-                    waiting.append(reader.output[0])
+                elif after is not None:
+                    waiting.append((reader.output[0], after))
                 else:
-                    sound = False
-        seen |= region.values
+                    region.stop(reader.op_type)
         touched = [name for node in region.writers for name in node.input[1:] if name]
-        touched += [node.input[1] for node in region.readers]
-        sound = sound and all(name in constants and uses[name] == 1 for name in touched)
-        sound = sound and all(_groups_fit(node, constants) for node in region.readers)
-        if sound and region.readers:
+        touched += [node.input[1] for node in region.readers] + [name for name, _ in region.shifts]
+        if not all(name in self.constants and self.uses[name] == 1 for name in touched):
+            region.stop("shared weights")
+        return region
+
+
+def _regions(graph: onnx.GraphProto) -> tuple[list[_Region], Counter[str]]:
+    """The regions that can be scaled, and what stopped the others."""
+    view = _View(graph)
+    seen: set[str] = set()
+    found: list[_Region] = []
+    stopped: Counter[str] = Counter()
+    for start in graph.node:
+        axis = view.writes(start)
+        if axis is None or start.output[0] in seen:
+            continue
+        region = view.region(start.output[0], axis)
+        seen |= region.values.keys()
+        if region.stopped:
+            stopped[region.stopped] += 1
+        elif region.stopped is None and region.readers:
             found.append(region)
-    return found
+    return found, stopped
 
 
-def _inputs(node: onnx.NodeProto) -> int:
-    return len(node.input) if node.op_type in ("Add", "Sum") else 1
-
-
-def _passes(node: onnx.NodeProto, constants: Mapping[str, TensorProto], shapes: Mapping[str, Sequence[int]]) -> bool:
-    """Whether scaling the channels of the inputs scales those of the output."""
-    before, after = shapes.get(node.input[0], []) if node.input else [], shapes.get(node.output[0], [])
-    if node.op_type in ("Add", "Sum"):
-        # a constant would have to be scaled, too; a broadcast would mix channels
-        return not any(name in constants for name in node.input) and all(
-            list(shapes.get(name, [])) == list(after) for name in node.input
-        )
-    if node.op_type == "Clip":
-        limits = [numpy_helper.to_array(constants[name]) for name in node.input[1:] if name in constants]
-        return len(node.input) == 3 and len(limits) == 2 and float(limits[0].reshape(-1)[0]) == 0.0
-    if node.op_type in _SAME_CHANNEL:
-        return len(before) >= 2
-    if node.op_type in _RESHAPING:
-        if len(before) < 3 or len(after) < 2 or before[1] != after[1] or before[1] == 0:
-            return False
-        if node.op_type != "ReduceMean":
-            return math.prod(before[2:]) == 1 and math.prod(after[2:]) == 1
-        axes = [entry.ints for entry in node.attribute if entry.name == "axes"]
-        if len(node.input) > 1 and node.input[1] in constants:
-            axes = [numpy_helper.to_array(constants[node.input[1]]).reshape(-1).tolist()]
-        return len(axes) == 1 and all(axis % len(before) >= 2 for axis in axes[0])
-    return False
+def _reshaped(before: Sequence[int], after: Sequence[int], axis: int) -> int | None:
+    if axis == len(before) - 1 and len(after) >= 2 and before[-1] == after[-1] > 0:
+        return len(after) - 1  # the last axis stays the last one whatever becomes of those before it
+    fits = axis == 1 and len(after) >= 2 and before[1] == after[1] > 0
+    return 1 if fits and math.prod(before[2:]) == 1 and math.prod(after[2:]) == 1 else None
 
 
 def _groups(node: onnx.NodeProto) -> int:
@@ -207,68 +333,65 @@ def _is_depthwise(node: onnx.NodeProto, shape: Sequence[int]) -> bool:
     return node.op_type == "Conv" and shape[1] == 1 and _groups(node) == shape[0] and _groups(node) > 1
 
 
-def _groups_fit(node: onnx.NodeProto, constants: Mapping[str, TensorProto]) -> bool:
-    """Plain, or one filter for each channel: other groups are not scaled."""
-    if node.op_type == "Gemm":
-        factors = {entry.name: entry.f for entry in node.attribute if entry.name == "alpha"}
-        return factors.get("alpha", 1.0) == 1.0 and not any(
-            entry.name == "transA" and entry.i for entry in node.attribute
-        )
-    return _groups(node) == 1 or _is_depthwise(node, constants[node.input[1]].dims)
+def _is_plain_gemm(node: onnx.NodeProto) -> bool:
+    factors = {entry.name: entry.f for entry in node.attribute if entry.name in ("alpha", "beta")}
+    transposed = any(entry.name == "transA" and entry.i for entry in node.attribute)
+    return not transposed and all(factor == 1.0 for factor in factors.values())
 
 
 def _input_axis(node: onnx.NodeProto) -> int:
-    """Axis of the weights along which a reader's input channels lie."""
+    """Axis of the weights along which a layer's input channels lie; the other one of the first two has its outputs."""
     if node.op_type == "Conv":
         return 1
     return 1 if any(entry.name == "transB" and entry.i for entry in node.attribute) else 0
 
 
-def _by_input_channel(node: onnx.NodeProto, weight: NDArray[Any]) -> NDArray[Any]:
-    return np.moveaxis(weight, _input_axis(node), 0)
-
-
-def _scale(
-    graph: onnx.GraphProto, weights: Mapping[str, TensorProto], region: _Region, factors: NDArray[np.float64]
-) -> None:
+def _scale(weights: Mapping[str, TensorProto], region: _Region, factors: NDArray[np.float64]) -> None:
     """Divides what writes the region by `factors` (C,) and multiplies what reads it."""
 
-    def write(name: str, array: NDArray[Any]) -> None:
-        weights[name].CopyFrom(numpy_helper.from_array(array.astype(np.float32), name))
+    def scaled(name: str, by: NDArray[np.float64], axis: int) -> None:
+        array = numpy_helper.to_array(weights[name]).astype(np.float64)
+        if array.ndim:
+            by = by.reshape([-1 if position == axis % array.ndim else 1 for position in range(array.ndim)])
+        weights[name].CopyFrom(numpy_helper.from_array((array * by).astype(np.float32), name))
 
     for node in region.writers:
-        weight = numpy_helper.to_array(weights[node.input[1]]).astype(np.float64)
-        write(node.input[1], weight / factors.reshape(-1, *[1] * (weight.ndim - 1)))
+        if node.op_type == "LayerNormalization":
+            scaled(node.input[1], 1 / factors, -1)
+        else:
+            scaled(node.input[1], 1 / factors, 1 - _input_axis(node))
         if len(node.input) > 2 and node.input[2]:
-            write(node.input[2], numpy_helper.to_array(weights[node.input[2]]).astype(np.float64) / factors)
+            scaled(node.input[2], 1 / factors, -1)
+    for name, behind in region.shifts:
+        scaled(name, 1 / factors, -1 - behind)
     for node in region.readers:
-        weight = numpy_helper.to_array(weights[node.input[1]]).astype(np.float64)
-        axis = 0 if _is_depthwise(node, weight.shape) else _input_axis(node)
-        shape = [-1 if position == axis else 1 for position in range(weight.ndim)]
-        write(node.input[1], weight * factors.reshape(shape))
+        depthwise = _is_depthwise(node, weights[node.input[1]].dims)
+        scaled(node.input[1], factors, 0 if depthwise else _input_axis(node))
 
 
 def channel_extremes(
-    model: onnx.ModelProto, values: Sequence[str], samples: Mapping[str, NDArray[Any]]
+    model: onnx.ModelProto, values: Mapping[str, int], samples: Mapping[str, NDArray[Any]]
 ) -> dict[str, NDArray[np.float64]]:
-    """The largest |x| of every channel (second dimension) of these values over all samples, by value."""
+    """The largest |x| of every channel of these values over all samples, by value. values: with the channels' axis."""
     found: dict[str, NDArray[np.float64]] = {}
-    for outputs in _watch(model, values, samples):
+    for outputs in _watch(model, list(values), samples):
         for name, array in outputs.items():
-            largest = np.abs(np.moveaxis(array, 1, 0)).reshape(array.shape[1], -1).max(1).astype(np.float64)
+            channels = np.moveaxis(array, values[name], 0)
+            largest = np.abs(channels).reshape(len(channels), -1).max(1).astype(np.float64)
             found[name] = np.maximum(found[name], largest) if name in found else largest
     return found
 
 
 def channel_means(
-    model: onnx.ModelProto, values: Sequence[str], samples: Mapping[str, NDArray[Any]]
+    model: onnx.ModelProto, values: Mapping[str, int], samples: Mapping[str, NDArray[Any]]
 ) -> dict[str, NDArray[np.float64]]:
-    """The mean of every channel (second dimension) of these values over all samples and positions, by value."""
+    """The mean of every channel of these values over all samples and positions, by value. values: as above."""
     sums: dict[str, NDArray[np.float64]] = {}
     counts: dict[str, int] = {}
-    for outputs in _watch(model, values, samples):
+    for outputs in _watch(model, list(values), samples):
         for name, array in outputs.items():
-            flat = np.moveaxis(array, 1, 0).reshape(array.shape[1], -1).astype(np.float64)
+            channels = np.moveaxis(array, values[name], 0)
+            flat = channels.reshape(len(channels), -1).astype(np.float64)
             sums[name] = sums.get(name, np.zeros(len(flat))) + flat.sum(1)
             counts[name] = counts.get(name, 0) + flat.shape[1]
     return {name: total / counts[name] for name, total in sums.items()}
@@ -297,9 +420,9 @@ def correct_biases(
 ) -> tuple[onnx.ModelProto, int]:
     """The float graph with biases that take back the mean error of every output channel, layer by layer.
 
-    The paper's correction with the expectation measured (its appendix): for each convolution and Gemm in graph order,
-    the mean over samples and positions of what the float graph writes minus what the INT8 one does, with the layers
-    before it corrected already, is added to its bias.
+    The paper's correction with the expectation measured (its appendix): for each convolution and matrix product in
+    graph order, the mean over samples and positions of what the float graph writes minus what the INT8 one does, with
+    the layers before it corrected already, is added to its bias. A MatMul without a bias is left as it is.
 
     Args:
         model: the prepared float graph.
@@ -317,19 +440,14 @@ def correct_biases(
         write(quantized, path)
         emulate(path, path)
         corrected.CopyFrom(onnx.load(str(path)))
-    constants = {tensor.name for tensor in changed.graph.initializer}
-    layers = [
-        node
-        for node in changed.graph.node
-        if node.op_type in ("Conv", "Gemm") and node.input[1] in constants and _plain_bias(node)
-    ]
+    layers = _biased_layers(changed.graph)
     twins = {node.name: node for node in corrected.graph.node}
-    layers = [node for node in layers if node.name in twins]
-    expected = channel_means(changed, [node.output[0] for node in layers], samples)
-    for node in layers:
+    layers = [(node, axis) for node, axis in layers if node.name in twins]
+    expected = channel_means(changed, {node.output[0]: axis for node, axis in layers}, samples)
+    for node, axis in layers:
         twin = twins[node.name]
         # the activation behind it may be gone from the INT8 graph: then the twin writes under that one's name
-        found = channel_means(corrected, [twin.output[0]], samples)[twin.output[0]]
+        found = channel_means(corrected, {twin.output[0]: axis}, samples)[twin.output[0]]
         error = expected[node.output[0]] - found
         _add_bias(changed.graph, node, error)
         _add_bias(corrected.graph, twin, error)
@@ -337,16 +455,37 @@ def correct_biases(
     return changed, len(layers)
 
 
-def _plain_bias(node: onnx.NodeProto) -> bool:
-    return node.op_type == "Conv" or all(entry.f == 1.0 for entry in node.attribute if entry.name in ("alpha", "beta"))
+def _biased_layers(graph: onnx.GraphProto) -> list[tuple[onnx.NodeProto, int]]:
+    """The nodes that add a layer's bias, in graph order, with the axis of the channels.
+
+    A convolution or Gemm does it itself, and may get a bias that it did not have; behind a MatMul it is the Add that
+    reads nothing else but a constant.
+    """
+    view = _View(graph)
+    found = []
+    for node in graph.node:
+        axis = view.writes(node)
+        if axis is None or node.op_type == "LayerNormalization":
+            continue
+        if node.op_type != "MatMul":
+            found.append((node, axis))
+            continue
+        readers = view.readers.get(node.output[0], [])
+        if len(readers) == 1 and readers[0].op_type == "Add" and node.output[0] not in view.ends:
+            constant = [name for name in readers[0].input if name in view.constants]
+            if len(constant) == 1 and view.shift(readers[0], constant[0], axis) == 0:
+                found.append((readers[0], axis))
+    return found
 
 
 def _add_bias(graph: onnx.GraphProto, node: onnx.NodeProto, error: NDArray[np.float64]) -> None:
-    bias = next((t for t in graph.initializer if len(node.input) > 2 and t.name == node.input[2]), None)
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    place = 2 if node.op_type != "Add" else next(i for i, entry in enumerate(node.input) if entry in constants)
+    bias = constants.get(node.input[place]) if len(node.input) > place else None
     name = f"{node.name}_corrected_bias"
     value = error if bias is None else numpy_helper.to_array(bias).astype(np.float64) + error
-    if len(node.input) > 2:
-        node.input[2] = name
+    if len(node.input) > place:
+        node.input[place] = name
     else:
         node.input.append(name)
     graph.initializer.append(numpy_helper.from_array(value.astype(np.float32), name))

@@ -23,15 +23,19 @@ class OneOutput(nn.Module):
         inputs: an example of every input by name, in order. Where the names are parameters of the model's forward(), it
             is called by keyword, else by position.
         output: name of the output: a key, a field, or a position in a tuple. None: see `PREFERRED`.
+        typed: the inputs as the user wrote them, for messages; else their names and shapes.
 
     Raises:
         InputError: some names are parameters of forward() and others are not; the model does not run on the inputs; an
             output that does not exist or does not have the batch as its first dimension.
     """
 
-    def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor], output: str | None) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: Mapping[str, Tensor], output: str | None, typed: Sequence[str] = ()
+    ) -> None:
         super().__init__()
         self.model = model
+        self.typed = tuple(typed)
         self.names = tuple(inputs)
         self.by_keyword = _by_keyword(model, self.names)
         found = self._try(inputs)
@@ -39,6 +43,7 @@ class OneOutput(nn.Module):
         self.output = _choose(found, output)
         batch = next(iter(inputs.values())).shape[0]
         shape = tuple(found[self.output].shape)
+        self.width = shape[1] if len(shape) == 2 else None
         if not shape or shape[0] != batch:
             raise InputError(
                 f'the output "{self.output}" has no batch',
@@ -46,6 +51,23 @@ class OneOutput(nn.Module):
                 evidence=f"its shape is {shape} for inputs of batch {batch}",
                 fix="--output NAME with one of: " + ", ".join(self.outputs),
             )
+
+    @property
+    def decides(self) -> bool:
+        """Whether the output is one score per class, as far as the model says: two or more "logits" per sample.
+
+        A model of transformers says it of regressions, too (`config.problem_type`).
+        """
+        several = self.width is not None and self.width > 1
+        return self.output == PREFERRED and several and self._problem() != "regression"
+
+    @property
+    def exclusive(self) -> bool:
+        """False where the model says that its classes do not exclude each other."""
+        return self._problem() != "multi_label_classification"
+
+    def _problem(self) -> object:
+        return getattr(getattr(self.model, "config", None), "problem_type", None)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """The chosen output (N, ...)."""
@@ -62,10 +84,10 @@ class OneOutput(nn.Module):
             with torch.no_grad():
                 found = dict(_tensors(self._call(tuple(inputs.values()))))
         except Exception as error:  # a user's model may raise anything
-            given = [f"{name}:{'x'.join(map(str, array.shape))}" for name, array in inputs.items()]
+            given = self.typed or [f"{name}:{'x'.join(map(str, array.shape))}" for name, array in inputs.items()]
             raise InputError(
                 "the model does not run on the example inputs",
-                where="--example " + " ".join(given),
+                where=" ".join(f"--example {text}" for text in given),
                 evidence=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}",
                 fix="--example must name every input that forward() needs, with shape and type: "
                 + ", ".join(_parameters(self.model)),

@@ -2,7 +2,8 @@
 """Runs the model of this folder. Needs Python >= 3.6, NumPy and the runtime: onnxruntime, or TensorRT for an engine.
 
 python infer.py --selftest            runs the golden sample and compares with what was computed at export
-python infer.py samples.npy           one sample or a batch, as the manifest says: dtype and shape of the input
+python infer.py samples.npy           one sample or a batch, as the manifest says: dtype and shape of the input; prints
+                                      the classes, or the output as JSON where it is no scores of classes
 python infer.py photo.jpg             images only; needs Pillow
 python infer.py texts.txt             texts only, one per line; needs tokenizers
 python infer.py --engine model.engine samples.npy
@@ -321,13 +322,26 @@ def print_classes(logits, info, count):
         print("  ".join("%s %.1f%%" % (labels[i] if i < len(labels) else i, 100 * scores[i]) for i in best))
 
 
+def print_values(output):
+    """One line of JSON per sample: what the model gave, for outputs that are no class scores."""
+    for row in output:
+        print(json.dumps(shortened(row.tolist())))
+
+
+def shortened(value):
+    """Floats with the digits that a float32 has."""
+    if isinstance(value, list):
+        return [shortened(entry) for entry in value]
+    return float("%.8g" % value) if isinstance(value, float) else value
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input", nargs="?", help=".npy, .npz, an image, or a .txt of one text per line")
     parser.add_argument("--selftest", action="store_true", help="check the golden sample; exit status 0 or 1")
     parser.add_argument("--engine", help="a TensorRT engine in place of the ONNX graph")
     parser.add_argument("--runtime", choices=["auto", "onnxruntime", "tensorrt"], default="auto")
-    parser.add_argument("--top", type=int, default=3, help="classes to print")
+    parser.add_argument("--top", type=int, default=3, help="classes to print, where the output is class scores")
     options = parser.parse_args()
     if not options.selftest and options.input is None:
         parser.error("name an input, or --selftest")
@@ -339,7 +353,11 @@ def main():
     model = TensorRTModel(engine, built) if engine else OnnxModel(os.path.join(HERE, info["model"]), info)
     if options.selftest:
         return selftest(model, info)
-    print_classes(model.run(read_samples(options.input, info)), info, options.top)
+    output = model.run(read_samples(options.input, info))
+    if info["decides"]:
+        print_classes(output, info, options.top)
+    else:
+        print_values(output)
     return 0
 
 

@@ -94,6 +94,31 @@ def share_in_int8(units: Sequence[Unit], floating: Sequence[Unit]) -> float:
     return 1 - (left / total if total else len(floating) / max(1, len(units)))
 
 
+def affordable(units: Sequence[Unit], order: Sequence[Unit], least: float) -> list[Unit]:
+    """Those of `order` that may be left in float together: each, in turn, unless INT8's share would fall below `least`.
+
+    A large one that does not fit is passed over; smaller ones behind it may.
+    """
+    taken: list[Unit] = []
+    for unit in order:
+        if share_in_int8(units, [*taken, unit]) >= least:
+            taken.append(unit)
+    return taken
+
+
+def pools(units: Sequence[Unit], order: Sequence[Unit], least: float) -> list[list[Unit]]:
+    """Sets that may be left in float together, the most promising first.
+
+    `affordable` as ordered; then with each unit that did not fit in front, in place of what then does not fit.
+    """
+    first = affordable(units, order, least)
+    others = [affordable(units, [unit, *(entry for entry in order if entry is not unit)], least)
+              for unit in order if unit not in first]  # fmt: skip
+    found = [first]
+    found += [pool for pool in others if set(pool) not in [set(entry) for entry in found]]
+    return [pool for pool in found if pool]
+
+
 def leave_float(quantized: onnx.ModelProto, quantizer: Quantizer, floating: frozenset[str]) -> onnx.ModelProto:
     """The INT8 graph with the nodes of these names in float.
 

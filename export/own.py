@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -18,7 +18,7 @@ from export import parity
 from export.bundle import write_bundle
 from export.candidate import Plan
 from export.foreign import OneOutput
-from export.planning import plan
+from export.planning import failure_text, plan
 from export.section import ExportSection
 from profiles.artifact import file_hash
 from profiles.device import Device, Stack
@@ -32,19 +32,22 @@ _EXAMPLE = re.compile(
     rf"^(?:(?P<name>[A-Za-z_][A-Za-z0-9_.]*):)?(?P<shape>{_SIZE}(?:x{_SIZE})*)(?::(?P<dtype>[A-Za-z0-9]+))?$"
 )
 _RANDOM_SAMPLES = 32
+_OTHER_SIZES_SAMPLES = 64
 
 
 @dataclass(frozen=True)
 class Example:
     """One input of a model: `shape` with the batch first, `dtype` a NumPy name.
 
-    sizes: (position, name) of the dimensions that are dynamic besides the batch; equal names are equal sizes.
+    sizes: (position, name) of the dimensions that are dynamic besides the batch; equal names are equal sizes. typed:
+    what the user wrote for it.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     sizes: tuple[tuple[int, str], ...] = ()
+    typed: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         names = dict(self.sizes)
@@ -78,7 +81,7 @@ def parse_example(text: str, *, position: int = 0) -> Example:
     dtype = found["dtype"] or "float32"
     if dtype not in _DTYPES:
         raise InputError(f'unknown type "{dtype}"', where=f"--example {text}", fix=nearest(dtype, list(_DTYPES)))
-    return Example(found["name"] or ("input" if position == 0 else f"input_{position}"), shape, dtype, sizes)
+    return Example(found["name"] or ("input" if position == 0 else f"input_{position}"), shape, dtype, sizes, text)
 
 
 def export_model(
@@ -94,6 +97,7 @@ def export_model(
     section: ExportSection | None = None,
     weights: Path | None = None,
     output: str | None = None,
+    labels: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> tuple[Plan, list[Path]]:
     """Exports a module through the same ladder, without a task metric; one bundle per usable candidate.
@@ -106,12 +110,15 @@ def export_model(
         folder: gets `graphs/` and one bundle folder per candidate.
         samples: real samples per input name (N, ...); half of them calibrate INT8, the other half is compared. None:
             FP32 and FP16 only, compared on random inputs, which is said in the manifest.
+        section: there is no task metric, so its `int8_tolerance` and, for class scores, `int8_agreement` say whether
+            INT8 is sound.
         weights: .safetensors, or a .pth state dict (loaded with weights_only=True).
         output: name of the output to export, see `OneOutput`; None: "logits", else the first tensor.
+        labels: of the classes, when the output is one score per class; empty: see `OneOutput.decides`.
 
     Raises:
         InputError: names, shapes or types of `samples` do not fit; weights that do not fit the model; an output that
-            does not exist; dynamic sizes for a stack that runs engines.
+            does not exist, or has not one score for each label; dynamic sizes for a stack that runs engines.
         EdgestillError: as `plan`.
     """
     if not examples:
@@ -127,11 +134,21 @@ def export_model(
     else:
         held_out, calibration = _halves(samples, examples)
     _check_sizes(examples, stack)
-    wrapped = OneOutput(model, _tensors(examples, held_out, 2), output).eval()
+    typed = [example.typed or str(example) for example in examples]
+    wrapped = OneOutput(model, _tensors(examples, held_out, 2), output, typed).eval()
     if progress is not None and len(wrapped.outputs) > 1:
         others = ", ".join(name for name in wrapped.outputs if name != wrapped.output)
         progress.note(f'the output "{wrapped.output}" is exported; --output chooses another: {others}')
+    if labels and wrapped.width != len(labels):
+        raise InputError(
+            f'the output "{wrapped.output}" is not one score for each of {len(labels)} labels',
+            where="--labels",
+            evidence="it has " + (f"{wrapped.width} values" if wrapped.width is not None else "not two dimensions"),
+            fix="one label per line, in the order of the scores; --output chooses another output: "
+            + ", ".join(wrapped.outputs),
+        )
     name = re.sub(r"[^A-Za-z0-9_]", "_", wrapped.output)
+    section = section or ExportSection()
     made = plan(
         wrapped,
         held_out=held_out,
@@ -144,11 +161,13 @@ def export_model(
         batch=batch or max(1, examples[0].shape[0]),
         precisions=precisions,
         section=section,
+        exclusive=wrapped.exclusive,
+        decides=bool(labels) or wrapped.decides,
         progress=progress,
         output_name=f"output_{name}" if name[0].isdigit() or name in held_out else name,
         dynamic={example.name: dict(example.sizes) for example in examples if example.sizes},
     )
-    _check_other_sizes(wrapped, examples, made, section or ExportSection())
+    made = _at_other_sizes(wrapped, examples, held_out, made, section, "auto" not in precisions)
     golden = {name: array[:1] for name, array in held_out.items()}
     source = "random inputs" if samples is None else "the samples given"
     bundles = [
@@ -160,6 +179,8 @@ def export_model(
             device=device,
             stack=stack,
             golden=golden,
+            labels=labels,
+            exclusive=wrapped.exclusive,
             facts={"compared_on": source, "output": wrapped.output, "weights": _hash_of(weights)},
             section=section,
         )
@@ -184,42 +205,70 @@ def _check_sizes(examples: Sequence[Example], stack: Stack) -> None:
         )
 
 
-def _check_other_sizes(model: nn.Module, examples: Sequence[Example], made: Plan, section: ExportSection) -> None:
-    """Compares the FP32 graph with PyTorch at other dynamic sizes than the example's.
+def _at_other_sizes(
+    model: OneOutput,
+    examples: Sequence[Example],
+    held_out: Mapping[str, NDArray[Any]],
+    made: Plan,
+    section: ExportSection,
+    strict: bool,
+) -> Plan:
+    """Compares every usable graph with PyTorch at smaller dynamic sizes, on the beginnings of the held-out inputs.
+
+    Args:
+        strict: a precision was asked for by name, so one that fails is an error.
+
+    Returns:
+        The plan, with a rung more for each graph, and without those that fail it.
 
     Raises:
-        EdgestillError: it does not compute the same.
+        EdgestillError: the FP32 graph does not compute the same, or no graph of the precision that was asked for.
     """
-    graph = made["fp32"].file
-    if graph is None or not any(example.sizes for example in examples):
-        return
-    smaller = [
-        replace(example, shape=tuple(_smaller(example, place) for place in range(len(example.shape))))
-        for example in examples
-    ]
-    inputs = {name: array[:2] for name, array in _random(smaller).items()}
+    dynamic = {example.name: dict(example.sizes) for example in examples}
+    if not any(dynamic.values()):
+        return made
+    rows = parity.spread(len(next(iter(held_out.values()))), _OTHER_SIZES_SAMPLES)
+    inputs = {}
+    for name, array in parity.take(held_out, rows).items():
+        ends = [_smaller(size) if place in dynamic[name] else size for place, size in enumerate(array.shape)]
+        inputs[name] = np.ascontiguousarray(array[tuple(slice(end) for end in ends)])
     expected = parity.run_torch(model, inputs)
-    try:
-        found = parity.run_session(parity.open_session(graph), inputs, 2)
-        error = parity.relative_error(expected, found)[1] if found.shape == expected.shape else float("inf")
-    except Exception as failure:  # the runtime's exceptions share no base class
-        raise _frozen(smaller, str(failure).splitlines()[0]) from failure
-    if error > section.fp32_tolerance:
-        raise _frozen(smaller, f"relative error {error:.2g}; tolerance {section.fp32_tolerance:g}")
+    candidates, failed = [], []
+    for candidate in made.candidates:
+        graph = candidate.to_score
+        if graph is None or not candidate.usable:
+            candidates.append(candidate)
+            continue
+        limits = parity.limits_of(candidate.precision, section, judged=False)
+        name = f"{candidate.name} at other sizes"
+        try:
+            rung = parity.climb(
+                name, parity.open_session(graph), expected, inputs, rows, (2,), limits,
+                exclusive=model.exclusive, decides=made.decides,
+            )  # fmt: skip
+        except Exception as failure:  # the runtime's exceptions share no base class
+            rung, refused = None, str(failure).splitlines()[0]
+        else:
+            refused = None if rung.passed else failure_text(rung)
+        if refused is not None:
+            failed.append((candidate.precision, refused))
+        parities = candidate.parity if rung is None else (*candidate.parity, rung)
+        candidates.append(candidate.model_copy(update={"parity": parities, "refused": refused}))
+    left = {candidate.precision for candidate in candidates if candidate.usable}
+    for precision, refused in failed:
+        if precision == "fp32" or (strict and precision not in left):
+            shapes = [f"{name}:{'x'.join(map(str, array.shape))}" for name, array in inputs.items()]
+            raise EdgestillError(
+                "the exported graph does not compute what the model does at other sizes",
+                where=" ".join(shapes),
+                evidence=refused,
+                fix="leave the size's name out of --example, so that it is fixed",
+            )
+    return made.model_copy(update={"candidates": tuple(candidates)})
 
 
-def _smaller(example: Example, place: int) -> int:
-    size = example.shape[place]
-    return max(2, size // 2 + 1) if place in dict(example.sizes) else size
-
-
-def _frozen(examples: Sequence[Example], evidence: str) -> EdgestillError:
-    return EdgestillError(
-        "the exported graph does not compute what the model does at other sizes",
-        where="--example " + " ".join(str(example) for example in examples),
-        evidence=evidence,
-        fix="leave the size's name out, so that it is fixed",
-    )
+def _smaller(size: int) -> int:
+    return min(size, max(2, size // 2 + 1))
 
 
 def _hash_of(weights: Path | None) -> str | None:

@@ -19,6 +19,8 @@ from torch import nn
 from export.candidate import Rung
 from export.onnx import data_file, dynamic_shapes, first_lines, graph_opset, quiet, save, write
 from export.preflight.graph import without_weights
+from export.section import ExportSection
+from profiles.device import Precision
 from profiles.errors import EdgestillError
 from profiles.metrics import Difference
 
@@ -33,10 +35,26 @@ _BATCH_SAMPLES = 16
 
 @dataclass(frozen=True)
 class Limits:
-    """What a rung must hold; see ExportSection. `tolerance` None: the error is not bounded."""
+    """What a rung must hold; see ExportSection. None: that is not asked.
+
+    tolerance: of the relative error. agreement: share of equal decisions. spread: of `spread_error`.
+    """
 
     tolerance: float | None
-    agreement: float
+    agreement: float | None
+    spread: float | None = None
+
+
+def limits_of(precision: Precision, section: ExportSection, *, judged: bool) -> Limits:
+    """What a graph of that precision must hold. judged: a task metric says what its error costs, so that INT8's and
+    FP8's is not bounded besides."""
+    if precision in ("int8", "fp8"):
+        return Limits(None, section.int8_agreement, None if judged else section.int8_tolerance)
+    if precision == "fp16":
+        return Limits(section.fp16_tolerance, section.fp16_agreement)
+    if precision == "bf16":  # 8 bits of mantissa where FP16 has 11
+        return Limits(8 * section.fp16_tolerance, section.fp16_agreement)
+    return Limits(section.fp32_tolerance, section.fp32_agreement)
 
 
 def open_session(
@@ -118,6 +136,41 @@ def relative_error(reference: NDArray[Any], other: NDArray[Any]) -> tuple[float,
     return difference, difference / scale if scale > 0 else difference
 
 
+def spread_error(reference: NDArray[Any], other: NDArray[Any]) -> float:
+    """Root mean square of the error over the spread of the reference, 0 to 1; 1 is what a constant output would have.
+
+    The spread is the root mean square of what samples differ in: of the reference without its mean over the samples.
+    Outputs of several columns (the shorter of the second and the last axis: the channels of a map, the boxes and
+    scores of a detector) are each held to their own spread, at most 1 each, and averaged as squares: columns of small
+    numbers count like those of large ones. Columns in which the samples do not differ say nothing and are left out;
+    where there are no others, the error is relative to the values themselves.
+
+    Args:
+        reference: (N, ...).
+        other: of the same shape; not finite: 1.
+
+    >>> spread_error(np.array([[0.0], [2.0], [4.0]]), np.array([[2.0], [2.0], [2.0]]))
+    1.0
+    """
+    if not np.isfinite(other).all():
+        return 1.0
+    wanted = reference.astype(np.float64).reshape(len(reference), *(reference.shape[1:] or (1,)))
+    axis = 1 if wanted.shape[1] <= wanted.shape[-1] else wanted.ndim - 1
+
+    def per_column(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        squares: NDArray[np.float64] = np.square(np.moveaxis(values, axis, 0)).reshape(values.shape[axis], -1).mean(1)
+        return squares
+
+    error = per_column(other.astype(np.float64).reshape(wanted.shape) - wanted)
+    size, spread = per_column(wanted), per_column(wanted - wanted.mean(0))
+    told = spread > size * np.finfo(np.float32).eps
+    scale = spread if told.any() else size
+    told = told if told.any() else size > 0
+    if not told.any():
+        return float(np.sqrt(error.mean()).clip(max=1))
+    return float(np.sqrt(np.minimum(error[told] / scale[told], 1).mean()))
+
+
 def agreement(reference: NDArray[Any], other: NDArray[Any], *, exclusive: bool) -> float:
     """Share of equal decisions: argmax over the last axis for exclusive classes, else the sign of every logit."""
     if exclusive and reference.ndim > 1:
@@ -135,19 +188,25 @@ def climb(
     limits: Limits,
     *,
     exclusive: bool,
+    decides: bool = True,
     difference: DifferenceOf | None = None,
 ) -> Rung:
     """Compares one graph with the reference at every batch size.
 
     The largest batch (at least 256) runs all samples; the others run a few. Fewer samples than the batch are repeated.
+
+    Args:
+        exclusive: see `agreement`.
+        decides: the output is class logits; else it holds no decisions that could agree.
     """
     count = len(reference)
     worst_abs = worst_relative = 0.0
-    worst_agreement = 1.0
+    agreed: float | None = None
+    spread_off = 0.0
     scale = max(float(np.max(np.abs(reference), initial=0.0)), 1e-30)
 
     def account(expected: NDArray[np.float32], found: NDArray[np.float32], share: bool) -> None:
-        nonlocal worst_abs, worst_relative, worst_agreement
+        nonlocal worst_abs, worst_relative, agreed, spread_off
         if found.shape != expected.shape:
             raise EdgestillError(
                 f"{name}: the output has shape {found.shape}, PyTorch's {expected.shape}", where="parity ladder"
@@ -155,16 +214,21 @@ def climb(
         largest, _ = relative_error(expected, found)
         worst_abs, worst_relative = max(worst_abs, largest), max(worst_relative, largest / scale)
         if share:
-            worst_agreement = min(worst_agreement, agreement(expected, found, exclusive=exclusive))
+            agreed = agreement(expected, found, exclusive=exclusive) if decides else None
+            spread_off = spread_error(expected, found)
 
     for batch in sorted(set(batches)):
         some = np.arange(max(batch, min(_BATCH_SAMPLES, count) // batch * batch)) % count
         account(reference[some], run_session(session, take(samples, some), batch), share=False)
     everything = run_session(session, samples, max(_REFERENCE_BATCH, *batches))
     account(reference, everything, share=True)
-    passed = worst_agreement >= limits.agreement and np.isfinite(worst_abs)
+    passed = bool(np.isfinite(worst_abs))
     if limits.tolerance is not None:
         passed = passed and worst_relative <= limits.tolerance
+    if limits.agreement is not None and agreed is not None:
+        passed = passed and agreed >= limits.agreement
+    if limits.spread is not None:
+        passed = passed and spread_off <= limits.spread
     finite = bool(np.isfinite(everything).all())
     return Rung(
         name=name,
@@ -172,9 +236,10 @@ def climb(
         samples=count,
         max_abs=worst_abs,
         relative=worst_relative,
-        agreement=worst_agreement,
+        agreement=agreed,
+        spread_error=spread_off,
         difference=difference(everything, reference, rows) if difference is not None and finite else None,
-        passed=bool(passed),
+        passed=passed,
     )
 
 

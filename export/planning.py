@@ -59,7 +59,7 @@ ENGINE = "model.engine"
 STATIC_ENGINE = "model-batch1.engine"
 _ONE = (1, 1, 1)
 _SCORED = "scored.onnx"
-_FORMS = 2
+_FORMS = 3
 """Raise when the way a graph is made changes, so that older artefacts are made anew."""
 _INT8_DIVERGENCE = 0.3
 """Relative error of a single value at which an INT8 graph is said to diverge, when it has collapsed."""
@@ -85,6 +85,7 @@ def plan(
     score: Score | None = None,
     difference: DifferenceOf | None = None,
     exclusive: bool = True,
+    decides: bool = True,
     metadata: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     retrain: Retrain | None = None,
@@ -110,10 +111,11 @@ def plan(
         score: task metric of an ONNX file on the validation data in ONNX Runtime.
         difference: paired difference of the task metric, see `DifferenceOf`.
         exclusive: classes exclude each other (argmax decides); else each logit's sign does.
+        decides: the output is class logits; False: other values, which hold no decisions.
         metadata: for the graph's `metadata_props`: preprocessing, labels and the like, as plain values.
         retrain: quantisation-aware training, the last resort; None: there is none.
-        floor: the metric to keep; None: 99 % of FP32. Without `score` what counts is that the decisions agree as the
-            section asks.
+        floor: the metric to keep; None: 99 % of FP32. Without `score` what counts is the outputs' error, and that the
+            decisions agree, as the section asks.
         rescue: whether search and retraining follow where INT8 does not keep the metric; without them, an INT8 that was
             asked for by name and cannot be used is left for the caller to judge.
         output_name: of the graph's output.
@@ -145,6 +147,7 @@ def plan(
         score=score,
         difference=difference,
         exclusive=exclusive,
+        decides=decides,
         metadata=dict(metadata or {}),
         strict="auto" not in precisions,
         opset=choose_opset(section.opset, stack),
@@ -167,6 +170,7 @@ def plan(
         input_dtype=str(held[first].dtype),
         input_shape=tuple(int(size) for size in held[first].shape[1:]),
         batch=batch,
+        decides=decides,
         calibration_sha256=work.calibration_hash,
         candidates=tuple(work.candidates),
         seconds=round(time.perf_counter() - started, 2),
@@ -208,6 +212,7 @@ class _Work:
     score: Score | None
     difference: DifferenceOf | None
     exclusive: bool
+    decides: bool
     metadata: dict[str, Any]
     strict: bool
     opset: int
@@ -256,10 +261,11 @@ class _Work:
         if found.keeps:
             for name, half in self.remainders("int8"):
                 self.add(name, "int8", self.searched(name, found, _FULL, half=half), task, instead=True)
-        mixed = None
-        if found.mixed:
-            mixed = self.add("int8-mixed", "int8", self.searched("int8-mixed", found, _MIXED, half=self.has_half), task)
-        done = found.keeps or (mixed is not None and self.keeps(mixed) and found.share >= MOSTLY)
+        mixed = [
+            self.add(name, "int8", self.searched(name, found, _MIXED, half=half), task)
+            for name, half in (self.remainders("int8-mixed") if found.mixed else [])
+        ]
+        done = found.keeps or (any(self.keeps(candidate) for candidate in mixed) and found.share >= MOSTLY)
         if not done and self.retrain is not None:
             self.add("int8-qat", "int8", self.retrained, task)
         self.must_keep([candidate for candidate in self.candidates if candidate.precision == "int8"])
@@ -272,15 +278,11 @@ class _Work:
         ]
 
     def remainders(self, name: str) -> list[tuple[str, bool]]:
-        """(candidate, whether what is not quantised is FP16)."""
+        """(candidate, whether what is not quantised is FP16), for every remainder that the device computes in."""
         if self.stack.runtime == "onnxruntime":
             return [(name, False)]
-        return [(f"{name}-fp16", True), (f"{name}-fp32", False)]
-
-    @property
-    def has_half(self) -> bool:
-        """FP16 came out well, so a mixed graph has it as its remainder."""
-        return any(candidate.name == "fp16" and self.keeps(candidate) for candidate in self.candidates)
+        half = [(f"{name}-fp16", True)] if self.device.why_not("fp16") is None else []
+        return [*half, (f"{name}-fp32", False)]
 
     def add(
         self,
@@ -323,6 +325,7 @@ class _Work:
         return PlanStep(
             name=candidate.name,
             metric=candidate.validation,
+            agreement=candidate.parity[-1].agreement if candidate.parity else None,
             size_bytes=candidate.size_bytes,
             seconds=candidate.seconds,
             keeps=self.keeps(candidate),
@@ -381,6 +384,9 @@ class _Work:
         """The model's logits on `samples`, computed by PyTorch in FP32."""
         return parity.run_torch(self.model, self.samples)
 
+    def limits(self, precision: Precision) -> Limits:
+        return parity.limits_of(precision, self.section, judged=self.score is not None)
+
     @property
     def batches(self) -> tuple[int, ...]:
         return tuple(sorted({1, 2, self.batch}))
@@ -402,7 +408,7 @@ class _Work:
                 dynamic=self.dynamic,
                 metadata=self.graph_metadata("fp32"),
             )
-            limits = Limits(self.section.fp32_tolerance, self.section.fp32_agreement)
+            limits = self.limits("fp32")
             plain = self.climb("onnx fp32", parity.open_session(graph, optimised=False), limits)
             self.require(plain, lambda: parity.torch_values(self.model, self.first_samples), graph)
             fused = self.climb("onnx runtime optimised", parity.open_session(graph), limits)
@@ -426,9 +432,7 @@ class _Work:
             parity.open_session(graph)  # it loads as it is
             scored = folder / _SCORED
             parity.emulate_half(graph, scored)
-            rung = self.climb(
-                "fp16", parity.open_session(scored), Limits(self.section.fp16_tolerance, self.section.fp16_agreement)
-            )
+            rung = self.climb("fp16", parity.open_session(scored), self.limits("fp16"))
             rung = self.judge(rung, scored, self.section.fp16_tolerance)
             return self.describe("fp16", "fp16", graph, (rung,), scored=scored)
 
@@ -440,10 +444,10 @@ class _Work:
             to_bf16(self.base / GRAPH, graph, self.graph_metadata("bf16"))
             scored = folder / _SCORED
             parity.emulate_half(graph, scored, half=onnx.TensorProto.BFLOAT16)
-            # 8 bits of mantissa where FP16 has 11
-            tolerance = 8 * self.section.fp16_tolerance
-            rung = self.climb("bf16", parity.open_session(scored), Limits(tolerance, self.section.fp16_agreement))
-            return self.describe("bf16", "bf16", graph, (self.judge(rung, scored, tolerance),), scored=scored)
+            limits = self.limits("bf16")
+            assert limits.tolerance is not None
+            rung = self.climb("bf16", parity.open_session(scored), limits)
+            return self.describe("bf16", "bf16", graph, (self.judge(rung, scored, limits.tolerance),), scored=scored)
 
         return self.artefact("bf16", "bf16", make)
 
@@ -476,7 +480,7 @@ class _Work:
             parity.emulate(graph, scored)
             if half:
                 parity.emulate_half(scored, scored)
-        rung = self.climb(name, parity.open_session(scored or graph), Limits(None, self.section.int8_agreement))
+        rung = self.climb(name, parity.open_session(scored or graph), self.limits(precision))
         rung = self.judge(rung, scored or graph, _INT8_DIVERGENCE, strict=False)
         return self.describe(name, precision, graph, (rung,), scored=scored, form=form)
 
@@ -534,21 +538,19 @@ class _Work:
         def logits(model: onnx.ModelProto) -> NDArray[np.float32]:
             return parity.run_session(parity.open_session(written(model)), self.samples, 256)
 
-        def same(found: NDArray[np.float32]) -> float:
-            return parity.agreement(self.reference, found, exclusive=self.exclusive)
-
         def verdict(model: onnx.ModelProto) -> Verdict:
             found = logits(model)
-            agreement = same(found)
-            sound = bool(np.isfinite(found).all()) and agreement >= self.section.int8_agreement
+            same = parity.agreement(self.reference, found, exclusive=self.exclusive) if self.decides else None
+            sound = bool(np.isfinite(found).all()) and (same is None or same >= self.section.int8_agreement)
             if self.score is None or lowest is None or not np.isfinite(found).all():
-                return Verdict(agreement, sound, None)
+                error = parity.spread_error(self.reference, found)
+                return Verdict(1 - error, sound and error <= self.section.int8_tolerance, None, error, same)
             metric = self.score(place)
-            return Verdict(metric.value, sound and metric.value >= lowest, metric)
+            return Verdict(metric.value, sound and metric.value >= lowest, metric, None, same)
 
         def change(found: NDArray[np.float32]) -> float:
             if self.difference is None:
-                return same(found) - 1
+                return -parity.spread_error(self.reference, found)
             return self.difference(found, self.reference, self.rows).value
 
         return Judge(verdict, logits, self.reference, change)
@@ -565,7 +567,7 @@ class _Work:
             return self.checked(name, "int8", model, folder, half=half, form=described)
 
         # plain INT8 stays where it is: the next run asks for it again
-        stored = name if name == "int8-mixed" else f"{name}-searched"
+        stored = name if file == _MIXED else f"{name}-searched"
         return lambda: self.artefact(stored, "int8", make, name=name, made_from=(self.searched_key, half))
 
     def retrained(self) -> Candidate:
@@ -639,7 +641,7 @@ class _Work:
                 if half:
                     parity.emulate_half(scored, scored)
             checked = scored or graph
-            rung = self.climb(name, parity.open_session(checked), Limits(None, self.section.int8_agreement))
+            rung = self.climb(name, parity.open_session(checked), self.limits("int8"))
             rung = self.judge(rung, checked, _INT8_DIVERGENCE, strict=False)
             described = f"quantised {form}, {self.section.calibration_method} ranges"
             return self.describe(name, "int8", graph, (rung,), scored=scored, form=described)
@@ -680,6 +682,7 @@ class _Work:
             self.batches,
             limits,
             exclusive=self.exclusive,
+            decides=self.decides,
             difference=self.difference,
         )
 
@@ -734,7 +737,7 @@ class _Work:
             size_bytes=sum(path.stat().st_size for path in graph.parent.glob(f"{GRAPH}*")),
             parity=rungs,
             validation=self.score(scored or graph) if self.score is not None and failed is None else None,
-            refused=_failure_text(failed) if failed is not None else None,
+            refused=failure_text(failed) if failed is not None else None,
             notes=tuple(notes),
         )
 
@@ -799,6 +802,7 @@ class _Work:
             self.output_name,
             {name: {str(place): size for place, size in sizes.items()} for name, sizes in self.dynamic.items()},
             self.exclusive,
+            self.decides,
             self.score is not None,
             self.difference is not None,
             tool_versions(),
@@ -951,12 +955,17 @@ def _float_inputs(source: Path, target: Path) -> None:
     save(model, target)
 
 
-def _failure_text(rung: Rung) -> str:
+def failure_text(rung: Rung) -> str:
+    """Why a rung failed, one clause."""
     node = f"; first diverging node: {rung.first_divergence}" if rung.first_divergence else ""
-    return (
-        f'parity rung "{rung.name}" fails: relative error {rung.relative:.2g}, agreement {rung.agreement:.1%} of '
-        f"{rung.samples} samples{node}"
-    )
+    return f'parity rung "{rung.name}" fails: {figures_of(rung)}, {rung.samples} samples{node}'
+
+
+def figures_of(rung: Rung) -> str:
+    """The rung's errors and its agreement, as far as it has them."""
+    agreed = f", {rung.agreement:.1%} of decisions kept" if rung.agreement is not None else ""
+    spread = f", {rung.spread_error:.2g} of the outputs' spread" if rung.spread_error is not None else ""
+    return f"relative error {rung.relative:.2g}{spread}{agreed}"
 
 
 def _failure(rung: Rung, tolerance: float | None) -> EdgestillError:
@@ -964,6 +973,6 @@ def _failure(rung: Rung, tolerance: float | None) -> EdgestillError:
     return EdgestillError(
         f'the exported graph does not compute what the model does (rung "{rung.name}")',
         where=f"first diverging node: {rung.first_divergence or 'none alone; the error grows over the graph'}",
-        evidence=f"relative error {rung.relative:.2g}{limit}; {rung.agreement:.1%} of decisions kept",
+        evidence=f"{figures_of(rung)}{limit}",
         fix='precision = "auto" leaves a failing precision out' if not rung.name.startswith("onnx") else None,
     )

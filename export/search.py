@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from export.candidate import PlanStep
 from export.equalise import correct_biases, equalise
-from export.mixed import Unit, leave_float, rescue, share_in_int8, units_of
+from export.mixed import Unit, leave_float, pools, rescue, share_in_int8, units_of
 from export.onnx import weights_bytes
 from export.precision import Quantization, Quantizer
 from export.section import ExportSection
@@ -33,16 +33,24 @@ LEAST = 0.2
 """With a smaller share than this in INT8, a mixed graph has lost what INT8 is for."""
 _QUESTIONS = 24
 """Graphs that the rescue may ask about: each is made and scored on the whole validation split."""
+_MOST_POOLS = 4
+"""Sets of nodes that the rescue starts from at most."""
 _MOST_NAMED = 4
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a graph is worth on the held-out data. value: its metric, or its share of equal decisions without one."""
+    """What a graph is worth on the held-out data.
+
+    value: its metric; without one, 1 - `error`. error: see `parity.spread_error`; None: the metric decides. agreement:
+    share of equal decisions; None where there are none.
+    """
 
     value: float
     keeps: bool
     metric: Metric | None
+    error: float | None = None
+    agreement: float | None = None
 
 
 @dataclass
@@ -150,20 +158,26 @@ class Search:
     def _equalised(self, best: _Best) -> _Best:
         """Channels scaled across layers, then calibrated anew by the best method so far."""
         started = time.perf_counter()
-        scaled, count = equalise(best.quantizer.prepared, self.calibration)
-        if not count:
-            self._note("int8 equalised", None, None, started, note="no two layers whose channels can be scaled")
+        found = equalise(best.quantizer.prepared, self.calibration)
+        stopped = ""
+        if found.stopped:
+            operators = ", ".join(sorted(found.stopped))
+            stopped = f"; {sum(found.stopped.values())} were not: no scale is taken through {operators}"
+        if not found.groups:
+            note = f"no two layers whose channels can be scaled{stopped}"
+            self._note("int8 equalised", None, None, started, note=note)
             return best
-        quantizer = best.quantizer.of(scaled)
+        quantizer = best.quantizer.of(found.model)
         model = quantizer.quantized(best.method)
         tried = _Best(quantizer, best.method, model, best.verdict, f"{best.described}, equalised")
-        return self._better(best, tried, started, note=f"{count} groups of channels scaled")
+        return self._better(best, tried, started, note=f"{found.groups} groups of channels scaled{stopped}")
 
     def _corrected(self, best: _Best) -> _Best:
         """Biases that take the mean errors back."""
         started = time.perf_counter()
         changed, count = correct_biases(best.quantizer.prepared, best.model, self.calibration)
         if not count:
+            self._note("int8 biases corrected", None, None, started, note="no layer has a bias of its own")
             return best
         quantizer = best.quantizer.of(changed, keep_ranges=True)
         model = quantizer.quantized(best.method)
@@ -194,9 +208,11 @@ class Search:
             return asked[chosen][1].keeps
 
         order = [entry.unit for entry in ranked]
-        pool = [unit for place, unit in enumerate(order) if share_in_int8(units, order[: place + 1]) >= LEAST]
-        if not pool or not keeps(frozenset(pool)):
-            note = f"does not even with {1 - LEAST:.0%} of the multiply-adds in float ({len(pool)} nodes)"
+        tried = pools(units, order, LEAST)[:_MOST_POOLS]
+        pool = next((pool for pool in tried if keeps(frozenset(pool))), None)
+        if pool is None:
+            share = max((1 - share_in_int8(units, each) for each in tried), default=0.0)
+            note = f"does not even with up to {share:.0%} of the multiply-adds in float ({len(tried)} sets of nodes)"
             self._note("int8-mixed", None, None, started, keeps=False, note=note)
             return self._found(best)
         chosen = rescue(pool, keeps, limit=_QUESTIONS)
@@ -222,12 +238,18 @@ class Search:
             PlanStep(
                 name=name,
                 metric=verdict.metric if verdict is not None else None,
+                agreement=verdict.agreement if verdict is not None else None,
                 size_bytes=weights_bytes(model) if model is not None else None,
                 seconds=round(time.perf_counter() - started, 2),
                 keeps=verdict.keeps if verdict is not None else keeps,
-                note=note,
+                note="; ".join(part for part in (_error(verdict), note) if part),
             )
         )
+
+
+def _error(verdict: Verdict | None) -> str:
+    error = verdict.error if verdict is not None else None
+    return f"error {error:.2g} of the outputs' spread" if error is not None else ""
 
 
 def _worst(ranked: list[Sensitivity]) -> str:

@@ -17,8 +17,8 @@ from export.precision import Quantizer
 class Sensitivity:
     """What quantising one unit alone does to the outputs of the held-out samples.
 
-    error: root mean square of the logits' difference over that of the reference. change: of the task metric (of the
-    share of equal decisions, without labels); negative where it costs something.
+    error: root mean square of the logits' difference over that of the reference. change: of the task metric (without
+    one, minus the error against the outputs' spread); negative where it costs something.
     """
 
     unit: Unit

@@ -62,6 +62,19 @@ def export(
         str | None,
         typer.Option("--output", help="The output to export, of several.  [default: logits, or the first]"),
     ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option("--labels", help="The classes' names, one per line: the output is one score for each."),
+    ] = None,
+    int8_tolerance: Annotated[
+        float | None,
+        typer.Option(
+            "--int8-tolerance",
+            min=0.001,
+            max=1.0,
+            help="Largest error of INT8 and FP8, as a share of the outputs' spread over the samples.  [default: 0.3]",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Export a run's students for every target, verified; or, with --model, any PyTorch model."""
@@ -75,6 +88,7 @@ def export(
     given = {
         "--kwargs": kwargs, "--weights": weights, "--example": example, "--samples": samples, "--stack": stack,
         "--precision": precision, "--batch": batch, "--output": output,
+        "--labels": labels, "--int8-tolerance": int8_tolerance,
         "--device": None if device == "this-machine" else device,
     }  # fmt: skip
     for option, value in given.items():
@@ -89,7 +103,16 @@ def export(
 
         plan, bundles = export_foreign(
             ForeignModel(
-                model, kwargs, weights, tuple(example or ()), samples, output, tuple(precision or ("auto",)), batch
+                model,
+                kwargs,
+                weights,
+                tuple(example or ()),
+                samples,
+                output,
+                tuple(precision or ("auto",)),
+                batch,
+                labels,
+                int8_tolerance,
             ),
             device=device,
             stack=stack,
@@ -142,7 +165,11 @@ def describe_candidates(plan: object, *, notes: bool = False) -> list[str]:
             parts.append(f"{candidate.validation.name} {candidate.validation.value:.1%} on validation")
         if candidate.parity:
             worst = max(candidate.parity, key=lambda rung: rung.relative)
-            parts.append(f"relative error {worst.relative:.1e}, {worst.agreement:.1%} same decisions")
+            parts.append(f"relative error {worst.relative:.1e}")
+            if worst.agreement is not None:
+                parts.append(f"{worst.agreement:.1%} same decisions")
+            elif worst.spread_error is not None:
+                parts.append(f"{worst.spread_error:.1%} of the outputs' spread")
         if candidate.engine is not None:
             parts.append(f"engine by {candidate.engine.builder}")
         parts += [note for note in (candidate.parsed_by, candidate.engine_note) if note]

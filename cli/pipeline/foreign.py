@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 
 from export import Plan, export_model, parse_example, refusal_of
+from export.section import ExportSection
 from profiles.device import TargetSection, resolve_target
 from profiles.errors import InputError
 from profiles.opening import open_arrays
@@ -23,7 +24,8 @@ class ForeignModel:
     """A model as the command line names it.
 
     factory: package.module:name. kwargs: a JSON object. examples: [NAME:]SHAPE[:TYPE] texts. samples: an .npz of real
-    inputs by name. output: which one. precisions: as a target's. batch: of a query; None: the first example's.
+    inputs by name. output: which one. precisions: as a target's. batch: of a query; None: the first example's. labels:
+    a text file, one label per line. int8_tolerance: see ExportSection; None: its default.
     """
 
     factory: str
@@ -34,6 +36,8 @@ class ForeignModel:
     output: str | None = None
     precisions: tuple[str, ...] = ("auto",)
     batch: int | None = None
+    labels: Path | None = None
+    int8_tolerance: float | None = None
 
 
 def export_foreign(
@@ -78,6 +82,8 @@ def export_foreign(
         output=model.output,
         precisions=model.precisions,
         batch=model.batch,
+        labels=_labels(model.labels),
+        section=ExportSection() if model.int8_tolerance is None else ExportSection(int8_tolerance=model.int8_tolerance),
         progress=progress,
     )
 
@@ -111,6 +117,20 @@ def _kwargs(text: str | None) -> dict[str, object]:
     if not isinstance(values, dict):
         raise InputError("not a JSON object", where="--kwargs", evidence=text, fix="""--kwargs '{"width": 32}'""")
     return values
+
+
+def _labels(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read", where="--labels", evidence=str(error)) from error
+    if not lines or not all(line.strip() for line in lines):
+        raise InputError(
+            f"{path} has {'an empty line' if lines else 'no line'}", where="--labels", fix="one label per line"
+        )
+    return lines
 
 
 def _samples(path: Path | None) -> dict[str, np.ndarray] | None:

@@ -73,7 +73,9 @@ class Mobile(nn.Module):
 
 def mobile(width=8):
     torch.manual_seed(0)
-    return Mobile(width)
+    model = Mobile(width)
+    model.head.weight.data *= 100  # an untrained head hardly tells samples apart
+    return model
 
 
 def bert():
@@ -163,6 +165,9 @@ def test_a_transformer_is_called_by_keyword_and_keeps_its_dynamic_sizes(bert: Re
     assert {entry["name"]: entry["refused"] is None for entry in json.loads(bert.out)["plan"]["candidates"]} == {
         "fp32": True, "fp16": False, "int8": True,
     }  # fmt: skip
+    rungs = {entry["name"]: entry["parity"] for entry in json.loads(bert.out)["plan"]["candidates"]}
+    for name in ("fp32", "int8"):
+        assert (rungs[name][-1]["name"], rungs[name][-1]["passed"]) == (f"{name} at other sizes", True)
     path = place / "bert" / "fp32" / "model.onnx"
     inputs = {entry.name: entry.type.tensor_type.shape.dim for entry in onnx.load(path).graph.input}
     assert {name: [dim.dim_param for dim in dims] for name, dims in inputs.items()} == {
@@ -180,10 +185,7 @@ def test_a_transformer_is_called_by_keyword_and_keeps_its_dynamic_sizes(bert: Re
 def test_a_bundle_with_a_dynamic_size_reads_samples_of_another_length(bert: Result, place: Path) -> None:
     assert bert.status == 0
     np.savez(place / "short.npz", input_ids=np.ones((2, 7), np.int64), attention_mask=np.ones((2, 7), np.int64))
-    command = [sys.executable, str(place / "bert" / "fp32" / "infer.py"), str(place / "short.npz")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 2
+    assert len(infer(place / "bert" / "fp32", place / "short.npz")) == 2
 
 
 def test_what_export_made_is_checked_and_measured(bert: Result, place: Path) -> None:
@@ -208,8 +210,42 @@ def test_another_output_and_one_precision_are_chosen(place: Path) -> None:
     made = export("mobile", "features", *IMAGES, "--output", "features", "--precision", "fp32")
     assert made.status == 0, made.err
     assert [path.name for path in sorted((place / "features").iterdir())] == ["fp32", "graphs"]
-    (output,) = read_manifest(place / "features" / "fp32", "bundle").info["outputs"]
+    info = read_manifest(place / "features" / "fp32", "bundle").info
+    (output,) = info["outputs"]
     assert (output["name"], output["shape"]) == ("features", ["batch", 16])
+    # nothing says that these are scores of classes, so what runs alone prints them as they are
+    assert info["decides"] is False
+    assert "same decisions" not in made.out
+    images = np.load(place / "images.npz")["image"][:3]
+    np.save(place / "three.npy", images)
+    printed = infer(place / "features" / "fp32", place / "three.npy")
+    with torch.no_grad():
+        expected = module("mobile", place)(torch.from_numpy(images)).features.numpy()
+    np.testing.assert_allclose([json.loads(line) for line in printed], expected, atol=1e-5)
+
+
+def test_what_is_called_logits_or_has_labels_is_printed_as_classes(mobile: Result, place: Path) -> None:
+    assert mobile.status == 0
+    np.save(place / "one.npy", np.load(place / "images.npz")["image"][:1])
+    assert infer(place / "mobile" / "fp32", place / "one.npy")[0].count("%") == 3
+    options = ("--example", "1x4", "--precision", "fp32", "--labels", "labels.txt")
+    (place / "labels.txt").write_text("cat\ndog\n")
+    assert export("ready", "labelled", *options).status == 0
+    np.save(place / "zeros.npy", np.zeros((2, 4), np.float32))
+    lines = infer(place / "labelled" / "fp32", place / "zeros.npy")
+    assert all({"cat", "dog"} < set(line.split()) for line in lines)
+    (place / "labels.txt").write_text("cat\ndog\nfish\n")
+    refused = export("ready", "never", *options)
+    assert refused.status == 2
+    assert "it has 2 values" in refused.err
+
+
+def infer(bundle: Path, samples: Path) -> list[str]:
+    """What the stand-alone script prints."""
+    command = [sys.executable, str(bundle / "infer.py"), str(samples)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 @pytest.mark.parametrize(
@@ -217,6 +253,7 @@ def test_another_output_and_one_precision_are_chosen(place: Path) -> None:
     [
         ("mobile", (*IMAGES, "--output", "logit"), 'did you mean "logits"'),
         ("mobile", ("--example", "image:1x4x24x24"), "the model does not run on the example inputs"),
+        ("ready", ("--example", "1x9"), "where: --example 1x9 "),
         ("mobile", (*IMAGES, "--precision", "int8"), "real samples"),
         ("mobile", (*IMAGES, "--precision", "fp16"), "ONNX Runtime computes FP16 graphs in FP32"),
         ("mobile", (*IMAGES, "--precision", "fp4"), "no export for FP4"),
