@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -20,7 +20,7 @@ from profiles.measure_section import MeasureSection
 from profiles.measurement import Energy, Measurement, Outcome, Scope, ThreadSweep, Throughput
 from profiles.opening import open_arrays, open_bundle, open_graph
 from profiles.progress import Progress
-from profiles.runtimes import GraphOptimization, get_runtime
+from profiles.runtimes import GraphOptimization, RuntimeOptions, get_runtime
 from profiles.runtimes.onnxruntime import random_for, random_inputs
 from profiles.section import Section
 from profiles.sweep import sweep, sweep_threads
@@ -28,7 +28,8 @@ from profiles.sweep import sweep, sweep_threads
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """How to measure; see `edgestill bench --help`. shapes: NAME:SHAPE texts. host: where; None: here."""
+    """How to measure; see `edgestill bench --help`. shapes: NAME:SHAPE texts. host: where; None: here. allow_code: the
+    user said that an engine which brings code may be loaded."""
 
     target: TargetSection
     measure: MeasureSection
@@ -39,6 +40,12 @@ class BenchOptions:
     lock_clocks: bool = False
     runtime: str = "onnxruntime"
     sweep_threads: bool = False
+    allow_code: bool = False
+
+    @property
+    def runtime_options(self) -> RuntimeOptions:
+        """What is asked of the runtime."""
+        return replace(runtime_options(self.measure), engine_code=self.allow_code)
 
     @classmethod
     def checked(
@@ -63,6 +70,7 @@ class BenchOptions:
         cuda_graph: bool = True,
         idle_gap_ms: float = 0.0,
         timeout_seconds: float = 60.0,
+        allow_code: bool = False,
     ) -> BenchOptions:
         """The options of a command line.
 
@@ -79,6 +87,7 @@ class BenchOptions:
             ("--runtime", runtime != "onnxruntime"),
             ("--affinity", affinity),
             ("--graph-optimization", graph_optimization != "all"),
+            ("--allow-code", allow_code),
         ):
             if host is not None and asked:
                 raise InputError("this is for this machine only", where=option, fix=f"leave {option} or --on out")
@@ -119,7 +128,7 @@ class BenchOptions:
         )
         if host is None:
             get_runtime(runtime)  # refused before anything is read
-        return cls(target, section, shapes, sweep, strict, host, lock_clocks, runtime, sweep_threads)
+        return cls(target, section, shapes, sweep, strict, host, lock_clocks, runtime, sweep_threads, allow_code)
 
 
 class BenchResult(Section):
@@ -146,7 +155,7 @@ def bench_file(path: Path, options: BenchOptions, progress: Progress) -> BenchRe
         if options.strict:
             refuse_unquiet([found[name].measurement])
         return BenchResult(measurement=found[name].measurement)
-    runtime = get_runtime(options.runtime, runtime_options(options.measure))
+    runtime = get_runtime(options.runtime, options.runtime_options)
     found = measure(
         {name: model},
         inputs,
@@ -154,6 +163,7 @@ def bench_file(path: Path, options: BenchOptions, progress: Progress) -> BenchRe
         options.measure,
         input_source=source,
         runtime=runtime,
+        options=options.runtime_options,
         progress=progress,
     )
     if options.strict:
@@ -181,7 +191,7 @@ def _model_and_inputs(path: Path, options: BenchOptions) -> tuple[Path, dict[str
         shapes = _same_names(graph, options.target.batch, _sizes(options.shapes))
         return path, random_inputs(path, options.target.batch, shapes), "random"
     if path.is_file():
-        session = get_runtime(options.runtime, runtime_options(options.measure)).load(path, threads=1)
+        session = get_runtime(options.runtime, options.runtime_options).load(path, threads=1)
         try:
             return path, random_for(session.inputs, path, options.target.batch, _sizes(options.shapes)), "random"
         finally:
@@ -217,6 +227,12 @@ def _runs_in(bundle: Path, info: Mapping[str, Any], options: BenchOptions) -> Pa
             where=str(bundle),
             evidence=info.get("engine_note"),
             fix="sh build_engine.sh, in the bundle, and bench the engine file",
+        )
+    if engine.get("version_compatible") and not options.allow_code:
+        raise InputError(
+            "the bundle's engine is version-compatible: it brings code that would run here",
+            where=str(bundle / str(engine["file"])),
+            fix="--allow-code, where you trust who built it; else sh build_engine.sh in the bundle",
         )
     return bundle / str(engine["file"])
 

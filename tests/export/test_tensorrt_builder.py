@@ -15,6 +15,7 @@ from export import tensorrt
 from export.candidate import Engine
 from export.section import ExportSection
 from export.tensorrt import Adapter, BuildOptions
+from profiles.artifact import file_hash
 from profiles.device import load_device
 from profiles.engine_check import this_gpu
 from profiles.errors import EdgestillError, InputError
@@ -290,6 +291,17 @@ def test_plan_is_loaded_only_where_it_belongs(
     monkeypatch.setitem(gpu, "compute_capability", "8.9")
     older = built | {"builder": "TensorRT-RTX 1.6.0.3"}
     assert "1.6.0.3 and runs on that version only" in str(tensorrt.loadable(adapter(), engine.file, older))
+    # its own word is no reason to load code: only this process's, which built it, or the user's
+    foreign = tmp_path / "foreign.engine"
+    foreign.write_bytes(engine.file.read_bytes() + b"code")
+    claims = built | {"version_compatible": True, "sha256": file_hash(foreign)}
+    with monkeypatch.context() as patch:
+        patch.setattr(tensorrt, "_validity", lambda adapter, plan: None)
+        with pytest.raises(InputError, match="brings code that would run here"):
+            tensorrt.open_plan(adapter(), foreign, claims)
+        for plan, facts, allow in ((foreign, claims, True), (engine.file, built | {"version_compatible": True}, False)):
+            with pytest.raises(EdgestillError, match="cannot load the engine"):  # the runtime was asked: no driver here
+                tensorrt.open_plan(adapter(), plan, facts, allow_code=allow)
     # the manifest agrees, so the runtime itself is asked; without a driver it cannot vouch for it
     assert "refuses the engine" in str(tensorrt.loadable(adapter(), engine.file, built))
     engine.file.write_bytes(b"something else")
