@@ -68,7 +68,10 @@ def export(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Export a run's students for every target, verified; or, with --model, any PyTorch model."""
+    """Export a run's students for every target, verified; or, with --model, any PyTorch model.
+
+    With --model, --set changes keys of [export], e.g. --set export.opset=18.
+    """
     from cli import console
     from profiles.errors import InputError
 
@@ -87,8 +90,6 @@ def export(
             raise InputError(
                 "this option is for a model of your own", where=option, fix="--model package.module:factory"
             )
-    if model is not None and overrides:
-        raise InputError("this option is for a run", where="--set", fix="leave it out, or --kwargs for the model")
     if model is not None:
         from cli.pipeline.foreign import ForeignModel, export_foreign
 
@@ -108,6 +109,7 @@ def export(
             stack=stack,
             out=out,
             progress=console.make_progress(),
+            overrides=overrides or (),
         )
         if as_json:
             console.emit_json({"plan": plan, "bundles": bundles})

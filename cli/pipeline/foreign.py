@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from cli.recipe import export_section
 from export import Plan, export_model, parse_example, refusal_of
 from profiles.device import TargetSection, resolve_target
 from profiles.errors import InputError
@@ -39,9 +41,18 @@ class ForeignModel:
 
 
 def export_foreign(
-    model: ForeignModel, *, device: str, stack: str | None, out: Path | None, progress: Progress
+    model: ForeignModel,
+    *,
+    device: str,
+    stack: str | None,
+    out: Path | None,
+    progress: Progress,
+    overrides: Sequence[str] = (),
 ) -> tuple[Plan, list[Path]]:
     """Builds, exports and bundles the model for one device.
+
+    Args:
+        overrides: `export.KEY=VALUE` texts.
 
     Raises:
         InputError: a path, argument, weight, example or sample that does not fit; see the fields.
@@ -49,6 +60,7 @@ def export_foreign(
     """
     if out is None:
         raise InputError("no folder to export into", where="--out", fix="--out exported")
+    section = export_section(overrides, without=("qat", "qat_epochs"))
     target = resolve_target(TargetSection(name="export", device=device, stack=stack), base=Path.cwd(), where="--device")
     for precision in model.precisions:
         reason = refusal_of(precision, target.device, target.stack, model.samples is not None)
@@ -81,6 +93,7 @@ def export_foreign(
         precisions=model.precisions,
         batch=model.batch,
         labels=_labels(model.labels),
+        section=section,
         progress=progress,
     )
 
