@@ -224,7 +224,7 @@ def test_another_output_and_one_precision_are_chosen(place: Path) -> None:
     options = ("--output", "features", "--precision", "fp32", "--set", "export.opset=18")
     made = export("mobile", "features", *IMAGES, *options)
     assert made.status == 0, made.err
-    assert [path.name for path in sorted((place / "features").iterdir())] == ["fp32", "graphs"]
+    assert [path.name for path in sorted((place / "features").iterdir())] == ["export.json", "fp32", "graphs"]
     info = read_manifest(place / "features" / "fp32", "bundle").info
     (output,) = info["outputs"]
     assert (output["name"], output["shape"]) == ("features", ["batch", 16])
