@@ -265,7 +265,7 @@ def _configure(adapter: Adapter, config: Any, options: BuildOptions, graph: Path
             raise EdgestillError(
                 f"{adapter} builds no version-compatible engines",
                 where=graph.name,
-                evidence="its engines run on the version that built them only",
+                evidence="such an engine carries the lean runtime, libnvinfer_lean, which TensorRT-RTX does not have",
                 fix="version_compatible = false in [export]",
             )
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
