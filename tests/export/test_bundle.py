@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 import export
 from distill.data.text import encode, train_tokenizer
-from export import Plan, plan, write_bundle
+from export import Plan, parity, plan, write_bundle
 from profiles import engine_check
 from profiles.artifact import file_hash, verify
 from profiles.errors import InputError
@@ -120,6 +120,15 @@ def test_infer_prints_classes_of_arrays_and_images(cpu_bundle: Path, tmp_path: P
     Image.fromarray(IMAGES[0, 0]).save(tmp_path / "one.png")
     image = run_infer(cpu_bundle, str(tmp_path / "one.png"), "--top", "2")
     assert image.stdout.splitlines() == lines[:1]
+
+
+def test_classes_that_do_not_exclude_each_other_have_a_share_each(cpu_plan: Plan, tmp_path: Path) -> None:
+    folder = bundle_of(cpu_plan, "fp32", tmp_path / "several", exclusive=False)
+    np.save(tmp_path / "one.npy", IMAGES[:1])
+    words = run_infer(folder, str(tmp_path / "one.npy"), "--top", "4").stdout.split()
+    shares = {name: float(share.rstrip("%")) / 100 for name, share in zip(words[::2], words[1::2], strict=True)}
+    logits = parity.run_session(parity.open_session(folder / "model.onnx"), {"image": IMAGES[:1]}, 1)[0]
+    np.testing.assert_allclose([shares[name] for name in LABELS], 1 / (1 + np.exp(-logits)), atol=1e-3)
 
 
 def test_wrong_shape_is_said_and_not_a_traceback(cpu_bundle: Path, tmp_path: Path) -> None:
