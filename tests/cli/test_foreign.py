@@ -205,6 +205,30 @@ def test_what_export_made_is_checked_and_measured(bert: Result, place: Path) -> 
     assert (measured.batch, measured.input_source) == (2, "random")
 
 
+@pytest.mark.parametrize(
+    ("factory", "options"),
+    [
+        ("mobile", (*IMAGES, "--samples", "images.npz")),
+        (
+            "bert",
+            ("--example", "input_ids:1x12:int64", "--example", "attention_mask:1x12:int64", "--samples", "texts.npz"),
+        ),
+    ],
+)
+def test_engines_are_built_by_tensorrt_rtx(factory: str, options: tuple[str, ...], place: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (extra tensorrt-rtx)")
+    if factory == "bert":
+        pytest.importorskip("transformers", reason="transformers is not installed (extra transformers)")
+    precisions = ("--precision", "fp16", "--precision", "int8")
+    made = export(factory, f"{factory}-rtx", *options, *precisions, "--device", "rtx-4060-laptop")
+    assert made.status == 0, made.err
+    for form in ("fp16", "int8-fp16", "int8-fp32"):
+        info = open_bundle(place / f"{factory}-rtx" / form).info
+        assert info["engine"]["builder"].startswith("TensorRT-RTX 1."), form
+        assert info["engine"]["compute_capability"] == "8.9"
+        assert [entry["name"] for entry in info["inputs"]] == [text.split(":")[0] for text in options[1:-2:2]]
+
+
 def test_a_limit_is_judged_on_the_device_that_the_bundle_is_for_alone(mobile: Result, place: Path) -> None:
     assert mobile.status == 0
     shutil.copytree(place / "mobile" / "fp32", place / "for-a-pi")
