@@ -5,11 +5,11 @@ from __future__ import annotations
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
@@ -28,6 +28,7 @@ from profiles.measure_section import MeasureSection
 from profiles.section import Section
 
 SUFFIX = ".toml"
+Checked = TypeVar("Checked", bound=Section)
 
 
 class Recipe(Section):
@@ -134,8 +135,43 @@ def check(values: dict[str, Any], origin: str) -> Recipe:
     Raises:
         InputError: naming every wrong key with its place and, where one is near, the key that was meant.
     """
+    return _checked(Recipe, values, origin)
+
+
+def export_section(overrides: Sequence[str], *, without: Collection[str] = ()) -> ExportSection:
+    """The `[export]` table that `--set export.KEY=VALUE` asks for where there is no recipe.
+
+    Args:
+        overrides: as for `load_recipe`.
+        without: keys that mean nothing to the caller.
+
+    Raises:
+        InputError: as `load_recipe`, a key of another table, or one of `without`.
+    """
+    values: dict[str, Any] = {}
+    for override in overrides:
+        table, _, key = split_override(override, "--set")[0].partition(".")
+        if table != "export" or not key:
+            raise InputError(
+                "without a recipe only [export] has keys to change",
+                where=f"--set {override}",
+                fix="--set export.KEY=VALUE; --kwargs for the model itself",
+            )
+        if key in without:
+            raise InputError(
+                "a model from elsewhere is not trained here", where=f"--set {override}", fix="leave it out"
+            )
+        _override(values, override)
+    return _checked(_ExportAlone, values, "--set").export
+
+
+class _ExportAlone(Section):
+    export: ExportSection = ExportSection()
+
+
+def _checked(model: type[Checked], values: dict[str, Any], origin: str) -> Checked:
     try:
-        return Recipe.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
         details = error.errors()
         # A list whose entries are wrong is then also called too short, which tells nothing.
@@ -146,7 +182,7 @@ def check(values: dict[str, Any], origin: str) -> Recipe:
         if len(problems) == 1:
             message, evidence = first[0], None
         else:
-            message = f"{len(problems)} mistakes in the recipe"
+            message = f"{len(problems)} mistakes in {'the recipe' if model is Recipe else 'what is set'}"
             lines = [f"{key}: {text}" + (f" ({fix})" if fix else "") for text, key, fix in problems]
             evidence = "\n".join(["", *lines])
         raise InputError(

@@ -20,9 +20,26 @@ import sys
 import zipfile
 
 import numpy as np
-from engine_check import changed, mismatch, this_gpu  # lies beside this file
+from engine_check import changed, mismatch, sha256_of, this_gpu  # lies beside this file
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def refuse_changed(manifest, names):
+    """Ends with the reason when a file of this folder is not the one that the manifest describes."""
+    for name in names:
+        expected = manifest["files"].get(name)
+        if expected is None:
+            sys.exit("%s is not used: manifest.json has no hash of it; export the model again" % name)
+        try:
+            found = sha256_of(os.path.join(HERE, name))
+        except OSError as error:
+            sys.exit("%s cannot be read: %s" % (name, error))
+        if found != expected:
+            sys.exit(
+                "%s is not the file that manifest.json describes (SHA-256 %s..., not %s...); copy the folder again"
+                % (name, found[:12], expected[:12])
+            )
 
 
 class OnnxModel:
@@ -46,18 +63,23 @@ class OnnxModel:
 class TensorRTModel:
     """An engine in TensorRT (8.5 or newer) or TensorRT-RTX, with memory from the CUDA runtime through ctypes."""
 
-    def __init__(self, path, built):
+    def __init__(self, path, built, allow_code):
         trt = import_tensorrt(built)
         if trt is None:
             sys.exit("TensorRT is not installed here, so " + os.path.basename(path) + " cannot run")
         self.trt = trt
         self.title = ("TensorRT-RTX" if trt.__name__ == "tensorrt_rtx" else "TensorRT") + " " + trt.__version__
         self.refuse_elsewhere(path, built)
+        if built is not None and built.get("version_compatible") and not allow_code:
+            sys.exit(
+                os.path.basename(path) + " is version-compatible: it brings its own runtime, code that would run here "
+                "with your rights; where you trust who built it: --allow-code"
+            )
         self.cuda = load_cuda()
         self.logger = trt.Logger(trt.Logger.ERROR)
         self.runtime = trt.Runtime(self.logger)
-        if built is not None and built.get("version_compatible") and built.get("sha256"):
-            # it brings its own runtime, as code; the hash has just been compared
+        if allow_code and hasattr(self.runtime, "engine_host_code_allowed"):
+            # nothing that a file says sets this: its writer may be anybody
             self.runtime.engine_host_code_allowed = True
         with open(path, "rb") as file:
             self.engine = self.runtime.deserialize_cuda_engine(file.read())
@@ -154,20 +176,26 @@ def import_tensorrt(built=None):
     return None
 
 
+def shipped(path, info):
+    """What the manifest says of an engine that came with this folder; None: it did not, or another took its place."""
+    if os.path.exists(path + ".json") or os.path.dirname(os.path.abspath(path)) != HERE:
+        return None
+    known = {entry["file"]: entry for entry in (info["engine"], info["static_engine"]) if entry is not None}
+    return known.get(os.path.basename(path))
+
+
 def find_engine(options, info):
     """(path or None, what is known of it or None): of the engine named, else of the shipped one or the one built here.
 
     One that `build_engine.sh` built has its facts beside it; the shipped ones have theirs in the manifest.
     """
-    shipped = {entry["file"]: entry for entry in (info["engine"], info["static_engine"]) if entry is not None}
     names = [options.engine] if options.engine else [os.path.join(HERE, name) for name in info["engine_files"]]
     for path in names:
         if os.path.exists(path + ".json"):
             with open(path + ".json", encoding="utf-8") as file:
                 built = json.load(file)
         else:
-            inside = os.path.dirname(os.path.abspath(path)) == HERE
-            built = shipped.get(os.path.basename(path)) if inside else None
+            built = shipped(path, info)
         if options.engine:
             return path, built
         if built is None or not os.path.exists(path) or options.runtime == "onnxruntime":
@@ -341,17 +369,34 @@ def main():
     parser.add_argument("--selftest", action="store_true", help="check the golden sample; exit status 0 or 1")
     parser.add_argument("--engine", help="a TensorRT engine in place of the ONNX graph")
     parser.add_argument("--runtime", choices=["auto", "onnxruntime", "tensorrt"], default="auto")
+    parser.add_argument(
+        "--allow-code",
+        action="store_true",
+        help="load a version-compatible engine: it brings code, which then runs here",
+    )
     parser.add_argument("--top", type=int, default=3, help="classes to print, where the output is class scores")
     options = parser.parse_args()
     if not options.selftest and options.input is None:
         parser.error("name an input, or --selftest")
     with open(os.path.join(HERE, "manifest.json"), encoding="utf-8") as file:
-        info = json.load(file)["info"]
+        manifest = json.load(file)
+    info = manifest["info"]
     engine, built = find_engine(options, info)
     if engine is None and options.runtime == "tensorrt":
         parser.error("no engine here; build one: sh build_engine.sh")
-    model = TensorRTModel(engine, built) if engine else OnnxModel(os.path.join(HERE, info["model"]), info)
+    if engine:
+        if shipped(engine, info):
+            refuse_changed(manifest, [os.path.basename(engine)])
+        model = TensorRTModel(engine, built, options.allow_code)
+    else:
+        # weights may lie beside the graph, as model.onnx.data
+        refuse_changed(
+            manifest,
+            [info["model"]] + sorted(name for name in manifest["files"] if name.startswith(info["model"] + ".")),
+        )
+        model = OnnxModel(os.path.join(HERE, info["model"]), info)
     if options.selftest:
+        refuse_changed(manifest, ["golden.npz"])
         return selftest(model, info)
     output = model.run(read_samples(options.input, info))
     if info["decides"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 
 from export import parity
 from export.bundle import write_bundle
-from export.candidate import Plan
+from export.candidate import Engine, Plan
 from export.foreign import OneOutput
-from export.planning import failure_text, plan
+from export.planning import TIMING, failure_text, plan
+from export.publish import publishing, refuse_in_the_way
 from export.section import ExportSection
 from profiles.artifact import file_hash
 from profiles.device import Device, Stack
@@ -33,6 +35,8 @@ _EXAMPLE = re.compile(
 )
 _RANDOM_SAMPLES = 32
 _OTHER_SIZES_SAMPLES = 64
+GRAPHS = "graphs"
+"""Folder of the graphs that the bundles are made of."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,8 @@ def export_model(
 ) -> tuple[Plan, list[Path]]:
     """Exports a module through the same ladder, without a task metric; one bundle per usable candidate.
 
-    Always made anew: the code of a foreign model may have changed.
+    Always made anew: the code of a foreign model may have changed. `folder` then holds what this export made and
+    nothing of an earlier one; when it fails, the earlier one is left as it is. See `export.publish`.
 
     Args:
         model: put into eval mode and onto the CPU here.
@@ -118,7 +123,8 @@ def export_model(
 
     Raises:
         InputError: names, shapes or types of `samples` do not fit; weights that do not fit the model; an output that
-            does not exist, or has not one score for each label; dynamic sizes for a stack that runs engines.
+            does not exist, or has not one score for each label; dynamic sizes for a stack that runs engines; something
+            else in `folder` where an artefact would come to lie.
         EdgestillError: as `plan`.
     """
     if not examples:
@@ -149,44 +155,71 @@ def export_model(
         )
     name = re.sub(r"[^A-Za-z0-9_]", "_", wrapped.output)
     section = section or ExportSection()
-    made = plan(
-        wrapped,
-        held_out=held_out,
-        calibration=calibration,
-        stack=stack,
-        device=device,
-        folder=folder / "graphs",
-        # never one that was there: weights do not tell what forward() and the constructor's arguments make of them
-        model_key=uuid4().hex,
-        batch=batch or max(1, examples[0].shape[0]),
-        precisions=precisions,
-        section=section,
-        exclusive=wrapped.exclusive,
-        decides=bool(labels) or wrapped.decides,
-        progress=progress,
-        output_name=f"output_{name}" if name[0].isdigit() or name in held_out else name,
-        dynamic={example.name: dict(example.sizes) for example in examples if example.sizes},
-    )
-    made = _at_other_sizes(wrapped, examples, held_out, made, section, "auto" not in precisions)
-    golden = {name: array[:1] for name, array in held_out.items()}
-    source = "random inputs" if samples is None else "the samples given"
-    bundles = [
-        write_bundle(
-            folder / candidate.name,
-            made,
-            candidate,
-            name=type(model).__name__,
-            device=device,
+    refuse_in_the_way(folder, (GRAPHS, "fp32"))  # before the work is done
+    with publishing(folder) as new:
+        if (folder / GRAPHS / TIMING).is_dir():  # engines are built the same way again
+            shutil.copytree(folder / GRAPHS / TIMING, new / GRAPHS / TIMING)
+        made = plan(
+            wrapped,
+            held_out=held_out,
+            calibration=calibration,
             stack=stack,
-            golden=golden,
-            labels=labels,
-            exclusive=wrapped.exclusive,
-            facts={"compared_on": source, "output": wrapped.output, "weights": _hash_of(weights)},
+            device=device,
+            folder=new / GRAPHS,
+            # never one that was there: weights do not tell what forward() and the constructor's arguments make of them
+            model_key=uuid4().hex,
+            batch=batch or max(1, examples[0].shape[0]),
+            precisions=precisions,
             section=section,
+            exclusive=wrapped.exclusive,
+            decides=bool(labels) or wrapped.decides,
+            progress=progress,
+            output_name=f"output_{name}" if name[0].isdigit() or name in held_out else name,
+            dynamic={example.name: dict(example.sizes) for example in examples if example.sizes},
         )
-        for candidate in made.usable
-    ]
-    return made, bundles
+        made = _at_other_sizes(wrapped, examples, held_out, made, section, "auto" not in precisions)
+        golden = {name: array[:1] for name, array in held_out.items()}
+        source = "random inputs" if samples is None else "the samples given"
+        bundles = [
+            write_bundle(
+                new / candidate.name,
+                made,
+                candidate,
+                name=type(model).__name__,
+                device=device,
+                stack=stack,
+                golden=golden,
+                labels=labels,
+                exclusive=wrapped.exclusive,
+                facts={"compared_on": source, "output": wrapped.output, "weights": _hash_of(weights)},
+                section=section,
+            )
+            for candidate in made.usable
+        ]
+    return _moved(made, new, folder), [folder / bundle.name for bundle in bundles]
+
+
+def _moved(made: Plan, old: Path, new: Path) -> Plan:
+    """The plan with its files in another place."""
+
+    def place(path: Path | None) -> Path | None:
+        return None if path is None else new / path.relative_to(old)
+
+    def engine(found: Engine | None) -> Engine | None:
+        return None if found is None else found.model_copy(update={"file": place(found.file)})
+
+    candidates = tuple(
+        entry.model_copy(
+            update={
+                "file": place(entry.file),
+                "scored_file": place(entry.scored_file),
+                "engine": engine(entry.engine),
+                "static_engine": engine(entry.static_engine),
+            }
+        )
+        for entry in made.candidates
+    )
+    return made.model_copy(update={"folder": place(made.folder), "candidates": candidates})
 
 
 def _tensors(examples: Sequence[Example], inputs: Mapping[str, NDArray[Any]], count: int) -> dict[str, Tensor]:

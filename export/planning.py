@@ -57,6 +57,8 @@ from profiles.quantspec import QuantSpec
 
 ENGINE = "model.engine"
 STATIC_ENGINE = "model-batch1.engine"
+TIMING = "timing"
+"""Folder of the builders' timing caches, inside of a plan's."""
 _ONE = (1, 1, 1)
 _SCORED = "scored.onnx"
 _FORMS = 3
@@ -910,7 +912,7 @@ class _Work:
         if candidate.name in self.reused:
             self.reused.remove(candidate.name)
         said = types_of(onnx.load(str(candidate.file), load_external_data=False))
-        cache = self.folder / "timing" / f"{content_key(candidate.sha256, str(adapter), capability)[:16]}.cache"
+        cache = self.folder / TIMING / f"{content_key(candidate.sha256, str(adapter), capability)[:16]}.cache"
         wanted = {ENGINE: (first, replace(options, timing_cache=cache))}
         if first != _ONE:
             wanted[STATIC_ENGINE] = (_ONE, replace(options, timing_cache=cache, more_profiles=()))

@@ -34,6 +34,8 @@ OLDEST = 10
 _MIB = 1 << 20
 _LEVELS = {"ampere+": "AMPERE_PLUS", "same-capability": "SAME_COMPUTE_CAPABILITY"}
 _TIMED_RUNS = 20
+_BUILT_HERE: set[str] = set()
+"""SHA-256 of the plans that this process built: their code is that of the TensorRT that is installed here."""
 Batches = tuple[int, int, int]
 """Smallest, optimal and largest batch of an optimisation profile; all equal: one size."""
 
@@ -212,6 +214,8 @@ def build_engine(
     if cache is not None:
         store_timing_cache(config, cache)
     target.write_bytes(memoryview(plan))
+    written = file_hash(target)
+    _BUILT_HERE.add(written)
     gpu = None if adapter.rtx else this_gpu()
     return Engine(
         file=target,
@@ -223,7 +227,7 @@ def build_engine(
         hardware_compatibility=options.hardware_compatibility,
         version_compatible=options.version_compatible,
         workspace_mib=options.workspace_mib,
-        sha256=file_hash(target),
+        sha256=written,
         size_bytes=target.stat().st_size,
         build_seconds=round(time.perf_counter() - started, 3),
         realised_precision=f"{precision} by the graph's types, unverified (not looked into on its GPU)",
@@ -261,7 +265,7 @@ def _configure(adapter: Adapter, config: Any, options: BuildOptions, graph: Path
             raise EdgestillError(
                 f"{adapter} builds no version-compatible engines",
                 where=graph.name,
-                evidence="its engines run on the version that built them only",
+                evidence="such an engine carries the lean runtime, libnvinfer_lean, which TensorRT-RTX does not have",
                 fix="version_compatible = false in [export]",
             )
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
@@ -371,21 +375,34 @@ def _validity(adapter: Adapter, plan: Path) -> str | None:
     return f"{adapter} refuses the engine: " + (", ".join(causes) or "; ".join(errors[:1]) or "no reason given")
 
 
-def open_plan(adapter: Adapter, plan: Path, built: Mapping[str, Any]) -> Any:
+def open_plan(adapter: Adapter, plan: Path, built: Mapping[str, Any], *, allow_code: bool = False) -> Any:
     """The deserialised engine; keep the adapter's module loaded as long as it is used.
 
+    A version-compatible plan brings its own runtime: code, which runs with this process's rights. What `built` says of
+    it is no reason to trust it, as whoever made the plan wrote that, too.
+
+    Args:
+        allow_code: the user said that such a plan may be loaded. One that this process built may be anyway.
+
     Raises:
-        InputError: it does not belong here; the reason says why.
+        InputError: it does not belong here, or it brings code and that is not allowed; the reason says why.
         EdgestillError: the runtime refuses it all the same.
     """
     reason = loadable(adapter, plan, built)
     if reason is not None:
         raise InputError(reason, where=str(plan), fix="build one on this device: sh build_engine.sh in the bundle")
+    allowed = allow_code or file_hash(plan) in _BUILT_HERE
+    if built.get("version_compatible") and not allowed:
+        raise InputError(
+            "the engine is version-compatible: it brings code that would run here, and it was not built here",
+            where=str(plan),
+            fix="--allow-code, where you trust who built it; else sh build_engine.sh in the bundle",
+        )
     trt = adapter.module
     errors: list[str] = []
     runtime = trt.Runtime(_collector(trt, errors))
-    # a version-compatible plan brings its own runtime, whose hash was just compared
-    runtime.engine_host_code_allowed = bool(built.get("version_compatible") and built.get("sha256"))
+    if allowed:
+        runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(plan.read_bytes())
     if engine is None:
         raise EdgestillError(f"{adapter} cannot load the engine", where=str(plan), evidence="; ".join(errors[:3]))

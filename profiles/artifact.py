@@ -303,7 +303,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _exchange(new: Path, final: Path) -> bool:
+def exchange(new: Path, final: Path) -> bool:
     """Lets two folders swap their names in one step; False where the system cannot."""
     if not sys.platform.startswith("linux"):
         return False
@@ -320,7 +320,7 @@ def _replace_folder(new: Path, final: Path) -> None:
     An old `final` gets the name of `new`, which the caller removes: whatever stops this process, one of the two is
     there. Where names cannot be swapped, the old one is moved aside first.
     """
-    if final.exists() and _exchange(new.absolute(), final.absolute()):
+    if final.exists() and exchange(new.absolute(), final.absolute()):
         return
     if final.exists():
         aside = Path(tempfile.mkdtemp(prefix=f".{final.name}-old-", dir=final.parent))

@@ -69,15 +69,18 @@ def changed(path: str, sha256: Optional[str]) -> Optional[str]:
 
     Raises OSError.
     """
-    if not sha256:
+    if not sha256 or sha256_of(path) == sha256:
         return None
+    return "the engine is not the file that its manifest describes (another SHA-256)"
+
+
+def sha256_of(path: str) -> str:
+    """Of a file's bytes, in hexadecimal. Raises OSError."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         for block in iter(lambda: file.read(1 << 20), b""):
             digest.update(block)
-    if digest.hexdigest() == sha256:
-        return None
-    return "the engine is not the file that its manifest describes (another SHA-256)"
+    return digest.hexdigest()
 
 
 def _version(built: Dict[str, Any], here: Dict[str, Any]) -> Optional[str]:

@@ -295,6 +295,7 @@ def measure(
     *,
     input_source: str = "real samples",
     runtime: Runtime | None = None,
+    options: RuntimeOptions | None = None,
     clock: Clock | None = None,
     progress: Progress | None = None,
     fresh_process: bool = True,
@@ -311,6 +312,7 @@ def measure(
         section: threads, time, confidence.
         input_source: where the inputs are from, as the report says it.
         runtime: default ONNX Runtime.
+        options: that `runtime` was made with; default what the section asks for.
         clock: default the machine's.
         progress: told how many samples there are.
         fresh_process: measure load time, first inference and peak memory in a process of its own as well. A model that
@@ -352,7 +354,7 @@ def measure(
                             model,
                             batches[0],
                             section.threads,
-                            options=runtime_options(section),
+                            options=options or runtime_options(section),
                             timeout_seconds=section.timeout_seconds,
                         )
                     sessions[name] = _ready(runtime, model, batches, section, clock, place)

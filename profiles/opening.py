@@ -185,6 +185,39 @@ def escapes(place: str) -> bool:
     return not place or absolute or ".." in parts or "\0" in place
 
 
+def open_tensor(tensor: onnx.TensorProto, folder: Path | None) -> Array | None:
+    """The value of a stored tensor; bytes in another file are mapped into memory, not read, where their type allows it.
+
+    Args:
+        folder: of the model's file, from which external data may come; None: the model is not on disk.
+
+    Returns:
+        None where there is no value to be had: bytes that are missing, too few, or outside of the folder; text.
+    """
+    import onnx
+
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        try:
+            return np.asarray(onnx.numpy_helper.to_array(tensor))
+        except (ValueError, TypeError):
+            return None
+    entries = {entry.key: str(entry.value) for entry in tensor.external_data}
+    place, offset, size = entries.get("location", ""), _count(entries.get("offset")), tensor_bytes(tensor)
+    if folder is None or escapes(place) or not is_inside(folder / place, folder):
+        return None
+    path = folder / place
+    if not path.is_file() or path.stat().st_size < offset + size or _count(entries.get("length")) not in (0, size):
+        return None
+    shape = tuple(tensor.dims)
+    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+    if size and size == math.prod(shape) * dtype.itemsize:
+        return np.memmap(path, dtype, "r", offset, shape or (1,)).reshape(shape)
+    with path.open("rb") as file:  # two values in a byte, or none at all
+        file.seek(offset)
+        inside = onnx.TensorProto(data_type=tensor.data_type, dims=shape, raw_data=file.read(size))
+    return open_tensor(inside, None)
+
+
 def foreign_domains(model: onnx.ModelProto) -> dict[str, list[str]]:
     """Operators of domains that are neither in `DOMAINS` nor defined by the file's own functions, by domain."""
     own = {(function.domain, function.name) for function in model.functions}

@@ -92,6 +92,26 @@ def recognise(facts: Mapping[str, Any]) -> Device | None:
     return load_device(best[1]) if best is not None else None
 
 
+def made_for_another(device: Mapping[str, Any], facts: Mapping[str, Any]) -> str | None:
+    """Why a machine is not the one that a bundle was made for; None: it is, as far as its name tells.
+
+    Args:
+        device: name and title, of the bundle's manifest.
+        facts: what the agent tells of the machine.
+
+    >>> made_for_another({"name": "l4", "title": "NVIDIA L4"}, {"cpu_model": "Ryzen 7"})
+    'measured on a machine with Ryzen 7, the bundle is for NVIDIA L4'
+    """
+    title, processor = str(device["title"]), str(facts.get("cpu_model") or "")
+    if device["name"] == THIS_MACHINE:
+        same = bool(processor) and title.startswith(processor)
+    else:
+        known = recognise(facts)
+        same = known is not None and known.name == device["name"]
+    what = next((str(facts[key]) for key in ("board", "gpu", "cpu_model") if facts.get(key)), "an unknown processor")
+    return None if same else f"measured on a machine with {what}, the bundle is for {title}"
+
+
 def stack_of(device: Device, facts: Mapping[str, Any], versions: Mapping[str, str]) -> Stack | None:
     """The device's stack whose runtime is installed there, by the versions of its runtimes; None: no known one."""
     return next((stack for stack in device.stacks if not _wrong_stack(stack, facts, versions.get(stack.runtime))), None)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cli import complete
-from cli.commands.options import AllowCode, LockClocks, On, Set, Strict
+from cli.commands.options import LockClocks, On, Set, Strict
 from cli.commands.shared import JsonOption, examples
 
 app = typer.Typer()
@@ -24,7 +24,13 @@ def bench(
         str, typer.Argument(metavar="FILE.onnx|BUNDLE|RUN", help="An ONNX file, a bundle, or a run folder.")
     ],
     overrides: Set = None,
-    allow_code: AllowCode = False,
+    allow_code: Annotated[
+        bool,
+        typer.Option(
+            "--allow-code",
+            help="Import the Python code that a run's recipe names; load a TensorRT engine that brings code.",
+        ),
+    ] = False,
     device: Annotated[
         str,
         typer.Option("--device", help="What the machine is; with --on, any device.", autocompletion=complete.devices),
@@ -139,10 +145,10 @@ def bench(
             for measurement in entries:
                 console.emit_wrapped(describe(measurement, indent="  "))
         raise typer.Exit(worst_status([entry for entries in document.values() for entry in entries]))
-    if overrides or allow_code:
+    if overrides:
         raise InputError(
             "this option is for a run folder",
-            where="--set" if overrides else "--allow-code",
+            where="--set",
             fix="leave it out; see --help for the options of files and bundles",
         )
     options = BenchOptions.checked(
@@ -165,6 +171,7 @@ def bench(
         cuda_graph=True if cuda_graph is None else cuda_graph,
         idle_gap_ms=idle_gap_ms or 0.0,
         timeout_seconds=timeout_seconds or 60.0,
+        allow_code=allow_code,
     )
     result = bench_file(path, options, console.make_progress())
     if as_json:

@@ -66,18 +66,12 @@ def export(
         Path | None,
         typer.Option("--labels", help="The classes' names, one per line: the output is one score for each."),
     ] = None,
-    int8_tolerance: Annotated[
-        float | None,
-        typer.Option(
-            "--int8-tolerance",
-            min=0.001,
-            max=1.0,
-            help="Largest error of INT8 and FP8, as a share of the outputs' spread over the samples.  [default: 0.3]",
-        ),
-    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Export a run's students for every target, verified; or, with --model, any PyTorch model."""
+    """Export a run's students for every target, verified; or, with --model, any PyTorch model.
+
+    With --model, --set changes keys of [export], e.g. --set export.opset=18.
+    """
     from cli import console
     from profiles.errors import InputError
 
@@ -88,7 +82,7 @@ def export(
     given = {
         "--kwargs": kwargs, "--weights": weights, "--example": example, "--samples": samples, "--stack": stack,
         "--precision": precision, "--batch": batch, "--output": output,
-        "--labels": labels, "--int8-tolerance": int8_tolerance,
+        "--labels": labels,
         "--device": None if device == "this-machine" else device,
     }  # fmt: skip
     for option, value in given.items():
@@ -96,8 +90,6 @@ def export(
             raise InputError(
                 "this option is for a model of your own", where=option, fix="--model package.module:factory"
             )
-    if model is not None and overrides:
-        raise InputError("this option is for a run", where="--set", fix="leave it out, or --kwargs for the model")
     if model is not None:
         from cli.pipeline.foreign import ForeignModel, export_foreign
 
@@ -112,12 +104,12 @@ def export(
                 tuple(precision or ("auto",)),
                 batch,
                 labels,
-                int8_tolerance,
             ),
             device=device,
             stack=stack,
             out=out,
             progress=console.make_progress(),
+            overrides=overrides or (),
         )
         if as_json:
             console.emit_json({"plan": plan, "bundles": bundles})

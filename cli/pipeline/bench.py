@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from cli.pipeline.run import refuse_unquiet
 from cli.report.verdict import exit_status
-from profiles import artifact
+from profiles import agent, artifact
 from profiles.device import THIS_MACHINE, TargetSection, load_device
 from profiles.errors import InputError
 from profiles.measure import measure, runtime_options
@@ -20,7 +20,8 @@ from profiles.measure_section import MeasureSection
 from profiles.measurement import Energy, Measurement, Outcome, Scope, ThreadSweep, Throughput
 from profiles.opening import open_arrays, open_bundle, open_graph
 from profiles.progress import Progress
-from profiles.runtimes import GraphOptimization, get_runtime
+from profiles.remote_device import made_for_another
+from profiles.runtimes import GraphOptimization, RuntimeOptions, get_runtime
 from profiles.runtimes.onnxruntime import random_for, random_inputs
 from profiles.section import Section
 from profiles.sweep import sweep, sweep_threads
@@ -28,7 +29,8 @@ from profiles.sweep import sweep, sweep_threads
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """How to measure; see `edgestill bench --help`. shapes: NAME:SHAPE texts. host: where; None: here."""
+    """How to measure; see `edgestill bench --help`. shapes: NAME:SHAPE texts. host: where; None: here. allow_code: the
+    user said that an engine which brings code may be loaded."""
 
     target: TargetSection
     measure: MeasureSection
@@ -39,6 +41,12 @@ class BenchOptions:
     lock_clocks: bool = False
     runtime: str = "onnxruntime"
     sweep_threads: bool = False
+    allow_code: bool = False
+
+    @property
+    def runtime_options(self) -> RuntimeOptions:
+        """What is asked of the runtime."""
+        return replace(runtime_options(self.measure), engine_code=self.allow_code)
 
     @classmethod
     def checked(
@@ -63,6 +71,7 @@ class BenchOptions:
         cuda_graph: bool = True,
         idle_gap_ms: float = 0.0,
         timeout_seconds: float = 60.0,
+        allow_code: bool = False,
     ) -> BenchOptions:
         """The options of a command line.
 
@@ -79,6 +88,7 @@ class BenchOptions:
             ("--runtime", runtime != "onnxruntime"),
             ("--affinity", affinity),
             ("--graph-optimization", graph_optimization != "all"),
+            ("--allow-code", allow_code),
         ):
             if host is not None and asked:
                 raise InputError("this is for this machine only", where=option, fix=f"leave {option} or --on out")
@@ -119,7 +129,7 @@ class BenchOptions:
         )
         if host is None:
             get_runtime(runtime)  # refused before anything is read
-        return cls(target, section, shapes, sweep, strict, host, lock_clocks, runtime, sweep_threads)
+        return cls(target, section, shapes, sweep, strict, host, lock_clocks, runtime, sweep_threads, allow_code)
 
 
 class BenchResult(Section):
@@ -133,20 +143,24 @@ class BenchResult(Section):
 def bench_file(path: Path, options: BenchOptions, progress: Progress) -> BenchResult:
     """Measures a model file (random inputs) or a bundle (its golden samples).
 
+    A limit is not judged where a bundle was made for something else than what measures it: the figure is not its.
+
     Raises:
         InputError: neither of both, a damaged one, or options that do not fit the model.
         EdgestillError: the model does not run, or `strict` and the machine was not quiet.
     """
-    model, inputs, source = _model_and_inputs(path, options)
+    model, inputs, source, info = _model_and_inputs(path, options)
     name = path.name
     if options.host is not None:
         from cli.pipeline.remote import bench_on
 
-        found = bench_on(options.host, name, model, inputs, options, input_source=source, progress=progress)
+        found = bench_on(
+            options.host, name, model, inputs, options, input_source=source, made_for=info, progress=progress
+        )
         if options.strict:
             refuse_unquiet([found[name].measurement])
         return BenchResult(measurement=found[name].measurement)
-    runtime = get_runtime(options.runtime, runtime_options(options.measure))
+    runtime = get_runtime(options.runtime, options.runtime_options)
     found = measure(
         {name: model},
         inputs,
@@ -154,10 +168,16 @@ def bench_file(path: Path, options: BenchOptions, progress: Progress) -> BenchRe
         options.measure,
         input_source=source,
         runtime=runtime,
+        options=options.runtime_options,
         progress=progress,
     )
     if options.strict:
         refuse_unquiet([found[name].measurement])
+    measurement = found[name].measurement
+    reasons = () if info is None else _not_what_it_is_for(info, options.runtime)
+    if reasons:
+        verdict = None if measurement.limit_ms is None else "inconclusive"
+        measurement = measurement.model_copy(update={"mismatches": reasons, "verdict": verdict})
     throughput = None
     if options.sweep:
         wide = {key: np.concatenate([array] * (256 // len(array) + 1))[:256] for key, array in inputs.items()}
@@ -167,10 +187,22 @@ def bench_file(path: Path, options: BenchOptions, progress: Progress) -> BenchRe
         threads = sweep_threads(
             model, inputs, options.measure, batch=options.target.batch, runtime=runtime, progress=progress
         )
-    return BenchResult(measurement=found[name].measurement, throughput=throughput, thread_sweep=threads)
+    return BenchResult(measurement=measurement, throughput=throughput, thread_sweep=threads)
 
 
-def _model_and_inputs(path: Path, options: BenchOptions) -> tuple[Path, dict[str, np.ndarray[Any, Any]], str]:
+def _not_what_it_is_for(info: Mapping[str, Any], runtime: str) -> tuple[str, ...]:
+    """Why a measurement here says nothing about the device that a bundle is for; empty: it does."""
+    reasons = [made_for_another(info["device"], {**agent.board(), **agent.read()})]
+    wanted = str(info["stack"]["runtime"])
+    if wanted not in ("onnxruntime", runtime):
+        reasons.append(f"measured with {runtime}, the bundle is for {wanted}")
+    return tuple(reason for reason in reasons if reason is not None)
+
+
+def _model_and_inputs(
+    path: Path, options: BenchOptions
+) -> tuple[Path, dict[str, np.ndarray[Any, Any]], str, Mapping[str, Any] | None]:
+    """The file to run, its inputs, where those are from, and the manifest's facts when it is a bundle's."""
     if not path.exists():
         raise InputError(
             f"no such file or folder: {path}", where=str(path), fix="name an .onnx file, a bundle or a run"
@@ -179,11 +211,11 @@ def _model_and_inputs(path: Path, options: BenchOptions) -> tuple[Path, dict[str
     if path.is_file() and not of_its_own:
         graph = open_graph(path).graph
         shapes = _same_names(graph, options.target.batch, _sizes(options.shapes))
-        return path, random_inputs(path, options.target.batch, shapes), "random"
+        return path, random_inputs(path, options.target.batch, shapes), "random", None
     if path.is_file():
-        session = get_runtime(options.runtime, runtime_options(options.measure)).load(path, threads=1)
+        session = get_runtime(options.runtime, options.runtime_options).load(path, threads=1)
         try:
-            return path, random_for(session.inputs, path, options.target.batch, _sizes(options.shapes)), "random"
+            return path, random_for(session.inputs, path, options.target.batch, _sizes(options.shapes)), "random", None
         finally:
             session.close()
     if not (path / artifact.MANIFEST).is_file():
@@ -202,6 +234,7 @@ def _model_and_inputs(path: Path, options: BenchOptions) -> tuple[Path, dict[str
         _runs_in(path, manifest.info, options),
         {key: np.repeat(array, repeats, 0) for key, array in inputs.items()},
         "golden sample",
+        manifest.info,
     )
 
 
@@ -217,6 +250,12 @@ def _runs_in(bundle: Path, info: Mapping[str, Any], options: BenchOptions) -> Pa
             where=str(bundle),
             evidence=info.get("engine_note"),
             fix="sh build_engine.sh, in the bundle, and bench the engine file",
+        )
+    if engine.get("version_compatible") and not options.allow_code:
+        raise InputError(
+            "the bundle's engine is version-compatible: it brings code that would run here",
+            where=str(bundle / str(engine["file"])),
+            fix="--allow-code, where you trust who built it; else sh build_engine.sh in the bundle",
         )
     return bundle / str(engine["file"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from cli.recipe import export_section
 from export import Plan, export_model, parse_example, refusal_of
-from export.section import ExportSection
 from profiles.device import TargetSection, resolve_target
 from profiles.errors import InputError
 from profiles.opening import open_arrays
@@ -25,7 +26,7 @@ class ForeignModel:
 
     factory: package.module:name. kwargs: a JSON object. examples: [NAME:]SHAPE[:TYPE] texts. samples: an .npz of real
     inputs by name. output: which one. precisions: as a target's. batch: of a query; None: the first example's. labels:
-    a text file, one label per line. int8_tolerance: see ExportSection; None: its default.
+    a text file, one label per line.
     """
 
     factory: str
@@ -37,13 +38,21 @@ class ForeignModel:
     precisions: tuple[str, ...] = ("auto",)
     batch: int | None = None
     labels: Path | None = None
-    int8_tolerance: float | None = None
 
 
 def export_foreign(
-    model: ForeignModel, *, device: str, stack: str | None, out: Path | None, progress: Progress
+    model: ForeignModel,
+    *,
+    device: str,
+    stack: str | None,
+    out: Path | None,
+    progress: Progress,
+    overrides: Sequence[str] = (),
 ) -> tuple[Plan, list[Path]]:
     """Builds, exports and bundles the model for one device.
+
+    Args:
+        overrides: `export.KEY=VALUE` texts.
 
     Raises:
         InputError: a path, argument, weight, example or sample that does not fit; see the fields.
@@ -51,6 +60,7 @@ def export_foreign(
     """
     if out is None:
         raise InputError("no folder to export into", where="--out", fix="--out exported")
+    section = export_section(overrides, without=("qat", "qat_epochs"))
     target = resolve_target(TargetSection(name="export", device=device, stack=stack), base=Path.cwd(), where="--device")
     for precision in model.precisions:
         reason = refusal_of(precision, target.device, target.stack, model.samples is not None)
@@ -83,7 +93,7 @@ def export_foreign(
         precisions=model.precisions,
         batch=model.batch,
         labels=_labels(model.labels),
-        section=ExportSection() if model.int8_tolerance is None else ExportSection(int8_tolerance=model.int8_tolerance),
+        section=section,
         progress=progress,
     )
 

@@ -18,7 +18,7 @@ from profiles.errors import EdgestillError, InputError
 from profiles.measure import load_measurement, save_measurement
 from profiles.progress import Progress
 from profiles.remote import Host, Link
-from profiles.remote_device import mismatches, remembered, remembered_for
+from profiles.remote_device import made_for_another, mismatches, remembered, remembered_for
 from profiles.remote_runtime import (
     Build,
     RemoteRuntime,
@@ -326,10 +326,14 @@ def bench_on(
     options: BenchOptions,
     *,
     input_source: str,
+    made_for: Mapping[str, Any] | None,
     progress: Progress,
 ) -> dict[str, Measured]:
     """Measures one file on a host. Its runtime is that of `options.target.device`'s stack; without a device, ONNX
     Runtime where the host's Python has it, else TensorRT.
+
+    Args:
+        made_for: facts of the bundle that the file is of: on another device than its own a limit is inconclusive.
 
     Raises:
         EdgestillError: what ssh or the device told; see `profiles.remote`.
@@ -350,6 +354,11 @@ def bench_on(
             rung = choose_rung(link, target.stack.runtime)
             reasons = mismatches(target, link.facts, rung, link.host)
             build = build_of(target.stack, "fp32")
+        # where the user says that the host is the bundle's device, that is not guessed from its name
+        said = options.target.device if options.target.device != THIS_MACHINE else None
+        if made_for is not None and made_for["device"]["name"] != said:
+            another = made_for_another(made_for["device"], link.facts)
+            reasons += () if another is None else (another,)
         remote = RemoteRuntime(
             link,
             runtime,  # type: ignore[arg-type]  # a stack's own words

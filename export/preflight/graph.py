@@ -14,12 +14,18 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, numpy_helper
 
-from profiles.opening import itemsize, tensor_bytes
+from profiles.opening import itemsize, open_tensor, tensor_bytes
 
 Array = NDArray[Any]
 
 _SMALL = 4096
 """Bytes up to which a constant is kept for shape inference: shapes and axes are small, weights need not be copied."""
+_LOOKED_AT = 16 << 30
+"""Bytes of weights whose values are looked at: a minute or so of reading."""
+_PART = 1 << 22
+"""Values of a weight that are looked at together."""
+FP16_MIN = 2.0**-24
+"""The smallest number above zero that FP16 has."""
 _LONGEST = 120
 """Letters of a name that are shown."""
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -72,6 +78,18 @@ class Node:
         return default
 
 
+@dataclass(frozen=True)
+class Weight:
+    """What a real-valued weight holds. highest: finite magnitude. vanishing: values that FP16 rounds to zero."""
+
+    rank: int
+    nan: bool
+    infinite: bool
+    highest: float
+    nonzero: int
+    vanishing: int
+
+
 @dataclass
 class Graph:
     """A model, read once for all rules.
@@ -82,6 +100,11 @@ class Graph:
     model: onnx.ModelProto
     path: Path | None = None
     _names: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where external data may lie."""
+        return None if self.path is None else self.path.parent
 
     @cached_property
     def nodes(self) -> tuple[Node, ...]:
@@ -128,17 +151,30 @@ class Graph:
                 stored += [(_name(node), entry.t) for entry in node.attribute if entry.name == "value"]
         return [(name, tensor) for name, tensor in stored if tensor.data_type]
 
+    @cached_property
+    def weight_facts(self) -> dict[str, Weight]:
+        """What the real-valued weights hold, by name; None of those whose values cannot be read: see `unread`."""
+        found, left = {}, _LOOKED_AT
+        for name, tensor in self.weights:
+            if tensor.data_type not in _REAL or tensor_bytes(tensor) > left:
+                continue
+            values = open_tensor(tensor, self.folder)
+            if values is not None:
+                found[name] = weight_of(values)
+                left -= tensor_bytes(tensor)
+        return found
+
+    @property
+    def unread(self) -> list[str]:
+        """Real-valued weights that `weight_facts` lacks."""
+        return [name for name, tensor in self.weights if tensor.data_type in _REAL and name not in self.weight_facts]
+
     def constant(self, name: str) -> Array | None:
-        """The value of a constant that the file holds, None for everything else."""
+        """The value of a constant that the file holds or that lies beside it, None for everything else."""
         for _ in range(8):
             tensor = self.tensors.get(name)
             if tensor is not None:
-                if external(tensor):
-                    return None
-                try:
-                    return np.asarray(numpy_helper.to_array(tensor))
-                except (ValueError, TypeError):
-                    return None
+                return open_tensor(tensor, self.folder)
             node = self.producers.get(name)
             if node is None:
                 return None
@@ -198,7 +234,7 @@ class Graph:
 
     @cached_property
     def _inferred(self) -> onnx.GraphProto:
-        light = without_weights(self.model)
+        light = without_weights(self.model, self.folder)
         try:
             return onnx.shape_inference.infer_shapes(light, data_prop=True).graph
         except Exception:  # a graph that cannot be inferred is the checker's to describe
@@ -257,8 +293,42 @@ def printable(text: str, longest: int = _LONGEST) -> str:
     return clean if len(clean) <= longest else clean[: longest - 3] + "..."
 
 
-def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy for shape inference in which no weight has its bytes: types and shapes are enough."""
+def weight_of(values: Array) -> Weight:
+    """What a stored tensor holds; a large one is read in parts."""
+    flat = values.reshape(-1)
+    parts = [_part(flat[start : start + _PART]) for start in range(0, flat.size, _PART)]
+    return Weight(
+        rank=values.ndim,
+        nan=any(part.nan for part in parts),
+        infinite=any(part.infinite for part in parts),
+        highest=max((part.highest for part in parts), default=0.0),
+        nonzero=sum(part.nonzero for part in parts),
+        vanishing=sum(part.vanishing for part in parts),
+    )
+
+
+def _part(values: Array) -> Weight:
+    real = values if values.dtype in (np.float32, np.float64) else values.astype(np.float32)
+    size = np.abs(real)
+    finite = np.isfinite(size)
+    all_finite = bool(finite.all())
+    nan = not all_finite and bool(np.isnan(size).any())
+    return Weight(
+        rank=values.ndim,
+        nan=nan,
+        infinite=not all_finite and bool(np.isinf(size).any()),
+        highest=float(np.max(size, initial=0.0) if all_finite else np.max(size, initial=0.0, where=finite)),
+        nonzero=int(np.count_nonzero(size)),
+        vanishing=int(np.count_nonzero((size > 0) & (size < FP16_MIN / 2))),
+    )
+
+
+def without_weights(model: onnx.ModelProto, folder: Path | None = None) -> onnx.ModelProto:
+    """A copy for shape inference in which no weight has its bytes: types and shapes are enough.
+
+    Args:
+        folder: where small constants may lie in external data; None: they are left out.
+    """
     light = onnx.ModelProto()
     light.ir_version = model.ir_version
     light.opset_import.extend(model.opset_import)
@@ -270,7 +340,11 @@ def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     graph.output.extend(model.graph.output)
     graph.value_info.extend(model.graph.value_info)
     for tensor in model.graph.initializer:
-        if not external(tensor) and tensor_bytes(tensor) <= _SMALL:
+        small = tensor_bytes(tensor) <= _SMALL
+        value = open_tensor(tensor, folder) if small and external(tensor) else None
+        if value is not None:
+            graph.initializer.append(numpy_helper.from_array(np.asarray(value), tensor.name))
+        elif small and not external(tensor):
             graph.initializer.append(tensor)
         else:
             known = {entry.name for entry in graph.input}

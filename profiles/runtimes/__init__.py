@@ -60,6 +60,9 @@ class RuntimeOptions:
     """How far ONNX Runtime rewrites the graph before it runs."""
     cuda_graph: bool = True
     """Whether a GPU's launches are recorded once and replayed (where the model allows it)."""
+    engine_code: bool = False
+    """Whether a version-compatible engine may be loaded, whose code then runs here: by the user's word alone, never by
+    what a file says."""
 
 
 @dataclass(frozen=True)

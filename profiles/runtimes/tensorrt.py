@@ -67,7 +67,9 @@ class TensorRt:
 
     def load(self, model: Path, *, threads: int | None) -> TensorRtSession:
         """See `Runtime.load`. `model` is a built engine; the processor's threads play no part."""
-        return TensorRtSession(self.name, model, cuda_graph=self._options.cuda_graph)
+        return TensorRtSession(
+            self.name, model, cuda_graph=self._options.cuda_graph, engine_code=self._options.engine_code
+        )
 
 
 @dataclass
@@ -86,7 +88,7 @@ class TensorRtSession:
     outputs on the host.
     """
 
-    def __init__(self, name: str, model: Path, *, cuda_graph: bool) -> None:
+    def __init__(self, name: str, model: Path, *, cuda_graph: bool, engine_code: bool = False) -> None:
         module, self._title = _MODULES[name]
         trt: Any = import_module(module)
         self._trt, self._model, self._wants_graph = trt, model, cuda_graph
@@ -101,10 +103,13 @@ class TensorRtSession:
             )
         self._logger = trt.Logger(trt.Logger.ERROR)
         self._runtime = trt.Runtime(self._logger)
+        if engine_code:
+            self._runtime.engine_host_code_allowed = True
         engine = self._runtime.deserialize_cuda_engine(model.read_bytes())
         if engine is None:
+            or_code = "" if engine_code else ", or it is version-compatible and brings code (--allow-code)"
             raise EdgestillError(
-                "the engine does not load: it was built by another version, or for another GPU",
+                f"the engine does not load: it was built by another version, or for another GPU{or_code}",
                 where=str(model),
                 evidence=self._title,
                 fix="build it on this machine: edgestill export",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,13 @@ import pytest
 import torch
 
 from cli.pipeline.bench import BenchOptions, bench_file
+from profiles import agent
 from profiles.artifact import read_manifest
+from profiles.device import load_device
 from profiles.errors import InputError
 from profiles.opening import open_bundle
 from profiles.progress import Silent
+from profiles.remote_device import made_for_another
 from profiles.runtimes.onnxruntime import run_model
 from profiles.usercode import load_factory
 from tests.cli.cli_runner import Result, edgestill
@@ -206,13 +210,54 @@ def test_what_export_made_is_checked_and_measured(bert: Result, place: Path) -> 
     assert (measured.batch, measured.input_source) == (2, "random")
 
 
-def test_another_output_and_one_precision_are_chosen(place: Path) -> None:
-    made = export("mobile", "features", *IMAGES, "--output", "features", "--precision", "fp32")
+@pytest.mark.parametrize(
+    ("factory", "options"),
+    [
+        ("mobile", (*IMAGES, "--samples", "images.npz")),
+        (
+            "bert",
+            ("--example", "input_ids:1x12:int64", "--example", "attention_mask:1x12:int64", "--samples", "texts.npz"),
+        ),
+    ],
+)
+def test_engines_are_built_by_tensorrt_rtx(factory: str, options: tuple[str, ...], place: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (extra tensorrt-rtx)")
+    if factory == "bert":
+        pytest.importorskip("transformers", reason="transformers is not installed (extra transformers)")
+    precisions = ("--precision", "fp16", "--precision", "int8")
+    made = export(factory, f"{factory}-rtx", *options, *precisions, "--device", "rtx-4060-laptop")
     assert made.status == 0, made.err
-    assert [path.name for path in sorted((place / "features").iterdir())] == ["fp32", "graphs"]
+    for form in ("fp16", "int8-fp16", "int8-fp32"):
+        info = open_bundle(place / f"{factory}-rtx" / form).info
+        assert info["engine"]["builder"].startswith("TensorRT-RTX 1."), form
+        assert info["engine"]["compute_capability"] == "8.9"
+        assert [entry["name"] for entry in info["inputs"]] == [text.split(":")[0] for text in options[1:-2:2]]
+
+
+def test_a_limit_is_judged_on_the_device_that_the_bundle_is_for_alone(mobile: Result, place: Path) -> None:
+    assert mobile.status == 0
+    shutil.copytree(place / "mobile" / "fp32", place / "for-a-pi")
+    manifest = place / "for-a-pi" / "manifest.json"
+    assert made_for_another(json.loads(manifest.read_text())["info"]["device"], agent.read()) is None
+    content = json.loads(manifest.read_text())
+    pi = load_device("raspberry-pi-5")
+    content["info"]["device"] |= {"name": pi.name, "title": pi.title}
+    manifest.write_text(json.dumps(content))
+    found = edgestill("bench", "for-a-pi", "--percentile", "50", "--max-seconds", "0.1", "--latency-ms", "1000")
+    assert found.status == 4, found.out + found.err
+    assert "limit 1000 ms: INCONCLUSIVE" in found.out
+    assert f"the bundle is for {pi.title}" in found.out
+
+
+def test_another_output_and_one_precision_are_chosen(place: Path) -> None:
+    options = ("--output", "features", "--precision", "fp32", "--set", "export.opset=18")
+    made = export("mobile", "features", *IMAGES, *options)
+    assert made.status == 0, made.err
+    assert [path.name for path in sorted((place / "features").iterdir())] == ["export.json", "fp32", "graphs"]
     info = read_manifest(place / "features" / "fp32", "bundle").info
     (output,) = info["outputs"]
     assert (output["name"], output["shape"]) == ("features", ["batch", 16])
+    assert info["opset"] == 18
     # nothing says that these are scores of classes, so what runs alone prints them as they are
     assert info["decides"] is False
     assert "same decisions" not in made.out
@@ -262,7 +307,11 @@ def infer(bundle: Path, samples: Path) -> list[str]:
         ("broken", (*IMAGES, "--kwargs", '{"width": 1}'), "RuntimeError: no such width"),
         ("broken", IMAGES, "does not take these arguments"),
         ("mobil", IMAGES, 'did you mean "mobile"'),
-        ("mobile", (*IMAGES, "--set", "train.epochs=1"), "this option is for a run"),
+        ("mobile", (*IMAGES, "--set", "train.epochs=1"), "without a recipe only [export] has keys to change"),
+        ("mobile", (*IMAGES, "--set", "export.opst=17"), 'did you mean "opset"'),
+        ("mobile", (*IMAGES, "--set", "export.opset=seventeen"), "--set, export.opset"),
+        ("mobile", (*IMAGES, "--set", "export.qat=auto"), "a model from elsewhere is not trained here"),
+        ("mobile", (*IMAGES, "--set", "export.opset"), "is not KEY=VALUE"),
     ],
 )  # fmt: skip
 def test_mistakes_are_explained(factory: str, options: tuple[str, ...], said: str) -> None:

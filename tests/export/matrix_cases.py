@@ -61,10 +61,9 @@ class Kind:
 
 KINDS = {
     "conv": Kind(IMAGE, "conv-w4-d1-k3", "kd"),
-    "convi": Kind(IMAGE, "convi-w4-d1-k3", "ec"),
+    "convi, multi-label": Kind(IMAGE, "convi-w4-d1-k3", "ec", "multilabel"),
     "conv, LELP head": Kind(IMAGE, "conv-w4-d1-k5", {"kind": "lelp", "subclasses_per_class": 2, "tau": 2.0}),
     "conv, subclass head": Kind(IMAGE, "conv-w4-d1-k3", {"kind": "subclass", "subclasses_per_class": 2}),
-    "conv, multi-label": Kind(IMAGE, "conv-w4-d1-k3", "kd", "multilabel"),
     "torch": Kind(IMAGE, None, "kd"),
     "text": Kind(TOKENS, "text-w16-d1-h2", "kd"),
     "textc": Kind(TOKENS, "textc-w16-d1-k3", "fitnet"),
@@ -116,8 +115,6 @@ FURTHER = ("int8 s8s8", "int8 symmetric", "bf16", "fp8")
 """INT8 for Arm processors, INT8 for TensorRT with an FP32 remainder, and what newer GPUs have."""
 WITH_FURTHER = ("conv", "text")
 """Students that are made in those, too: one of each kind of data."""
-SAME_GRAPH = {"conv, multi-label": "conv"}
-"""Students whose graph is that of another one: several labels change the loss and the metric."""
 
 
 def forms_of(name: str) -> tuple[str, ...]:

@@ -333,6 +333,7 @@ PAIRS: tuple[Pair, ...] = (
     Pair("external-data-outside", external("w.data"), external("C:\\w.data"), HERE, label="windows"),
     Pair("external-data-missing", external("w.data"), external("gone.data"), HERE),
     Pair("external-data-missing", external("w.data"), external("short.data"), HERE, label="short"),
+    Pair("weights-not-read", external("w.data"), external("gone.data"), HERE, level="note"),
     Pair("weights-inline", sized(1), sized(2049), "h200"),
     Pair("weights-not-finite", weighted([1, 2]), weighted([1, np.nan]), HERE),
     Pair("weights-not-finite", weighted([1, 2]), weighted([0, -np.inf]), HERE, level="note", label="infinite"),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -16,9 +17,9 @@ from numpy.typing import NDArray
 
 import export
 from distill.data.text import encode, train_tokenizer
-from export import Plan, plan, write_bundle
+from export import Plan, parity, plan, write_bundle
 from profiles import engine_check
-from profiles.artifact import verify
+from profiles.artifact import file_hash, verify
 from profiles.errors import InputError
 from tests.export.conftest import IMAGES, device_and_stack, score
 from tests.export.models import TinyText
@@ -85,9 +86,27 @@ def test_selftest_passes_and_fails_when_the_model_changed(cpu_bundle: Path, cpu_
     with np.load(broken / "golden.npz") as golden:
         arrays = dict(golden)
     np.savez(broken / "golden.npz", **{**arrays, "output": arrays["output"] + 1})
+    manifest = json.loads((broken / "manifest.json").read_text())
+    manifest["files"]["golden.npz"] = file_hash(broken / "golden.npz")
+    (broken / "manifest.json").write_text(json.dumps(manifest))
     failed = run_infer(broken, "--selftest")
     assert failed.returncode == 1
     assert failed.stdout.startswith("FAIL")
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "golden.npz"])
+def test_infer_refuses_a_file_with_a_flipped_byte(cpu_bundle: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(cpu_bundle, folder)
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    found = run_infer(folder, "--selftest")
+    assert found.returncode == 1
+    assert f"{name} is not the file that manifest.json describes" in found.stderr
+    assert len(found.stderr.splitlines()) == 1, found.stderr
+    (folder / name).unlink()
+    assert f"{name} cannot be read" in run_infer(folder, "--selftest").stderr
 
 
 def test_infer_prints_classes_of_arrays_and_images(cpu_bundle: Path, tmp_path: Path) -> None:
@@ -101,6 +120,15 @@ def test_infer_prints_classes_of_arrays_and_images(cpu_bundle: Path, tmp_path: P
     Image.fromarray(IMAGES[0, 0]).save(tmp_path / "one.png")
     image = run_infer(cpu_bundle, str(tmp_path / "one.png"), "--top", "2")
     assert image.stdout.splitlines() == lines[:1]
+
+
+def test_classes_that_do_not_exclude_each_other_have_a_share_each(cpu_plan: Plan, tmp_path: Path) -> None:
+    folder = bundle_of(cpu_plan, "fp32", tmp_path / "several", exclusive=False)
+    np.save(tmp_path / "one.npy", IMAGES[:1])
+    words = run_infer(folder, str(tmp_path / "one.npy"), "--top", "4").stdout.split()
+    shares = {name: float(share.rstrip("%")) / 100 for name, share in zip(words[::2], words[1::2], strict=True)}
+    logits = parity.run_session(parity.open_session(folder / "model.onnx"), {"image": IMAGES[:1]}, 1)[0]
+    np.testing.assert_allclose([shares[name] for name in LABELS], 1 / (1 + np.exp(-logits)), atol=1e-3)
 
 
 def test_wrong_shape_is_said_and_not_a_traceback(cpu_bundle: Path, tmp_path: Path) -> None:
@@ -230,6 +258,7 @@ HERE = {"device": "NVIDIA GeForce RTX 4060 Laptop GPU", "compute_capability": "8
         (HERE, {"builder": "TensorRT-RTX 1.6.0.3"}, "1.6.0.3 and runs on that version only; here is TensorRT-RTX 1."),
         (HERE, {"builder": "TensorRT 10.3.0"}, "built by TensorRT 10.3.0; here is TensorRT-RTX"),
         (HERE, {"sha256": "0" * 64}, "not the file that its manifest describes"),
+        (HERE, {"version_compatible": True}, "brings its own runtime, code that would run here"),
     ],
 )
 def test_infer_refuses_an_engine_that_does_not_belong_here(
@@ -253,6 +282,9 @@ def test_tensorrt_bundles_build_their_engine_on_the_device(rtx_plan: Plan, tmp_p
     assert "--optShapes=image:4x1x16x16" in script
     assert "WORKSPACE=2048" in script
     assert "sh build_engine.sh" in (folder / "README.txt").read_text()
+    engine = folder / "model.engine"
+    engine.write_bytes(bytes([engine.read_bytes()[0] ^ 1]) + engine.read_bytes()[1:])
+    assert "model.engine is not the file that manifest.json describes" in infer_on(HERE, folder).stderr
     # what the script leaves beside an engine is what infer.py goes by
     facts = {"builder": "TensorRT 10.3.0", "compute_capability": "8.7", "device": "Orin"}
     (folder / "other.engine").write_bytes(b"plan")

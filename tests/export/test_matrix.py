@@ -34,7 +34,6 @@ from tests.export.matrix_cases import (
     FURTHER,
     KINDS,
     ROWS,
-    SAME_GRAPH,
     WITH_FURTHER,
     Array,
     fixed,
@@ -79,8 +78,6 @@ def cells() -> list[Any]:
         static = reader == "rtx 12.0 static" and form in STATIC_ENGINES
         if form not in forms_of(kind) or not (turing or static or reader in READERS[:3]):
             continue
-        if kind in SAME_GRAPH and reader not in READERS[:2]:
-            continue
         expected = "passes"
         if refused := REFUSED.get((form, reader)):
             expected = f"refused: {refused[1]}"
@@ -96,8 +93,6 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str
 
     @cache
     def made(kind: str) -> dict[str, Path]:
-        if kind in SAME_GRAPH:
-            return made(SAME_GRAPH[kind])
         torch.set_num_threads(1)
         return make(kind, tmp_path_factory.mktemp("matrix"))
 

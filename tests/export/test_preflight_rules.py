@@ -15,7 +15,9 @@ from tests.export.conftest import device_and_stack
 from tests.export.preflight_cases import HERE, PAIRS, RTX, Pair
 
 RTX_PAIRS = [pair for pair in PAIRS if pair.device == RTX and pair.rule != "invalid-graph"]
-ORT_PAIRS = [pair for pair in PAIRS if pair.device == HERE and "external" not in pair.rule]
+ORT_PAIRS = [
+    pair for pair in PAIRS if pair.device == HERE and not pair.rule.startswith(("external", "weights-not-read"))
+]
 
 
 def target(pair: Pair) -> tuple[Device, Stack]:
@@ -27,6 +29,7 @@ def target(pair: Pair) -> tuple[Device, Stack]:
 
 
 def found(pair: Pair, model: onnx.ModelProto, folder: Path) -> list[Finding]:
+    folder.mkdir(exist_ok=True)
     file = folder / "model.onnx"
     file.write_bytes(model.SerializeToString())
     (folder / "w.data").write_bytes(bytes(16))
@@ -44,6 +47,30 @@ def test_a_rule_passes_one_graph_and_stops_at_the_other(pair: Pair, tmp_path: Pa
         assert entry.message
         assert entry.fact.rstrip().endswith(")") or ": " in entry.fact or "(" in entry.fact  # its source
         assert entry.fix
+
+
+APART = [
+    pair
+    for pair in PAIRS
+    if pair.bad.graph.initializer
+    and not pair.rule.startswith(("external", "memory", "weights-inline", "weights-not-read"))
+]
+
+
+@pytest.mark.parametrize("pair", APART, ids=str)
+def test_a_rule_finds_the_same_where_the_weights_lie_beside_the_graph(pair: Pair, tmp_path: Path) -> None:
+    model = onnx.ModelProto()
+    model.CopyFrom(pair.bad)
+    for tensor in model.graph.initializer:
+        if not tensor.HasField("raw_data"):  # onnx moves raw bytes alone
+            tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor), tensor.name))
+    place = tmp_path / "model.onnx"
+    onnx.save_model(model, str(place), save_as_external_data=True, location="model.data", size_threshold=0)
+    apart = onnx.load(str(place), load_external_data=False)
+    assert all(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in apart.graph.initializer)
+    expected = {(entry.message, entry.nodes) for entry in found(pair, pair.bad, tmp_path / "inside")}
+    assert expected
+    assert {(entry.message, entry.nodes) for entry in found(pair, apart, tmp_path)} == expected
 
 
 def test_every_rule_has_a_pair_of_graphs() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from export import tensorrt
 from export.candidate import Engine
 from export.section import ExportSection
 from export.tensorrt import Adapter, BuildOptions
+from profiles.artifact import file_hash
 from profiles.device import load_device
 from profiles.engine_check import this_gpu
 from profiles.errors import EdgestillError, InputError
@@ -93,9 +95,84 @@ def build(graph: Path, folder: Path, capability: str = "8.9", **options: Any) ->
     )
 
 
+class Documented:
+    """TensorRT-RTX's real module, builder or configuration; what is called of the last two is noted.
+
+    names: those alone that TensorRT 10 has as well; "": all. capability: what configurations are made for.
+    """
+
+    def __init__(
+        self, inside: Any, names: str = "", called: set[str] | None = None, capability: str | None = None
+    ) -> None:
+        self.__dict__.update(inside=inside, names=names.split(), called=called, capability=capability)
+
+    def __getattr__(self, name: str) -> Any:
+        self.note(name)
+        found = getattr(self.inside, name)
+        if name == "Builder":
+            return lambda logger: self.around(found(logger), name)
+        if name == "create_builder_config":
+            return lambda: self.around(self.configured(found()), "IBuilderConfig")
+        if name == "build_serialized_network":
+            return lambda network, config: found(network, config.inside)
+        return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.note(name)
+        setattr(self.inside, name, value)
+
+    def note(self, name: str) -> None:
+        if self.names and name not in self.names:
+            raise AttributeError(f"TensorRT 10 is not known to have {name}")
+        if self.called is not None and self.inside is not trt:
+            self.called.add(name)
+
+    def around(self, inside: Any, kind: str) -> Documented:
+        return Documented(inside, TENSORRT_10[kind] if self.names else "", self.called, self.capability)
+
+    def configured(self, config: Any) -> Any:
+        if self.capability is not None:
+            config.num_compute_capabilities = 1
+            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{self.capability.replace('.', '')}"), 0)
+        return config
+
+
+def builder_calls() -> set[str]:
+    """What export/tensorrt.py calls or sets of a builder and of its configuration, read from its source."""
+    return {
+        node.attr
+        for node in ast.walk(ast.parse(Path(tensorrt.__file__).read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value).rpartition(".")[2] in ("builder", "config")
+    }
+
+
 @pytest.mark.parametrize("capability", ["8.0", "8.6", "8.9", "12.0", "7.5"])
-@pytest.mark.parametrize("form", ["fp32", "fp16", "int8-fp16", "int8-fp32"])
-def test_every_option_builds_for_every_architecture(
+def test_every_builder_call_is_made_for_every_architecture(
+    graphs: dict[str, Path], tmp_path: Path, capability: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: set[str] = set()
+    rtx = Adapter(Documented(trt, "", called), "TensorRT-RTX", trt.__version__, rtx=True)
+    engine = build(graphs["fp16"], tmp_path, capability, adapter=rtx)
+    assert engine.more_profiles == ((1, 1, 1), (8, 8, 8))
+    static = build(graphs["fp16"], tmp_path, capability, adapter=rtx, batch=(1, 1, 1), options=tensorrt.PLAIN)
+    assert static.sha256 != engine.sha256
+    # what TensorRT alone is asked: its way on the same builder, whose configuration is for this architecture
+    monkeypatch.setattr(tensorrt, "this_gpu", lambda: {"device": "a GPU", "compute_capability": capability})
+    ten = Adapter(Documented(trt, TENSORRT_10["module"], called, capability), "TensorRT", "10.3.0", rtx=False)
+    level: Any = "same-capability" if capability == "7.5" else "ampere+"
+    options = BuildOptions(hardware_compatibility=level, timing_cache=tmp_path / "timing.cache")
+    compatible = build(graphs["fp16"], tmp_path, capability, adapter=ten, options=options)
+    assert (compatible.hardware_compatibility, compatible.builder) == (level, "TensorRT 10.3.0")
+    # the flag is taken; TensorRT-RTX lacks the library that such an engine carries, and its builder says so
+    with pytest.raises(EdgestillError, match="cannot build an engine") as caught:
+        build(graphs["fp16"], tmp_path, capability, adapter=ten, options=BuildOptions(version_compatible=True))
+    assert "libnvinfer_lean" in str(caught.value.evidence)
+    assert called == builder_calls()
+
+
+@pytest.mark.parametrize("capability", ["8.0", "8.6", "8.9", "12.0", "7.5"])
+@pytest.mark.parametrize("form", ["fp32", "int8-fp16", "int8-fp32"])
+def test_every_precision_builds_for_every_architecture(
     graphs: dict[str, Path], tmp_path: Path, capability: str, form: str
 ) -> None:
     if capability == "7.5" and form in ("fp32", "int8-fp32"):
@@ -106,9 +183,6 @@ def test_every_option_builds_for_every_architecture(
     assert engine.more_profiles == ((1, 1, 1), (8, 8, 8))
     assert engine.workspace_mib == 64
     assert engine.size_bytes > 10_000
-    if form == "fp16":
-        static = build(graphs[form], tmp_path, capability, batch=(1, 1, 1), options=tensorrt.PLAIN)
-        assert static.sha256 != engine.sha256
 
 
 def test_portable_engine_of_rtx_is_for_several_architectures(graphs: dict[str, Path], tmp_path: Path) -> None:
@@ -119,29 +193,6 @@ def test_portable_engine_of_rtx_is_for_several_architectures(graphs: dict[str, P
 def test_rtx_refuses_version_compatible_engines(graphs: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(EdgestillError, match="no version-compatible engines"):
         build(graphs["fp16"], tmp_path, options=BuildOptions(version_compatible=True))
-
-
-class Documented:
-    """TensorRT-RTX's real builder, with those names alone that TensorRT 10 has as well."""
-
-    def __init__(self, inside: Any, names: str) -> None:
-        self.__dict__.update(inside=inside, names=names.split())
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in self.names:
-            raise AttributeError(f"TensorRT 10 is not known to have {name}")
-        found = getattr(self.inside, name)
-        if name == "Builder":
-            return lambda logger: Documented(found(logger), TENSORRT_10["Builder"])
-        if name == "create_builder_config":
-            return lambda: Documented(found(), TENSORRT_10["IBuilderConfig"])
-        if name == "build_serialized_network":
-            return lambda network, config: found(network, config.inside)
-        return found
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        assert name in self.names
-        setattr(self.inside, name, value)
 
 
 @pytest.fixture
@@ -290,6 +341,17 @@ def test_plan_is_loaded_only_where_it_belongs(
     monkeypatch.setitem(gpu, "compute_capability", "8.9")
     older = built | {"builder": "TensorRT-RTX 1.6.0.3"}
     assert "1.6.0.3 and runs on that version only" in str(tensorrt.loadable(adapter(), engine.file, older))
+    # its own word is no reason to load code: only this process's, which built it, or the user's
+    foreign = tmp_path / "foreign.engine"
+    foreign.write_bytes(engine.file.read_bytes() + b"code")
+    claims = built | {"version_compatible": True, "sha256": file_hash(foreign)}
+    with monkeypatch.context() as patch:
+        patch.setattr(tensorrt, "_validity", lambda adapter, plan: None)
+        with pytest.raises(InputError, match="brings code that would run here"):
+            tensorrt.open_plan(adapter(), foreign, claims)
+        for plan, facts, allow in ((foreign, claims, True), (engine.file, built | {"version_compatible": True}, False)):
+            with pytest.raises(EdgestillError, match="cannot load the engine"):  # the runtime was asked: no driver here
+                tensorrt.open_plan(adapter(), plan, facts, allow_code=allow)
     # the manifest agrees, so the runtime itself is asked; without a driver it cannot vouch for it
     assert "refuses the engine" in str(tensorrt.loadable(adapter(), engine.file, built))
     engine.file.write_bytes(b"something else")

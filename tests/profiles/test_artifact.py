@@ -146,7 +146,7 @@ def test_old_artifact_comes_back_when_the_new_one_cannot_take_its_place(
         return rename(self, target)
 
     with monkeypatch.context() as patched:
-        patched.setattr(artifact, "_exchange", lambda new, final: False)  # as on other systems than Linux
+        patched.setattr(artifact, "exchange", lambda new, final: False)  # as on other systems than Linux
         patched.setattr(Path, "rename", second_fails)
         with pytest.raises(EdgestillError, match="cannot write"):
             make(folder, "new", "k2")

@@ -5,22 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-import numpy as np
 import onnx
-from onnx import TensorProto, numpy_helper
 
 from export.preflight.finding import Case, Finding, named, note, refused, rule
-from export.preflight.graph import external, printable, without_weights
+from export.preflight.graph import FP16_MIN, external, printable, without_weights
 from profiles.opening import Misplaced, misplaced, tensor_bytes
 
 _PROTOBUF_BYTES = 2**31 - 1
 _PROTOBUF_SOURCE = "Protocol Buffers: a serialised message ends at 2 GiB"
 _EXTERNAL_SOURCE = "ONNX, docs/ExternalData.md"
 _FP16_MAX = 65504.0
-_FP16_MIN = 2.0**-24
 _FP16_SOURCE = "IEEE 754 binary16"
 _UNDERFLOW_SHARE = 0.01
-_REAL = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 
 
 @rule("invalid-graph", "onnx.checker takes the graph")
@@ -92,12 +88,9 @@ def weights_inline(case: Case) -> Iterator[Finding]:
 
 @rule("weights-not-finite", "no weight is NaN or infinite")
 def weights_not_finite(case: Case) -> Iterator[Finding]:
-    broken, endless = [], []
-    for name, values in _real_weights(case):
-        if np.isnan(values).any():
-            broken.append(name)
-        elif not np.isfinite(values).all():
-            endless.append(name)
+    facts = case.graph.weight_facts
+    broken = [name for name, weight in facts.items() if weight.nan]
+    endless = [name for name, weight in facts.items() if weight.infinite and not weight.nan]
     if broken:
         yield refused(
             "weights are NaN",
@@ -114,15 +107,25 @@ def weights_not_finite(case: Case) -> Iterator[Finding]:
         )
 
 
+@rule("weights-not-read", "the values of all weights can be looked at")
+def weights_not_read(case: Case) -> Iterator[Finding]:
+    unread = case.graph.unread
+    if unread:
+        yield note(
+            "weights were not looked at",
+            f"{named(unread)}: their bytes are missing, or there are too many (read from the graph); rules about "
+            "values say nothing of them",
+            "have the external data beside the file",
+            unread,
+        )
+
+
 @rule("fp16-overflow", "weights fit the range of FP16")
 def fp16_overflow(case: Case) -> Iterator[Finding]:
     if case.device.why_not("fp16") is not None:
         return
-    large: dict[str, float] = {}
-    for name, values in _real_weights(case):
-        highest = float(np.max(np.abs(values), initial=0.0, where=np.isfinite(values)))
-        if highest > _FP16_MAX and values.ndim:
-            large[name] = highest
+    facts = case.graph.weight_facts
+    large = {name: weight.highest for name, weight in facts.items() if weight.highest > _FP16_MAX and weight.rank}
     if large:
         worst = max(large.values())
         yield note(
@@ -137,15 +140,15 @@ def fp16_overflow(case: Case) -> Iterator[Finding]:
 def fp16_underflow(case: Case) -> Iterator[Finding]:
     if case.device.why_not("fp16") is not None:
         return
-    vanishing: list[str] = []
-    for name, values in _real_weights(case):
-        size = np.abs(values[values != 0])
-        if size.size > 1 and np.mean(size < _FP16_MIN / 2) > _UNDERFLOW_SHARE:
-            vanishing.append(name)
+    vanishing = [
+        name
+        for name, weight in case.graph.weight_facts.items()
+        if weight.nonzero > 1 and weight.vanishing > _UNDERFLOW_SHARE * weight.nonzero
+    ]
     if vanishing:
         yield note(
             "weights that FP16 rounds to zero",
-            f"{named(vanishing)}: more than 1 % of their values are below {_FP16_MIN / 2:.1g} ({_FP16_SOURCE})",
+            f"{named(vanishing)}: more than 1 % of their values are below {FP16_MIN / 2:.1g} ({_FP16_SOURCE})",
             "scale them, keep their nodes in FP32, or use BF16",
             vanishing,
         )
@@ -177,17 +180,5 @@ def unused_input(case: Case) -> Iterator[Finding]:
         )
 
 
-def _real_weights(case: Case) -> Iterator[tuple[str, np.ndarray]]:
-    """Real-valued weights whose bytes are in the file, as NumPy arrays of at least FP32."""
-    for name, tensor in case.graph.weights:
-        if tensor.data_type not in _REAL or external(tensor):
-            continue
-        try:
-            values = np.asarray(numpy_helper.to_array(tensor))
-        except (ValueError, TypeError):
-            continue  # a tensor without its bytes is the checker's to describe
-        yield name, values if values.dtype in (np.float32, np.float64) else values.astype(np.float32)
-
-
 def _misplaced(case: Case) -> list[Misplaced]:
-    return misplaced(case.graph.model, None if case.graph.path is None else case.graph.path.parent)
+    return misplaced(case.graph.model, case.graph.folder)
