@@ -8,7 +8,8 @@ removes the folder and every process at the end: when the host says so, when the
 that waits for nothing else, when the agent itself is killed. Models run in further processes, which may die without it.
 """
 # Python 3.6 has no built-in generics, and sysfs paths are plain text here.
-# ruff: noqa: B904, B905, PTH100, PTH104, PTH107, PTH110, PTH111, PTH113, PTH118, PTH119, PTH120, PTH123, PTH202, PTH207, SIM105, SIM115
+# ruff: noqa: B904, B905, PTH100, PTH104, PTH106, PTH107, PTH110, PTH111, PTH112, PTH113, PTH118, PTH119, PTH120, PTH123, PTH202, PTH207, SIM105
+# ruff: noqa: PTH208, SIM115
 # ruff: noqa: PLW2901, UP006, UP031, UP035, UP037, UP045
 
 import ctypes
@@ -697,25 +698,92 @@ class Lines:
             yield piece
 
 
-def remove(folder: str) -> None:
-    """Ends what the agent started, gives changed clocks back, and removes its folder. Safe to call twice."""
+UNDO = ("undo.json", "clocks.conf")
+"""Files of the agent's folder that tell how to give changed clocks back."""
+
+
+def remove(folder: str) -> List[str]:
+    """Ends what the agent started, gives changed clocks back, and removes its folder. Safe to call again.
+
+    Returns what is left, a sentence each. Clocks that could not be given back leave what is needed to try again.
+    """
+    left = []
     for line in (_text(os.path.join(folder, "children")) or "").splitlines():
         pid, _, started = line.partition(" ")
-        _end(int(pid), started)
-    undo = _text(os.path.join(folder, "undo.json"))
-    if undo:
-        try:
-            for command in json.loads(undo):
-                subprocess.call(
-                    command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=30
-                )
-        except (OSError, ValueError, subprocess.TimeoutExpired):
-            pass  # the device went away or lost its rights; there is nobody left to tell
+        if not _end(int(pid), started):
+            left.append("process %s does not end" % pid)
+    trial = _text(os.path.join(folder, "trial"))
+    if trial:
+        _discard(trial)
+    clocks_left = _undo(folder)
+    kept = UNDO if clocks_left else ()
     for _ in range(20):
-        shutil.rmtree(folder, ignore_errors=True)
-        if not os.path.exists(folder):
-            return
+        names = _emptied(folder, kept)
+        if not names:
+            break
         time.sleep(0.1)  # a child that was killed may still close its files
+    else:
+        left.append("%s is still there, with %s" % (folder, ", ".join(sorted(names)[:3])))
+    return left + clocks_left
+
+
+def _undo(folder: str) -> List[str]:
+    """Runs the commands that give clocks back; tells those that failed."""
+    failed = []
+    try:
+        commands = json.loads(_text(os.path.join(folder, UNDO[0])) or "[]")
+    except ValueError:
+        commands = []  # the disk was full before anything was changed
+    for command in commands:
+        try:
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=30,
+                check=False,
+            )
+            said = done.stdout.decode("utf-8", "replace").strip().splitlines()[-1:]
+            why = (said or ["exit status %d" % done.returncode])[0] if done.returncode else ""
+        except (OSError, subprocess.TimeoutExpired) as error:
+            why = str(error)
+        if why:
+            text = "the clocks are still locked (%s); to give them back: %s"
+            failed.append(text % (why[:200], " ".join(part for part in command if part != "-n")))
+    return failed
+
+
+def _emptied(folder: str, kept: Sequence[str]) -> List[str]:
+    """Removes a folder, or all of it but the files to keep; returns the names that could not be removed."""
+    if not kept:
+        shutil.rmtree(folder, ignore_errors=True)
+    names = []
+    for name in os.listdir(folder) if os.path.isdir(folder) else []:
+        if name in kept:
+            continue
+        path = os.path.join(folder, name)
+        shutil.rmtree(path, ignore_errors=True)
+        if os.path.lexists(path) and not os.path.isdir(path):
+            try:
+                os.remove(path)
+            except OSError:
+                pass
+        if os.path.lexists(path):
+            names.append(name)
+    # a folder that is empty and cannot be removed lies in one that may not be written any more
+    return names or (["nothing in it"] if not kept and os.path.exists(folder) else [])
+
+
+def _discard(place: str) -> None:
+    """Removes a folder of packages, and edgestill's own folder around it where nothing else is in there."""
+    shutil.rmtree(place, ignore_errors=True)
+    parent = os.path.dirname(place)
+    if os.path.basename(parent) == ".edgestill":
+        try:
+            os.rmdir(parent)
+        except OSError:
+            pass  # it holds something else
 
 
 def _started(pid: int) -> str:
@@ -725,19 +793,22 @@ def _started(pid: int) -> str:
     return "" if not fields or fields[0] == "Z" else fields[19]
 
 
-def _end(pid: int, started: str) -> None:
-    """Asks a process group to end, which a container's client passes on, and kills what is left of it."""
+def _end(pid: int, started: str) -> bool:
+    """Asks a process group to end, which a container's client passes on, and kills what is left. Whether it is gone."""
     if not started or _started(pid) != started:
-        return
+        return True
     for number, patience in ((signal.SIGTERM, 50), (signal.SIGKILL, 20)):
         try:
             os.killpg(pid, number)
+        except ProcessLookupError:
+            return True
         except OSError:
-            return
+            return False
         for _ in range(patience):
             if _started(pid) != started:
-                return
+                return True
             time.sleep(0.1)
+    return False
 
 
 def _start_janitor(folder: str) -> Tuple[int, int]:
@@ -904,8 +975,12 @@ class Agent:
             remove(self.folder)
             raise _explained(error)
         self.janitor, self.pipe = _start_janitor(self.folder)
-        with open(self.path("owners"), "w", encoding="utf-8") as file:
-            file.writelines("%d %s\n" % (pid, _started(pid)) for pid in (os.getpid(), self.janitor))
+        try:
+            with open(self.path("owners"), "w", encoding="utf-8") as file:
+                file.writelines("%d %s\n" % (pid, _started(pid)) for pid in (os.getpid(), self.janitor))
+        except OSError as error:
+            remove(self.folder)
+            raise _explained(error)
         self.requests: "queue.Queue[Dict[str, Any]]" = queue.Queue()
         self.worker: Optional[Worker] = None
         self.rung: List[str] = []
@@ -913,6 +988,7 @@ class Agent:
         self.engines: Dict[str, Dict[str, Any]] = {}
         self.use = CpuUse()
         self.lock = threading.Lock()
+        self.speaking = threading.Lock()
         self.ended = False
 
     def path(self, name: str) -> str:
@@ -939,14 +1015,29 @@ class Agent:
             if self.packages:
                 paths = [self.packages, os.environ.get("PYTHONPATH", "")]
                 own["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-            process = subprocess.Popen(
-                list(command), cwd=self.folder, env={**os.environ, **own}, start_new_session=True, **streams
-            )
+            # whoever ends the agent reads the list of children after this, or nothing is started any more
+            with self.lock:
+                if self.ended:
+                    raise Problem("failed", "the agent ends", "nothing is started any more")
+                process = subprocess.Popen(
+                    list(command), cwd=self.folder, env={**os.environ, **own}, start_new_session=True, **streams
+                )
+                self._note(process)
         except OSError as error:
             raise Problem("failed", "%s cannot be started" % command[0], str(error))
-        with open(self.path("children"), "a", encoding="utf-8") as file:
-            file.write("%d %s\n" % (process.pid, _started(process.pid)))
         return process
+
+    def _note(self, process: "subprocess.Popen[bytes]") -> None:
+        """Writes a process down, so that it ends with the agent; one that cannot be written down ends at once."""
+        try:
+            with open(self.path("children"), "a", encoding="utf-8") as file:
+                file.write("%d %s\n" % (process.pid, _started(process.pid)))
+        except OSError as error:
+            self.stop(process)
+            for stream in (process.stdin, process.stdout, process.stderr):
+                if stream is not None:
+                    stream.close()
+            raise _explained(error)
 
     def stop(self, process: "subprocess.Popen[bytes]") -> None:
         """Ends a process and what it started."""
@@ -973,27 +1064,29 @@ class Agent:
         self.out = os.dup(1)
         os.dup2(2, 1)  # what a library prints must not look like an answer
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            signal.signal(number, lambda *_: self.end(1))
+            # in a thread: a handler would run in the middle of whatever holds the lock
+            signal.signal(number, lambda *_: threading.Thread(target=self.end, args=(1,), daemon=True).start())
         self.send(
             {"agent": PROTOCOL, "folder": self.folder, "pid": os.getpid(), "janitor": self.janitor, **board(), **read()}
         )
         threading.Thread(target=self._listen, daemon=True).start()
         while True:
             request = self.requests.get()
-            if request["do"] == "bye":
-                self.end(0)
             try:
                 answer = getattr(self, "do_" + request["do"])(request)
             except BaseException as error:
                 answer = _explained(error).document()
             if answer is not None:
-                self.send(answer)
+                self.send({**answer, "n": request["n"]})
 
     def _listen(self) -> None:
         lines = Lines(0, SILENCE)
         try:
             while True:
                 request = json.loads(lines.line().decode())
+                if request["do"] == "bye":
+                    self.end(0, request["n"])
+                    return
                 if request["do"] == "put":
                     request["failed"] = self._receive(request, lines)
                 if request["do"] != "ping":
@@ -1021,26 +1114,39 @@ class Agent:
     def send(self, answer: Dict[str, Any], payload: Optional[str] = None) -> None:
         """A line, and the content of a file behind it."""
         try:
-            _write(self.out, json.dumps(answer).encode() + b"\n")
-            if payload is not None:
-                with open(payload, "rb") as file:
-                    for piece in iter(lambda: file.read(_CHUNK), b""):
-                        _write(self.out, piece)
+            with self.speaking:
+                _write(self.out, json.dumps(answer).encode() + b"\n")
+                if payload is not None:
+                    with open(payload, "rb") as file:
+                        for piece in iter(lambda: file.read(_CHUNK), b""):
+                            _write(self.out, piece)
         except OSError:
             self.end(1)
 
-    def end(self, status: int) -> None:
-        """Removes everything and ends this process; the janitor then finds nothing left."""
+    def end(self, status: int, number: Optional[int] = None) -> None:
+        """Removes everything and ends this process; the janitor then finds nothing left.
+
+        number: of the host's good-bye, which is answered with what is left.
+        """
         with self.lock:
             if self.ended:
                 return
             self.ended = True
-        remove(self.folder)
+        left = remove(self.folder)
         os.close(self.pipe)
         try:
             os.waitpid(self.janitor, 0)
         except OSError:
             pass
+        if number is not None:
+            # an answer that the host waits for no more may be on its way
+            self.speaking.acquire(timeout=10)
+            try:
+                # the janitor tried again
+                left = left if os.path.exists(self.folder) else []
+                _write(self.out, b"\n" + json.dumps({"n": number, "left": left}).encode() + b"\n")
+            except OSError:
+                pass
         os._exit(status)
 
     # -- requests
@@ -1052,7 +1158,7 @@ class Agent:
         path = self.path(request["name"])
         if not os.path.isfile(path):
             raise Problem("failed", "no such file on the device", request["name"])
-        self.send({"bytes": os.path.getsize(path)}, path)
+        self.send({"payload": os.path.getsize(path), "n": request["n"]}, path)
 
     def do_remove(self, request: Dict[str, Any]) -> Dict[str, Any]:
         for name in request["names"]:
@@ -1244,28 +1350,55 @@ class Agent:
         status, text = self.output([*sudo, tool], timeout=60)
         if status != 0:
             raise Problem("failed", "jetson_clocks failed", (text.strip().splitlines() or ["status %d" % status])[-1])
-        return {"clocks": "locked by jetson_clocks, restored at the end"}
+        return {"clocks": "locked by jetson_clocks"}
 
     def do_unpack(self, request: Dict[str, Any]) -> Dict[str, Any]:
-        """Unpacks wheels that were sent into a folder of the user's, which stays; pip and sudo are not needed.
+        """Unpacks wheels that were sent beside a folder of the user's, for a trial; pip and sudo are not needed.
 
-        Without wheels, removes that folder.
+        They are used from now on, and removed with the agent's own folder unless `do_keep` puts them into their place.
         """
         place = os.path.expanduser(request["place"])
         fresh = place + ".new"
         try:
+            with open(self.path("trial"), "w", encoding="utf-8") as file:
+                file.write(fresh)
             shutil.rmtree(fresh, ignore_errors=True)
             for name in request["wheels"]:
                 with zipfile.ZipFile(self.path(name)) as wheel:
                     wheel.extractall(fresh)
-            shutil.rmtree(place, ignore_errors=True)
-            if request["wheels"]:
-                os.rename(fresh, place)
         except (OSError, zipfile.BadZipFile) as error:
-            shutil.rmtree(fresh, ignore_errors=True)
+            _discard(fresh)
             raise _explained(error)
-        self.packages = place if request["wheels"] else None
-        return {"place": place}
+        self.packages = fresh
+        return {}
+
+    def do_keep(self, request: Dict[str, Any]) -> Dict[str, Any]:
+        """Puts the packages on trial into their place; those that were there are removed only then."""
+        place = os.path.expanduser(request["place"])
+        fresh, old = place + ".new", place + ".old"
+        shutil.rmtree(old, ignore_errors=True)
+        if os.path.isdir(place):
+            os.rename(place, old)
+        try:
+            os.rename(fresh, place)
+        except OSError:
+            if os.path.isdir(old):
+                os.rename(old, place)
+            raise
+        self.packages = place
+        os.remove(self.path("trial"))
+        shutil.rmtree(old, ignore_errors=True)
+        return {}
+
+    def do_discard(self, request: Dict[str, Any]) -> Dict[str, Any]:
+        """Removes the packages from their place."""
+        place = os.path.expanduser(request["place"])
+        for path in (place + ".new", place + ".old", place):
+            _discard(path)
+        if os.path.exists(place):
+            raise Problem("failed", "the packages cannot be removed", place)
+        self.packages = None
+        return {}
 
 
 # -- the worker: loads models and runs them ----------------------------------------------------------------------------
@@ -1745,7 +1878,7 @@ def _resident(field: str) -> Optional[float]:
 
 
 def sweep(folder: str) -> int:
-    """Makes sure that an agent whose link broke left nothing: it cleans up by itself, else this does it."""
+    """Makes sure that an agent whose link broke is gone, by itself or by this; prints what is left."""
     if not os.path.basename(folder).startswith("edgestill-"):
         return 1
     for _ in range(80):
@@ -1753,9 +1886,7 @@ def sweep(folder: str) -> int:
         if not os.path.exists(folder) or not any(_started(int(pid)) == started for pid, started in owners):
             break
         time.sleep(0.1)
-    alone = not os.path.exists(folder)
-    remove(folder)
-    sys.stdout.write(json.dumps({"gone": not os.path.exists(folder), "by_itself": alone}) + "\n")
+    sys.stdout.write(json.dumps({"left": remove(folder)}) + "\n")
     return 0
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import platform
 import signal
 import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from profiles.remote_device import mismatches, recognise, remember, remembered, 
 from profiles.remote_runtime import Build, RemoteRuntime, Rung, Stack, choose_rung, ladder, measure_on
 from profiles.runtimes.onnxruntime import run_model
 from tests.recorded import jetson
-from tests.sshd import Server, assert_nothing_left, keygen, serve
+from tests.sshd import Server, assert_nothing_left, keygen, processes_of, serve
 
 PYTHON = sys.executable
 QUICK = MeasureSection(max_samples=200, warmup_seconds=1.0, max_seconds=5.0)
@@ -48,6 +49,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         jetson.install(root / "tools", python=PYTHON)
         # without the runtimes of this environment's Python, TensorRT's tools are all that the device has
         found.device("orin", f'export PATH="{root}/tools:/usr/bin:/bin"')
+        jetson.install(root / "own", python=PYTHON, sudo=True)
+        found.device("owned", f'export PATH="{root}/own:/usr/bin:/bin"')
+        found.device("counted", f'echo >> {root}/connections; if [ -e "{root}/away" ]; then exit 1; fi')
         found.device("nopython", "export PATH=/nonexistent")
         found.device("stranger", authorised=False)
         keygen("-f", str(root / "other"))
@@ -272,7 +276,30 @@ def test_a_bare_machine_gets_a_runtime_without_pip_or_internet(
         assert measured(link, model, stack="onnxruntime", wrapped=False).verdict == "pass"
     assert [path.name for path in (server.root / "bare").iterdir()] == [".edgestill"], "what was asked for stays"
     prepare_host(host, Silent(), remove=True)
-    shutil.rmtree(server.root / "bare" / ".edgestill")
+    assert_nothing_left(server.root / "bare")
+
+
+def wheels_of(folder: Path, version: str, code: str) -> Path:
+    """Wheels as pip names them, whose onnxruntime is a few lines."""
+    folder.mkdir()
+    tag = f"cp{sys.version_info[0]}{sys.version_info[1]}-x-manylinux2014_{platform.machine()}"
+    for name in ("onnxruntime", "numpy"):
+        with zipfile.ZipFile(folder / f"{name}-{version}-{tag}.whl", "w") as wheel:
+            wheel.writestr(f"{name}/__init__.py", f"__version__ = '{version}'\n{code}\n")
+    return folder
+
+
+def test_packages_that_do_not_work_leave_those_that_do(server: Server, tmp_path: Path) -> None:
+    good, broken = wheels_of(tmp_path / "good", "9.1", ""), wheels_of(tmp_path / "broken", "9.2", "raise OSError(1)")
+    host = Host("bare", python=PYTHON)
+    assert "onnxruntime 9.1" in prepare_host(host, Silent(), wheels=good)
+    with pytest.raises(EdgestillError, match="does not work on the device"):
+        prepare_host(host, Silent(), wheels=broken)
+    with Link(remembered("bare")) as link:
+        assert choose_rung(link, "onnxruntime").version == "9.1"
+    assert [path.name for path in (server.root / "bare" / ".edgestill").iterdir()] == ["packages"]
+    assert "onnxruntime 9.3" in prepare_host(host, Silent(), wheels=wheels_of(tmp_path / "better", "9.3", ""))
+    prepare_host(host, Silent(), remove=True)
     assert_nothing_left(server.root / "bare")
 
 
@@ -350,7 +377,73 @@ def test_agent_and_janitor_killed_together_are_swept_up_after(server: Server) ->
     assert Path(folder).is_dir()
     link.close()
     assert_nothing_left(server.root / "plain")
-    assert sweep(Host("plain", python=PYTHON), folder)
+    assert sweep(Host("plain", python=PYTHON), folder) == []
+
+
+def test_after_a_time_out_no_late_answer_is_taken_for_another(server: Server) -> None:
+    with Link(Host("plain", python=PYTHON)) as link:
+        # nobody waits for this one, as after Ctrl-C
+        link._request("offers", {"names": ["onnxruntime"]})
+        assert link.ask("facts")["facts"]["cores"]
+        with pytest.raises(EdgestillError, match="did not answer in time"):
+            link.ask("offers", names=["onnxruntime"], patience=0.01)
+        with pytest.raises(EdgestillError, match="was closed") as caught:
+            link.ask("facts")
+        assert '"offers"' in (caught.value.evidence or "")
+    assert_nothing_left(server.root / "plain", *pids(link))
+
+
+def test_an_ordinary_end_needs_no_second_connection(server: Server) -> None:
+    connections = server.root / "connections"
+    connections.unlink(missing_ok=True)
+    for _ in range(6):
+        with Link(Host("counted", python=PYTHON)) as link:
+            pass
+        assert link._process.returncode == 0
+    assert connections.read_text().count("\n") == 6
+    assert_nothing_left(server.root / "counted")
+
+
+def test_a_device_that_cannot_be_swept_is_told(server: Server) -> None:
+    told: list[str] = []
+    host, away = Host("counted", python=PYTHON), server.root / "away"
+    link = Link(host, told.append)
+    folder = str(link.folder)
+    for pid in reversed(pids(link)):
+        os.kill(pid, signal.SIGKILL)
+    away.touch()
+    link.close()
+    away.unlink()
+    assert len(told) == 1
+    assert f"counted: the folder {folder}" in told[0]
+    assert sweep(host, folder) == []
+    assert_nothing_left(server.root / "counted")
+
+
+def test_clocks_that_cannot_be_given_back_are_told_with_the_command(server: Server) -> None:
+    told: list[str] = []
+    stuck = server.root / "own" / "stuck"
+    stuck.touch()
+    with Link(Host("owned"), told.append) as link:
+        link.ask("lock_clocks")
+    assert len(told) == 1
+    assert "still locked (Error: no such clock)" in told[0]
+    assert f"--restore {link.folder}/clocks.conf" in told[0]
+    assert Path(str(link.folder), "clocks.conf").read_text() == "stored\n"
+    stuck.unlink()
+    assert sweep(Host("owned"), str(link.folder)) == []
+    assert_nothing_left(server.root / "owned", *pids(link))
+
+
+def test_a_process_that_cannot_be_written_down_is_not_left_running(server: Server) -> None:
+    with Link(Host("plain", python=PYTHON)) as link:
+        children = Path(str(link.folder), "children")
+        children.symlink_to("/dev/full")
+        with pytest.raises(EdgestillError, match="disk is full"):
+            link.ask("use_rung", rung="onnxruntime")
+        assert processes_of(Path(str(link.folder))) == []
+        children.unlink()
+    assert_nothing_left(server.root / "plain")
 
 
 # -- texts
