@@ -589,8 +589,8 @@ def trtexec_version(text: str) -> str:
     return "%d.%d.%d" % (number // major, number % major // 100, number % 100)
 
 
-def explain_trtexec(output: str, status: int) -> "Problem":
-    """Which of the known failures of TensorRT's builder or runtime an output shows."""
+def explain_trtexec(output: str, status: int, who: str = "TensorRT") -> "Problem":
+    """Which of the known failures of a builder or runtime an output shows; status: negative or above 128: a signal."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if "[E]" in line] or [line for line in lines if "rror" in line] or lines[-1:]
     known = (
@@ -619,8 +619,12 @@ def explain_trtexec(output: str, status: int) -> "Problem":
             if found:
                 return Problem(kind, message, found[0])
     if status in (-9, 137):
-        return Problem("builder_memory", "the system killed TensorRT, most likely for its memory", "killed by signal 9")
-    return Problem("failed", "TensorRT failed on the device", errors[0] if errors else "exit status %d" % status)
+        return Problem("builder_memory", "the system killed %s, most likely for its memory" % who, "killed by signal 9")
+    # a shell or a container's client tells a signal as 128 and its number
+    number = -status if status < 0 else status - 128
+    if number in [one.value for one in signal.Signals]:
+        return Problem("crashed", "%s crashed on the device" % who, signal.Signals(number).name)
+    return Problem("failed", "%s failed on the device" % who, errors[0] if errors else "exit status %d" % status)
 
 
 # -- serving: what a host asks over ssh --------------------------------------------------------------------------------
@@ -629,6 +633,11 @@ def explain_trtexec(output: str, status: int) -> "Problem":
 PROTOCOL = 1
 SILENCE = 90.0
 """Seconds without a word from the host after which the link counts as cut; the host speaks every 10."""
+START_SECONDS = 300.0
+"""After so long, a runtime hangs while its module is imported."""
+TIMED_OUT = 124
+"""The exit status of what was ended because it gave no answer in time."""
+TITLES = {"onnxruntime": "ONNX Runtime", "tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 TRTEXEC = ("trtexec", "/usr/src/tensorrt/bin/trtexec")
 _WARM_UP_MS = 200
 _RESETTLE = 2
@@ -649,6 +658,11 @@ class Problem(Exception):
         return {"error": {"kind": self.kind, "message": self.message, "evidence": self.evidence[:500]}}
 
 
+def hung(who: str, limit: float) -> "Problem":
+    """A runtime that was ended because it did not come back."""
+    return Problem("hung", "%s hangs on the device" % who, "no answer within %g s, so its process was ended" % limit)
+
+
 def _explained(error: BaseException) -> "Problem":
     if isinstance(error, Problem):
         return error
@@ -659,6 +673,20 @@ def _explained(error: BaseException) -> "Problem":
     if isinstance(error, MemoryError):
         return Problem("builder_memory", "the device is out of memory", text[0])
     return Problem("failed", "the agent failed on the device", "%s: %s" % (type(error).__name__, text[0]))
+
+
+def awaited(ready: Callable[[float], bool], limit: float) -> bool:
+    """Whether `ready`, which waits for as many seconds as it is given, comes true within `limit` seconds.
+
+    What this process slept through, because it was stopped or the machine was, does not count.
+    """
+    while limit > 0:
+        turn = min(limit, 1.0)
+        began = time.monotonic()
+        if ready(turn):
+            return True
+        limit -= max(min(time.monotonic() - began, 2 * turn), 0.01)
+    return False
 
 
 class Lines:
@@ -674,19 +702,28 @@ class Lines:
         self.buffer = b""
 
     def _fill(self) -> None:
-        if self.silence is not None and not select.select([self.descriptor], [], [], self.silence)[0]:
+        if self.silence is not None and not self._ready(self.silence):
             raise EOFError("silence")
         data = os.read(self.descriptor, _CHUNK)
         if not data:
             raise EOFError("closed")
         self.buffer += data
 
-    def line(self) -> bytes:
-        """The next line, without its end."""
+    def line(self, limit: Optional[float] = None) -> bytes:
+        """The next line, without its end.
+
+        Raises:
+            TimeoutError: nothing came for `limit` seconds.
+        """
         while b"\n" not in self.buffer:
+            if limit is not None and not awaited(self._ready, limit):
+                raise TimeoutError()
             self._fill()
         line, _, self.buffer = self.buffer.partition(b"\n")
         return line
+
+    def _ready(self, seconds: float) -> bool:
+        return bool(select.select([self.descriptor], [], [], seconds)[0])
 
     def payload(self, size: int) -> Iterator[bytes]:
         """The next `size` bytes, in pieces."""
@@ -836,9 +873,15 @@ def _start_janitor(folder: str) -> Tuple[int, int]:
 
 
 class Worker:
-    """A process of its own that loads models and runs them: it may die without the agent."""
+    """A process of its own that loads models and runs them: it may die without the agent.
 
-    def __init__(self, agent: "Agent", prefix: Sequence[str]) -> None:
+    rung: the Python module of its runtime, and the words of the wrapper around it. models: those that it has loaded.
+    """
+
+    def __init__(self, agent: "Agent", rung: Sequence[str]) -> None:
+        prefix = rung[1:]
+        self.title = TITLES.get(rung[0], rung[0])
+        self.models: List[str] = []
         python = sys.executable if not prefix else "python3"
         command = [*prefix, python, "-B", os.path.join(agent.folder, "agent.py"), "worker"]
         self.agent = agent
@@ -850,6 +893,11 @@ class Worker:
         self.noise: List[bytes] = []
         self.drain = threading.Thread(target=self._drain, daemon=True)
         self.drain.start()
+        try:
+            self.version = self.ask({"do": "start", "rung": rung[0], "limit": START_SECONDS})["version"]
+        except Problem:
+            self.close()
+            raise
 
     def _drain(self) -> None:
         assert self.process.stderr is not None
@@ -860,19 +908,24 @@ class Worker:
         """The worker's answer.
 
         Raises:
-            Problem: what the worker told, or how it died.
+            Problem: what the worker told, how it died, or that it did not answer within the request's limit, in
+                seconds: then it is ended.
         """
         try:
             self.stdin.write(json.dumps(request).encode() + b"\n")
             self.stdin.flush()
-            answer: Dict[str, Any] = json.loads(self.lines.line().decode())
+            answer: Dict[str, Any] = json.loads(self.lines.line(request.get("limit")).decode())
+        except TimeoutError:
+            _end(self.process.pid, _started(self.process.pid))
+            self.process.wait()
+            raise hung(self.title, request["limit"])
         except (OSError, EOFError, ValueError):
             status = self.process.wait()
             self.drain.join(1.0)
             output = b"".join(self.noise).decode("utf-8", "replace")
-            if status == -9:
-                raise Problem("killed", "a process on the device was killed", "killed by signal 9, as for its memory")
-            raise explain_trtexec(output, status)
+            if status in (-9, 137):
+                raise Problem("killed", "%s was killed on the device" % self.title, "SIGKILL, as for its memory")
+            raise explain_trtexec(output, status, self.title)
         if "error" in answer:
             told = answer["error"]
             raise Problem(told["kind"], told["message"], told["evidence"])
@@ -920,43 +973,52 @@ class Trtexec:
             texts = ["%s:%s" % (name, "x".join(str(side) for side in shape)) for name, shape in request["shapes"]]
             flags += ["--%sShapes=%s" % (kind, ",".join(texts)) for kind in ("min", "opt", "max")]
         began = now()
-        status, output = self.agent.output([*self.command, *flags])
+        status, output = self.agent.output([*self.command, *flags], request["limit"])
+        if status == TIMED_OUT:
+            raise hung("trtexec", request["limit"])
         if status != 0 or not os.path.isfile(paths["engine"]):
             raise explain_trtexec(output, status)
         return {"seconds": (now() - began) / 1e9, "flags": flags[2:], "version": self.version}
 
-    def times(self, engine: str, inputs: Dict[str, str], shapes: Any, count: int) -> List[int]:
-        """Compute nanoseconds of at least `count` queries, and of a second at least."""
+    def times(
+        self, engine: str, inputs: Dict[str, str], shapes: Any, count: int, limit: float, first: bool
+    ) -> List[int]:
+        """Compute nanoseconds of at least `count` queries, and of a second at least; first: without a warm-up."""
         file = self.agent.path("times.json")
-        flags = ["--exportTimes=" + file, "--warmUp=%d" % _WARM_UP_MS, "--iterations=%d" % count, "--duration=1"]
+        warm_up = 0 if first else _WARM_UP_MS
+        flags = ["--exportTimes=" + file, "--warmUp=%d" % warm_up, "--iterations=%d" % count]
+        flags.append("--duration=%d" % (0 if first else 1))
         # TensorRT 11 leaves transfers out unless it is told; before, they were the default
         flags += ["--%s" % flag for flag in ("dataTransfers", "useSpinWait") if self._has(flag)]
         if self._has("infStreams"):
             flags.append("--infStreams=1")
         elif self._has("streams"):
             flags.append("--streams=1")
-        self._run(engine, inputs, shapes, flags)
-        times = parse_trtexec_times(_text(file) or "", _WARM_UP_MS)
+        self._run(engine, inputs, shapes, flags, limit)
+        times = parse_trtexec_times(_text(file) or "", warm_up)
         return [round(value * 1e6) for value in times]
 
-    def outputs(self, engine: str, inputs: Dict[str, str], shapes: Any) -> Dict[str, Any]:
+    def outputs(self, engine: str, inputs: Dict[str, str], shapes: Any, limit: float) -> Dict[str, Any]:
         """The outputs of one query by name: {"dimensions", "values"}."""
         file = self.agent.path("outputs.json")
-        self._run(engine, inputs, shapes, ["--exportOutput=" + file, "--iterations=1", "--duration=0", "--warmUp=0"])
+        flags = ["--exportOutput=" + file, "--iterations=1", "--duration=0", "--warmUp=0"]
+        self._run(engine, inputs, shapes, flags, limit)
         try:
             return {entry["name"]: entry for entry in json.loads(_text(file) or "")}
         except (ValueError, KeyError, TypeError) as error:
             raise Problem("failed", "trtexec's outputs cannot be read", str(error))
 
-    def _run(self, engine: str, inputs: Dict[str, str], shapes: Any, flags: List[str]) -> None:
+    def _run(self, engine: str, inputs: Dict[str, str], shapes: Any, flags: List[str], limit: float) -> None:
         command = [*self.command, "--loadEngine=" + self.agent.path(engine), "--avgRuns=1"]
         command.append("--loadInputs=" + ",".join("%s:%s" % (name, path) for name, path in inputs.items()))
         if shapes:
             texts = ["%s:%s" % (name, "x".join(str(side) for side in shape)) for name, shape in shapes]
             command.append("--shapes=" + ",".join(texts))
-        status, output = self.agent.output([*command, *flags])
+        status, output = self.agent.output([*command, *flags], limit)
+        if status == TIMED_OUT:
+            raise hung("trtexec", limit)
         if status != 0:
-            raise explain_trtexec(output, status)
+            raise explain_trtexec(output, status, "trtexec")
 
 
 class Agent:
@@ -985,7 +1047,7 @@ class Agent:
         self.worker: Optional[Worker] = None
         self.rung: List[str] = []
         self.trtexec: Optional[Trtexec] = None
-        self.engines: Dict[str, Dict[str, Any]] = {}
+        self.opened: Dict[str, Dict[str, Any]] = {}
         self.use = CpuUse()
         self.lock = threading.Lock()
         self.speaking = threading.Lock()
@@ -1050,12 +1112,22 @@ class Agent:
     def output(self, command: Sequence[str], timeout: Optional[float] = None) -> Tuple[int, str]:
         """Exit status, and standard output and error together."""
         process = self.start(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        try:
-            text = process.communicate(timeout=timeout)[0].decode("utf-8", "replace")
-        except subprocess.TimeoutExpired:
+        found: List[bytes] = []
+
+        def ended(seconds: Optional[float]) -> bool:
+            try:
+                found.append(process.communicate(timeout=seconds)[0])
+            except subprocess.TimeoutExpired:
+                return False
+            return True
+
+        if timeout is None:
+            ended(None)
+        elif not awaited(ended, timeout):
+            _end(process.pid, _started(process.pid))
             self.stop(process)
-            return 124, "no answer within %d s" % (timeout or 0)
-        return process.returncode, text
+            return TIMED_OUT, "no answer within %g s" % timeout
+        return process.returncode, found[0].decode("utf-8", "replace")
 
     # -- the host's side
 
@@ -1217,8 +1289,8 @@ class Agent:
         if request["rung"] == "trtexec":
             self.trtexec = Trtexec(self, prefix, request["tool"])
             return {}
-        self.worker = Worker(self, prefix)
-        return self.worker.ask({"do": "start", "rung": request["rung"]})
+        self.worker = Worker(self, self.rung)
+        return {"version": self.worker.version}
 
     def do_build(self, request: Dict[str, Any]) -> Dict[str, Any]:
         """An engine from a graph, in a process of its own; its timing cache beside it."""
@@ -1227,9 +1299,8 @@ class Agent:
         if self.trtexec is not None:
             built = self.trtexec.build(request)
         else:
-            builder = Worker(self, self.rung[1:])
+            builder = Worker(self, self.rung)
             try:
-                builder.ask({"do": "start", "rung": self.rung[0]})
                 built = builder.ask(request)
             except Problem as problem:
                 if problem.kind == "killed":
@@ -1247,31 +1318,54 @@ class Agent:
     def do_open(self, request: Dict[str, Any]) -> Dict[str, Any]:
         """Loads a model for rounds of queries."""
         if self.trtexec is not None:
-            self.engines[request["id"]] = request
-            return {"version": self.trtexec.version, "options": {"tool": self.trtexec.command[-1]}}
-        assert self.worker is not None
-        return self.worker.ask(request)
+            answer = {"version": self.trtexec.version, "options": {"tool": self.trtexec.command[-1]}}
+        else:
+            answer = self.ask_worker(request)
+            assert self.worker is not None
+            self.worker.models.append(request["id"])
+        self.opened[request["id"]] = request
+        return answer
+
+    def ask_worker(self, request: Dict[str, Any]) -> Dict[str, Any]:
+        """The answer of the process that holds the models. One that crashed or hung is followed by a new one."""
+        if self.worker is None:
+            self.worker = Worker(self, self.rung)
+        worker = self.worker
+        try:
+            opened = self.opened.get(request.get("id", ""))
+            if request["do"] != "open" and opened is not None and opened["id"] not in worker.models:
+                worker.ask(opened)
+                worker.models.append(opened["id"])
+            return worker.ask(request)
+        finally:
+            if worker.process.poll() is not None:
+                worker.close()
+                self.worker = None
 
     def do_block(self, request: Dict[str, Any]) -> Dict[str, Any]:
         """A round of queries: `count` of them, or as many as `seconds` take."""
         if self.trtexec is None:
-            assert self.worker is not None
-            return self.worker.ask(request)
-        opened = self.engines[request["id"]]
+            return self.ask_worker(request)
+        opened = self.opened[request["id"]]
         compute = self.trtexec.times(
-            opened["model"], self._first_query(opened), opened["shapes"], max(request["count"], 64)
+            opened["model"],
+            self._first_query(opened),
+            opened["shapes"],
+            request["count"],
+            request["limit"],
+            request["first"],
         )
         return {"compute_ns": compute, "end_to_end_ns": None, "spent_ns": compute}
 
     def do_outputs(self, request: Dict[str, Any]) -> Dict[str, Any]:
         """The outputs of all queries of a file, raw and one after the other, in another."""
         if self.trtexec is None:
-            assert self.worker is not None
-            return self.worker.ask(request)
+            return self.ask_worker(request)
         found = []
         for index in range(request["inputs"]["queries"]):
             inputs = self._query_files(request["inputs"], index)
-            found.append(self.trtexec.outputs(self.engines[request["id"]]["model"], inputs, request["shapes"]))
+            model = self.opened[request["id"]]["model"]
+            found.append(self.trtexec.outputs(model, inputs, request["shapes"], request["limit"]))
         return {"json": found}
 
     def _first_query(self, opened: Dict[str, Any]) -> Dict[str, str]:
@@ -1304,28 +1398,30 @@ class Agent:
 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
-        fresh = Worker(self, self.rung[1:])
         try:
-            fresh.ask({"do": "start", "rung": self.rung[0]})
-            found = fresh.ask({**request, "do": "probe"})
+            fresh = Worker(self, self.rung)
+            try:
+                loaded = fresh.ask(request)
+                found = fresh.ask({**request, "do": "first", "limit": request["limit_first"]})
+            finally:
+                fresh.close()
         finally:
-            fresh.close()
             done.set()
             watcher.join()
+        found.update(loaded)
         if before is not None and lowest[0] is not None:
             found["fall_mib"] = round(before - lowest[0], 1)
         return found
 
     def do_profile(self, request: Dict[str, Any]) -> Dict[str, Any]:
         """ONNX Runtime's own trace of some queries, and the graph that it made of the model, as files."""
-        assert self.worker is not None
-        return self.worker.ask(request)
+        return self.ask_worker(request)
 
     def do_close(self, request: Dict[str, Any]) -> Dict[str, Any]:
         """Ends the process that holds the models."""
         if self.worker is not None:
             self.worker.close()
-        self.worker, self.trtexec, self.engines = None, None, {}
+        self.worker, self.trtexec, self.opened = None, None, {}
         return {}
 
     def do_lock_clocks(self, request: Dict[str, Any]) -> Dict[str, Any]:
@@ -1789,8 +1885,12 @@ def work() -> int:
             elif what == "profile":
                 request["path"] = os.path.join(folder, request["model"])
                 answer = OrtModel(module, request).profile(request, folder)
+            elif what == "probe":
+                began, before = now(), _resident("VmRSS")
+                models["probe"] = opened(request)
+                answer = {"load_ms": (now() - began) / 1e6, "before_load_mib": before}
             else:
-                answer = probe(opened, request)
+                answer = first_queries(models["probe"])
         except BaseException as error:
             answer = _explained(error).document()
         _write(out, json.dumps(answer).encode() + b"\n")
@@ -1808,7 +1908,7 @@ def run_block(model: Any, request: Dict[str, Any]) -> Dict[str, List[int]]:
     gc.disable()
     try:
         # the device idled while it waited for this request: two queries for its caches and clocks, as on any switch
-        for settling in range(_RESETTLE):
+        for settling in range(0 if request.get("first") else _RESETTLE):
             model.query(index + settling)
         before = began = now()
         while len(compute) < request["count"] or before - began < enough:
@@ -1851,12 +1951,9 @@ def store_outputs(model: Any, request: Dict[str, Any], folder: str) -> Dict[str,
     return {"outputs": kinds, "queries": request["inputs"]["queries"]}
 
 
-def probe(opened: Callable[[Dict[str, Any]], Any], request: Dict[str, Any]) -> Dict[str, Any]:
-    """Load time, first inference and peak resident memory of this process, which did nothing else before."""
-    before = _resident("VmRSS")
+def first_queries(model: Any) -> Dict[str, Any]:
+    """First inference and peak resident memory of this process, which did nothing but load the model before."""
     start = now()
-    model = opened(request)
-    loaded = now()
     model.query(0)
     first = now()
     end = now() + 2 * 10**9
@@ -1864,12 +1961,7 @@ def probe(opened: Callable[[Dict[str, Any]], Any], request: Dict[str, Any]) -> D
         model.query(index)
         if now() > end:
             break
-    return {
-        "load_ms": (loaded - start) / 1e6,
-        "first_inference_ms": (first - loaded) / 1e6,
-        "before_load_mib": before,
-        "peak_mib": _resident("VmHWM"),
-    }
+    return {"first_inference_ms": (first - start) / 1e6, "peak_mib": _resident("VmHWM")}
 
 
 def _resident(field: str) -> Optional[float]:

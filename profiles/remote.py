@@ -510,6 +510,8 @@ def explain_problem(host: Host, kind: str, message: str, evidence: str) -> Devic
     fixes = {
         "disk_full": f"ssh {name} df -h    or another disk: edgestill devices detect {host.name} --folder /mnt/ssd",
         "builder_memory": f"a smaller workspace: edgestill devices detect {host.name} --workspace-mib 256; or add swap",
+        "crashed": "another runtime or version; the model runs in a process of its own, the others are not concerned",
+        "hung": "raise measure.timeout_seconds if one query may take that long, else report it to the runtime's makers",
         "killed": f"ssh {name} 'dmesg | tail' shows whether the memory ran out",
         "unsupported_operator": "edgestill check MODEL.onnx --device NAME    says which operators the device takes",
         "other_engine": "delete the run's folder measurements; the engine is built anew on the device",

@@ -23,6 +23,7 @@ from cli.pipeline.prepare import prepare_host
 from profiles import agent
 from profiles.device import TargetSection, load_device, resolve_target
 from profiles.errors import EdgestillError, InputError
+from profiles.fresh_process import HangError
 from profiles.measure_section import MeasureSection
 from profiles.measurement import Measurement
 from profiles.progress import Silent
@@ -30,6 +31,7 @@ from profiles.remote import SSH, Host, Link, boot_line, explain_ssh, sweep
 from profiles.remote_device import mismatches, recognise, remember, remembered, remembered_for
 from profiles.remote_runtime import Build, RemoteRuntime, Rung, Stack, choose_rung, ladder, measure_on
 from profiles.runtimes.onnxruntime import run_model
+from tests.profiles.test_bad_models import endless
 from tests.recorded import jetson
 from tests.sshd import Server, assert_nothing_left, keygen, processes_of, serve
 
@@ -444,6 +446,97 @@ def test_a_process_that_cannot_be_written_down_is_not_left_running(server: Serve
         assert processes_of(Path(str(link.folder))) == []
         children.unlink()
     assert_nothing_left(server.root / "plain")
+
+
+# -- models that hang, crash or are slow
+
+
+@pytest.fixture(scope="module")
+def second(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model in a file of its own."""
+    path = tmp_path_factory.mktemp("second") / "second.onnx"
+    path.write_bytes(model.read_bytes())
+    return path
+
+
+def told_apart(
+    runtime: RemoteRuntime, timeout_seconds: float
+) -> tuple[dict[str, EdgestillError], dict[str, Measurement]]:
+    failures: dict[str, EdgestillError] = {}
+    section = QUICK.model_copy(update={"timeout_seconds": timeout_seconds})
+    found = measure_on(
+        runtime, images(), TARGET, section, input_source="real samples", fresh_process=False, failures=failures
+    )
+    return failures, {name: each.measurement for name, each in found.items()}
+
+
+def test_a_model_that_hangs_there_is_named_and_the_rest_is_measured(
+    server: Server, model: Path, tmp_path: Path
+) -> None:
+    loop = endless(tmp_path / "endless.onnx")
+    with Link(Host("plain", python=PYTHON)) as link:
+        runtime = RemoteRuntime(link, "onnxruntime", {"endless": loop, "good": model}, images(), 1)
+        failures, found = told_apart(runtime, 1.0)
+        assert len([line for line in processes_of(Path(str(link.folder))) if line.rstrip().endswith("worker")]) == 1
+    assert found["good"].verdict == "pass"
+    assert isinstance(failures["endless"], HangError)
+    assert failures["endless"].message == "ONNX Runtime hangs on the model endless.onnx, on the device"
+    assert failures["endless"].where == str(loop)
+    assert "1 s" in (failures["endless"].evidence or "")
+    assert "timeout_seconds" in (failures["endless"].fix or "")
+    assert_nothing_left(server.root / "plain", *pids(link))
+
+
+@pytest.mark.parametrize(
+    ("fails", "message", "evidence"),
+    [("hangs", "trtexec hangs on the model model.onnx", "no answer within"), ("crashes", "trtexec crashed", "SIGSEGV")],
+)
+def test_trtexec_hangs_or_crashes_on_one_model_and_the_rest_is_measured(
+    server: Server, model: Path, second: Path, fails: str, message: str, evidence: str
+) -> None:
+    host = Host("orin", wrapper=f"env TRTEXEC_FAILS={fails}:model0 PATH={server.root}/tools:/usr/bin:/bin")
+    with Link(host) as link:
+        rung = next(rung for rung in ladder(link, "tensorrt").rungs if rung.wrapped)
+        runtime = RemoteRuntime(link, "tensorrt", {"bad": model, "good": second}, images(), 1, rung=rung)
+        failures, found = told_apart(runtime, 0.3)
+    assert list(found) == ["good"]
+    assert isinstance(failures["bad"], HangError) == (fails == "hangs")
+    assert message in failures["bad"].message
+    assert evidence in (failures["bad"].evidence or "")
+    assert_nothing_left(server.root / "orin", *pids(link))
+
+
+def test_a_crash_names_runtime_and_signal_and_the_next_model_has_a_new_process(
+    server: Server, model: Path, second: Path, tmp_path: Path
+) -> None:
+    with Link(Host("plain", python=PYTHON)) as link:
+        runtime = RemoteRuntime(link, "onnxruntime", {"a": model, "b": second}, images(), 1)
+        for each in (model, second):
+            runtime.load(each, threads=1)
+        worker = int(Path(str(link.folder), "children").read_text().split()[-2])
+        threading.Timer(0.3, os.kill, (worker, signal.SIGSEGV)).start()
+        with pytest.raises(EdgestillError) as caught:
+            runtime.ask_of(model, "block", 60.0, id="model0.onnx", start=0, count=10**9, seconds=0.0, gap_s=0.0)
+        assert caught.value.message == "ONNX Runtime crashed on the model model.onnx, on the device"
+        assert "SIGSEGV; on plain, in its queries" in (caught.value.evidence or "")
+        outputs = runtime.outputs(second, images(), 4, tmp_path)["logits"]
+    np.testing.assert_allclose(outputs, run_model(second, images())["logits"], rtol=1e-5)
+    assert_nothing_left(server.root / "plain", *pids(link), worker)
+
+
+def test_a_slow_model_and_a_long_pause_are_no_hang(server: Server, model: Path) -> None:
+    with Link(Host("plain", python=PYTHON)) as link:
+        runtime = RemoteRuntime(link, "onnxruntime", {"a": model}, images(), 1, timeout_seconds=0.5)
+        session = runtime.load(model, threads=1)
+        runtime.clock.sleep(0.2)
+        session.ahead(4)
+        assert all(session.query({}, runtime.clock).compute_ns > 0 for _ in range(4))
+        assert runtime.clock.ns > 0.8e9
+    host = Host("orin", wrapper=f"env TRTEXEC_MS=1500 PATH={server.root}/tools:/usr/bin:/bin")
+    with Link(host) as link:
+        found = measured(link, model, stack="tensorrt", wrapped=True)
+    assert found.compute.mean >= 1500
+    assert found.seconds < 15, "its rounds are as short as its time asks"
 
 
 # -- texts
