@@ -675,17 +675,17 @@ def _explained(error: BaseException) -> "Problem":
     return Problem("failed", "the agent failed on the device", "%s: %s" % (type(error).__name__, text[0]))
 
 
-def awaited(ready: Callable[[float], bool], limit: float) -> bool:
+def awaited(ready: Callable[[float], bool], limit: float, clock: Callable[[], float] = time.monotonic) -> bool:
     """Whether `ready`, which waits for as many seconds as it is given, comes true within `limit` seconds.
 
     What this process slept through, because it was stopped or the machine was, does not count.
     """
     while limit > 0:
         turn = min(limit, 1.0)
-        began = time.monotonic()
+        began = clock()
         if ready(turn):
             return True
-        limit -= max(min(time.monotonic() - began, 2 * turn), 0.01)
+        limit -= max(min(clock() - began, 2 * turn), 0.01)
     return False
 
 

@@ -455,8 +455,8 @@ def explain_ssh(
         if (status is not None and status < 0) or re.search(cut, errors) or status is None:
             return told(
                 "the link to the device was cut",
-                "run the same command again; the agent removes its folder by itself. A run keeps the targets that it had "
-                "measured and the engines that it had brought here; the target under way is measured anew",
+                "run the same command again; the agent removes its folder by itself. A run keeps the targets that it "
+                "had measured and the engines that it had brought here; the target under way is measured anew",
                 cut,
             )
         return told(
