@@ -144,6 +144,7 @@ def test_a_run_measures_its_targets_on_their_hosts_and_goes_on_where_it_stopped(
     errors = process.communicate(timeout=60)[1].decode()
     assert process.returncode == 130, errors
     assert "interrupted" in errors
+    assert samples.stat().st_mtime_ns == times, "it was not measured to the end"
     for name in ("near", "jet"):
         assert list((server.root / name).iterdir()) == [], "nothing is left when the command has ended"
         assert_nothing_left(server.root / name)
