@@ -8,7 +8,8 @@ removes the folder and every process at the end: when the host says so, when the
 that waits for nothing else, when the agent itself is killed. Models run in further processes, which may die without it.
 """
 # Python 3.6 has no built-in generics, and sysfs paths are plain text here.
-# ruff: noqa: B904, B905, PTH100, PTH104, PTH107, PTH110, PTH111, PTH113, PTH118, PTH119, PTH120, PTH123, PTH202, PTH207, SIM105, SIM115
+# ruff: noqa: B904, B905, PTH100, PTH104, PTH106, PTH107, PTH110, PTH111, PTH112, PTH113, PTH118, PTH119, PTH120, PTH123, PTH202, PTH207, SIM105
+# ruff: noqa: PTH208, SIM115
 # ruff: noqa: PLW2901, UP006, UP031, UP035, UP037, UP045
 
 import ctypes
@@ -588,8 +589,8 @@ def trtexec_version(text: str) -> str:
     return "%d.%d.%d" % (number // major, number % major // 100, number % 100)
 
 
-def explain_trtexec(output: str, status: int) -> "Problem":
-    """Which of the known failures of TensorRT's builder or runtime an output shows."""
+def explain_trtexec(output: str, status: int, who: str = "TensorRT") -> "Problem":
+    """Which of the known failures of a builder or runtime an output shows; status: negative or above 128: a signal."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if "[E]" in line] or [line for line in lines if "rror" in line] or lines[-1:]
     known = (
@@ -618,8 +619,12 @@ def explain_trtexec(output: str, status: int) -> "Problem":
             if found:
                 return Problem(kind, message, found[0])
     if status in (-9, 137):
-        return Problem("builder_memory", "the system killed TensorRT, most likely for its memory", "killed by signal 9")
-    return Problem("failed", "TensorRT failed on the device", errors[0] if errors else "exit status %d" % status)
+        return Problem("builder_memory", "the system killed %s, most likely for its memory" % who, "killed by signal 9")
+    # a shell or a container's client tells a signal as 128 and its number
+    number = -status if status < 0 else status - 128
+    if number in [one.value for one in signal.Signals]:
+        return Problem("crashed", "%s crashed on the device" % who, signal.Signals(number).name)
+    return Problem("failed", "%s failed on the device" % who, errors[0] if errors else "exit status %d" % status)
 
 
 # -- serving: what a host asks over ssh --------------------------------------------------------------------------------
@@ -628,6 +633,11 @@ def explain_trtexec(output: str, status: int) -> "Problem":
 PROTOCOL = 1
 SILENCE = 90.0
 """Seconds without a word from the host after which the link counts as cut; the host speaks every 10."""
+START_SECONDS = 300.0
+"""After so long, a runtime hangs while its module is imported."""
+TIMED_OUT = 124
+"""The exit status of what was ended because it gave no answer in time."""
+TITLES = {"onnxruntime": "ONNX Runtime", "tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 TRTEXEC = ("trtexec", "/usr/src/tensorrt/bin/trtexec")
 _WARM_UP_MS = 200
 _RESETTLE = 2
@@ -648,6 +658,11 @@ class Problem(Exception):
         return {"error": {"kind": self.kind, "message": self.message, "evidence": self.evidence[:500]}}
 
 
+def hung(who: str, limit: float) -> "Problem":
+    """A runtime that was ended because it did not come back."""
+    return Problem("hung", "%s hangs on the device" % who, "no answer within %g s, so its process was ended" % limit)
+
+
 def _explained(error: BaseException) -> "Problem":
     if isinstance(error, Problem):
         return error
@@ -658,6 +673,20 @@ def _explained(error: BaseException) -> "Problem":
     if isinstance(error, MemoryError):
         return Problem("builder_memory", "the device is out of memory", text[0])
     return Problem("failed", "the agent failed on the device", "%s: %s" % (type(error).__name__, text[0]))
+
+
+def awaited(ready: Callable[[float], bool], limit: float, clock: Callable[[], float] = time.monotonic) -> bool:
+    """Whether `ready`, which waits for as many seconds as it is given, comes true within `limit` seconds.
+
+    What this process slept through, because it was stopped or the machine was, does not count.
+    """
+    while limit > 0:
+        turn = min(limit, 1.0)
+        began = clock()
+        if ready(turn):
+            return True
+        limit -= max(min(clock() - began, 2 * turn), 0.01)
+    return False
 
 
 class Lines:
@@ -673,19 +702,28 @@ class Lines:
         self.buffer = b""
 
     def _fill(self) -> None:
-        if self.silence is not None and not select.select([self.descriptor], [], [], self.silence)[0]:
+        if self.silence is not None and not self._ready(self.silence):
             raise EOFError("silence")
         data = os.read(self.descriptor, _CHUNK)
         if not data:
             raise EOFError("closed")
         self.buffer += data
 
-    def line(self) -> bytes:
-        """The next line, without its end."""
+    def line(self, limit: Optional[float] = None) -> bytes:
+        """The next line, without its end.
+
+        Raises:
+            TimeoutError: nothing came for `limit` seconds.
+        """
         while b"\n" not in self.buffer:
+            if limit is not None and not awaited(self._ready, limit):
+                raise TimeoutError()
             self._fill()
         line, _, self.buffer = self.buffer.partition(b"\n")
         return line
+
+    def _ready(self, seconds: float) -> bool:
+        return bool(select.select([self.descriptor], [], [], seconds)[0])
 
     def payload(self, size: int) -> Iterator[bytes]:
         """The next `size` bytes, in pieces."""
@@ -697,25 +735,92 @@ class Lines:
             yield piece
 
 
-def remove(folder: str) -> None:
-    """Ends what the agent started, gives changed clocks back, and removes its folder. Safe to call twice."""
+UNDO = ("undo.json", "clocks.conf")
+"""Files of the agent's folder that tell how to give changed clocks back."""
+
+
+def remove(folder: str) -> List[str]:
+    """Ends what the agent started, gives changed clocks back, and removes its folder. Safe to call again.
+
+    Returns what is left, a sentence each. Clocks that could not be given back leave what is needed to try again.
+    """
+    left = []
     for line in (_text(os.path.join(folder, "children")) or "").splitlines():
         pid, _, started = line.partition(" ")
-        _end(int(pid), started)
-    undo = _text(os.path.join(folder, "undo.json"))
-    if undo:
-        try:
-            for command in json.loads(undo):
-                subprocess.call(
-                    command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=30
-                )
-        except (OSError, ValueError, subprocess.TimeoutExpired):
-            pass  # the device went away or lost its rights; there is nobody left to tell
+        if not _end(int(pid), started):
+            left.append("process %s does not end" % pid)
+    trial = _text(os.path.join(folder, "trial"))
+    if trial:
+        _discard(trial)
+    clocks_left = _undo(folder)
+    kept = UNDO if clocks_left else ()
     for _ in range(20):
-        shutil.rmtree(folder, ignore_errors=True)
-        if not os.path.exists(folder):
-            return
+        names = _emptied(folder, kept)
+        if not names:
+            break
         time.sleep(0.1)  # a child that was killed may still close its files
+    else:
+        left.append("%s is still there, with %s" % (folder, ", ".join(sorted(names)[:3])))
+    return left + clocks_left
+
+
+def _undo(folder: str) -> List[str]:
+    """Runs the commands that give clocks back; tells those that failed."""
+    failed = []
+    try:
+        commands = json.loads(_text(os.path.join(folder, UNDO[0])) or "[]")
+    except ValueError:
+        commands = []  # the disk was full before anything was changed
+    for command in commands:
+        try:
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=30,
+                check=False,
+            )
+            said = done.stdout.decode("utf-8", "replace").strip().splitlines()[-1:]
+            why = (said or ["exit status %d" % done.returncode])[0] if done.returncode else ""
+        except (OSError, subprocess.TimeoutExpired) as error:
+            why = str(error)
+        if why:
+            text = "the clocks are still locked (%s); to give them back: %s"
+            failed.append(text % (why[:200], " ".join(part for part in command if part != "-n")))
+    return failed
+
+
+def _emptied(folder: str, kept: Sequence[str]) -> List[str]:
+    """Removes a folder, or all of it but the files to keep; returns the names that could not be removed."""
+    if not kept:
+        shutil.rmtree(folder, ignore_errors=True)
+    names = []
+    for name in os.listdir(folder) if os.path.isdir(folder) else []:
+        if name in kept:
+            continue
+        path = os.path.join(folder, name)
+        shutil.rmtree(path, ignore_errors=True)
+        if os.path.lexists(path) and not os.path.isdir(path):
+            try:
+                os.remove(path)
+            except OSError:
+                pass
+        if os.path.lexists(path):
+            names.append(name)
+    # a folder that is empty and cannot be removed lies in one that may not be written any more
+    return names or (["nothing in it"] if not kept and os.path.exists(folder) else [])
+
+
+def _discard(place: str) -> None:
+    """Removes a folder of packages, and edgestill's own folder around it where nothing else is in there."""
+    shutil.rmtree(place, ignore_errors=True)
+    parent = os.path.dirname(place)
+    if os.path.basename(parent) == ".edgestill":
+        try:
+            os.rmdir(parent)
+        except OSError:
+            pass  # it holds something else
 
 
 def _started(pid: int) -> str:
@@ -725,19 +830,22 @@ def _started(pid: int) -> str:
     return "" if not fields or fields[0] == "Z" else fields[19]
 
 
-def _end(pid: int, started: str) -> None:
-    """Asks a process group to end, which a container's client passes on, and kills what is left of it."""
+def _end(pid: int, started: str) -> bool:
+    """Asks a process group to end, which a container's client passes on, and kills what is left. Whether it is gone."""
     if not started or _started(pid) != started:
-        return
+        return True
     for number, patience in ((signal.SIGTERM, 50), (signal.SIGKILL, 20)):
         try:
             os.killpg(pid, number)
+        except ProcessLookupError:
+            return True
         except OSError:
-            return
+            return False
         for _ in range(patience):
             if _started(pid) != started:
-                return
+                return True
             time.sleep(0.1)
+    return False
 
 
 def _start_janitor(folder: str) -> Tuple[int, int]:
@@ -765,9 +873,15 @@ def _start_janitor(folder: str) -> Tuple[int, int]:
 
 
 class Worker:
-    """A process of its own that loads models and runs them: it may die without the agent."""
+    """A process of its own that loads models and runs them: it may die without the agent.
 
-    def __init__(self, agent: "Agent", prefix: Sequence[str]) -> None:
+    rung: the Python module of its runtime, and the words of the wrapper around it. models: those that it has loaded.
+    """
+
+    def __init__(self, agent: "Agent", rung: Sequence[str]) -> None:
+        prefix = rung[1:]
+        self.title = TITLES.get(rung[0], rung[0])
+        self.models: List[str] = []
         python = sys.executable if not prefix else "python3"
         command = [*prefix, python, "-B", os.path.join(agent.folder, "agent.py"), "worker"]
         self.agent = agent
@@ -779,6 +893,11 @@ class Worker:
         self.noise: List[bytes] = []
         self.drain = threading.Thread(target=self._drain, daemon=True)
         self.drain.start()
+        try:
+            self.version = self.ask({"do": "start", "rung": rung[0], "limit": START_SECONDS})["version"]
+        except Problem:
+            self.close()
+            raise
 
     def _drain(self) -> None:
         assert self.process.stderr is not None
@@ -789,19 +908,24 @@ class Worker:
         """The worker's answer.
 
         Raises:
-            Problem: what the worker told, or how it died.
+            Problem: what the worker told, how it died, or that it did not answer within the request's limit, in
+                seconds: then it is ended.
         """
         try:
             self.stdin.write(json.dumps(request).encode() + b"\n")
             self.stdin.flush()
-            answer: Dict[str, Any] = json.loads(self.lines.line().decode())
+            answer: Dict[str, Any] = json.loads(self.lines.line(request.get("limit")).decode())
+        except TimeoutError:
+            _end(self.process.pid, _started(self.process.pid))
+            self.process.wait()
+            raise hung(self.title, request["limit"])
         except (OSError, EOFError, ValueError):
             status = self.process.wait()
             self.drain.join(1.0)
             output = b"".join(self.noise).decode("utf-8", "replace")
-            if status == -9:
-                raise Problem("killed", "a process on the device was killed", "killed by signal 9, as for its memory")
-            raise explain_trtexec(output, status)
+            if status in (-9, 137):
+                raise Problem("killed", "%s was killed on the device" % self.title, "SIGKILL, as for its memory")
+            raise explain_trtexec(output, status, self.title)
         if "error" in answer:
             told = answer["error"]
             raise Problem(told["kind"], told["message"], told["evidence"])
@@ -849,43 +973,52 @@ class Trtexec:
             texts = ["%s:%s" % (name, "x".join(str(side) for side in shape)) for name, shape in request["shapes"]]
             flags += ["--%sShapes=%s" % (kind, ",".join(texts)) for kind in ("min", "opt", "max")]
         began = now()
-        status, output = self.agent.output([*self.command, *flags])
+        status, output = self.agent.output([*self.command, *flags], request["limit"])
+        if status == TIMED_OUT:
+            raise hung("trtexec", request["limit"])
         if status != 0 or not os.path.isfile(paths["engine"]):
             raise explain_trtexec(output, status)
         return {"seconds": (now() - began) / 1e9, "flags": flags[2:], "version": self.version}
 
-    def times(self, engine: str, inputs: Dict[str, str], shapes: Any, count: int) -> List[int]:
-        """Compute nanoseconds of at least `count` queries, and of a second at least."""
+    def times(
+        self, engine: str, inputs: Dict[str, str], shapes: Any, count: int, limit: float, first: bool
+    ) -> List[int]:
+        """Compute nanoseconds of at least `count` queries, and of a second at least; first: without a warm-up."""
         file = self.agent.path("times.json")
-        flags = ["--exportTimes=" + file, "--warmUp=%d" % _WARM_UP_MS, "--iterations=%d" % count, "--duration=1"]
+        warm_up = 0 if first else _WARM_UP_MS
+        flags = ["--exportTimes=" + file, "--warmUp=%d" % warm_up, "--iterations=%d" % count]
+        flags.append("--duration=%d" % (0 if first else 1))
         # TensorRT 11 leaves transfers out unless it is told; before, they were the default
         flags += ["--%s" % flag for flag in ("dataTransfers", "useSpinWait") if self._has(flag)]
         if self._has("infStreams"):
             flags.append("--infStreams=1")
         elif self._has("streams"):
             flags.append("--streams=1")
-        self._run(engine, inputs, shapes, flags)
-        times = parse_trtexec_times(_text(file) or "", _WARM_UP_MS)
+        self._run(engine, inputs, shapes, flags, limit)
+        times = parse_trtexec_times(_text(file) or "", warm_up)
         return [round(value * 1e6) for value in times]
 
-    def outputs(self, engine: str, inputs: Dict[str, str], shapes: Any) -> Dict[str, Any]:
+    def outputs(self, engine: str, inputs: Dict[str, str], shapes: Any, limit: float) -> Dict[str, Any]:
         """The outputs of one query by name: {"dimensions", "values"}."""
         file = self.agent.path("outputs.json")
-        self._run(engine, inputs, shapes, ["--exportOutput=" + file, "--iterations=1", "--duration=0", "--warmUp=0"])
+        flags = ["--exportOutput=" + file, "--iterations=1", "--duration=0", "--warmUp=0"]
+        self._run(engine, inputs, shapes, flags, limit)
         try:
             return {entry["name"]: entry for entry in json.loads(_text(file) or "")}
         except (ValueError, KeyError, TypeError) as error:
             raise Problem("failed", "trtexec's outputs cannot be read", str(error))
 
-    def _run(self, engine: str, inputs: Dict[str, str], shapes: Any, flags: List[str]) -> None:
+    def _run(self, engine: str, inputs: Dict[str, str], shapes: Any, flags: List[str], limit: float) -> None:
         command = [*self.command, "--loadEngine=" + self.agent.path(engine), "--avgRuns=1"]
         command.append("--loadInputs=" + ",".join("%s:%s" % (name, path) for name, path in inputs.items()))
         if shapes:
             texts = ["%s:%s" % (name, "x".join(str(side) for side in shape)) for name, shape in shapes]
             command.append("--shapes=" + ",".join(texts))
-        status, output = self.agent.output([*command, *flags])
+        status, output = self.agent.output([*command, *flags], limit)
+        if status == TIMED_OUT:
+            raise hung("trtexec", limit)
         if status != 0:
-            raise explain_trtexec(output, status)
+            raise explain_trtexec(output, status, "trtexec")
 
 
 class Agent:
@@ -904,15 +1037,20 @@ class Agent:
             remove(self.folder)
             raise _explained(error)
         self.janitor, self.pipe = _start_janitor(self.folder)
-        with open(self.path("owners"), "w", encoding="utf-8") as file:
-            file.writelines("%d %s\n" % (pid, _started(pid)) for pid in (os.getpid(), self.janitor))
+        try:
+            with open(self.path("owners"), "w", encoding="utf-8") as file:
+                file.writelines("%d %s\n" % (pid, _started(pid)) for pid in (os.getpid(), self.janitor))
+        except OSError as error:
+            remove(self.folder)
+            raise _explained(error)
         self.requests: "queue.Queue[Dict[str, Any]]" = queue.Queue()
         self.worker: Optional[Worker] = None
         self.rung: List[str] = []
         self.trtexec: Optional[Trtexec] = None
-        self.engines: Dict[str, Dict[str, Any]] = {}
+        self.opened: Dict[str, Dict[str, Any]] = {}
         self.use = CpuUse()
         self.lock = threading.Lock()
+        self.speaking = threading.Lock()
         self.ended = False
 
     def path(self, name: str) -> str:
@@ -939,14 +1077,29 @@ class Agent:
             if self.packages:
                 paths = [self.packages, os.environ.get("PYTHONPATH", "")]
                 own["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-            process = subprocess.Popen(
-                list(command), cwd=self.folder, env={**os.environ, **own}, start_new_session=True, **streams
-            )
+            # whoever ends the agent reads the list of children after this, or nothing is started any more
+            with self.lock:
+                if self.ended:
+                    raise Problem("failed", "the agent ends", "nothing is started any more")
+                process = subprocess.Popen(
+                    list(command), cwd=self.folder, env={**os.environ, **own}, start_new_session=True, **streams
+                )
+                self._note(process)
         except OSError as error:
             raise Problem("failed", "%s cannot be started" % command[0], str(error))
-        with open(self.path("children"), "a", encoding="utf-8") as file:
-            file.write("%d %s\n" % (process.pid, _started(process.pid)))
         return process
+
+    def _note(self, process: "subprocess.Popen[bytes]") -> None:
+        """Writes a process down, so that it ends with the agent; one that cannot be written down ends at once."""
+        try:
+            with open(self.path("children"), "a", encoding="utf-8") as file:
+                file.write("%d %s\n" % (process.pid, _started(process.pid)))
+        except OSError as error:
+            self.stop(process)
+            for stream in (process.stdin, process.stdout, process.stderr):
+                if stream is not None:
+                    stream.close()
+            raise _explained(error)
 
     def stop(self, process: "subprocess.Popen[bytes]") -> None:
         """Ends a process and what it started."""
@@ -959,12 +1112,22 @@ class Agent:
     def output(self, command: Sequence[str], timeout: Optional[float] = None) -> Tuple[int, str]:
         """Exit status, and standard output and error together."""
         process = self.start(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        try:
-            text = process.communicate(timeout=timeout)[0].decode("utf-8", "replace")
-        except subprocess.TimeoutExpired:
+        found: List[bytes] = []
+
+        def ended(seconds: Optional[float]) -> bool:
+            try:
+                found.append(process.communicate(timeout=seconds)[0])
+            except subprocess.TimeoutExpired:
+                return False
+            return True
+
+        if timeout is None:
+            ended(None)
+        elif not awaited(ended, timeout):
+            _end(process.pid, _started(process.pid))
             self.stop(process)
-            return 124, "no answer within %d s" % (timeout or 0)
-        return process.returncode, text
+            return TIMED_OUT, "no answer within %g s" % timeout
+        return process.returncode, found[0].decode("utf-8", "replace")
 
     # -- the host's side
 
@@ -973,27 +1136,29 @@ class Agent:
         self.out = os.dup(1)
         os.dup2(2, 1)  # what a library prints must not look like an answer
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            signal.signal(number, lambda *_: self.end(1))
+            # in a thread: a handler would run in the middle of whatever holds the lock
+            signal.signal(number, lambda *_: threading.Thread(target=self.end, args=(1,), daemon=True).start())
         self.send(
             {"agent": PROTOCOL, "folder": self.folder, "pid": os.getpid(), "janitor": self.janitor, **board(), **read()}
         )
         threading.Thread(target=self._listen, daemon=True).start()
         while True:
             request = self.requests.get()
-            if request["do"] == "bye":
-                self.end(0)
             try:
                 answer = getattr(self, "do_" + request["do"])(request)
             except BaseException as error:
                 answer = _explained(error).document()
             if answer is not None:
-                self.send(answer)
+                self.send({**answer, "n": request["n"]})
 
     def _listen(self) -> None:
         lines = Lines(0, SILENCE)
         try:
             while True:
                 request = json.loads(lines.line().decode())
+                if request["do"] == "bye":
+                    self.end(0, request["n"])
+                    return
                 if request["do"] == "put":
                     request["failed"] = self._receive(request, lines)
                 if request["do"] != "ping":
@@ -1021,26 +1186,39 @@ class Agent:
     def send(self, answer: Dict[str, Any], payload: Optional[str] = None) -> None:
         """A line, and the content of a file behind it."""
         try:
-            _write(self.out, json.dumps(answer).encode() + b"\n")
-            if payload is not None:
-                with open(payload, "rb") as file:
-                    for piece in iter(lambda: file.read(_CHUNK), b""):
-                        _write(self.out, piece)
+            with self.speaking:
+                _write(self.out, json.dumps(answer).encode() + b"\n")
+                if payload is not None:
+                    with open(payload, "rb") as file:
+                        for piece in iter(lambda: file.read(_CHUNK), b""):
+                            _write(self.out, piece)
         except OSError:
             self.end(1)
 
-    def end(self, status: int) -> None:
-        """Removes everything and ends this process; the janitor then finds nothing left."""
+    def end(self, status: int, number: Optional[int] = None) -> None:
+        """Removes everything and ends this process; the janitor then finds nothing left.
+
+        number: of the host's good-bye, which is answered with what is left.
+        """
         with self.lock:
             if self.ended:
                 return
             self.ended = True
-        remove(self.folder)
+        left = remove(self.folder)
         os.close(self.pipe)
         try:
             os.waitpid(self.janitor, 0)
         except OSError:
             pass
+        if number is not None:
+            # an answer that the host waits for no more may be on its way
+            self.speaking.acquire(timeout=10)
+            try:
+                # the janitor tried again
+                left = left if os.path.exists(self.folder) else []
+                _write(self.out, b"\n" + json.dumps({"n": number, "left": left}).encode() + b"\n")
+            except OSError:
+                pass
         os._exit(status)
 
     # -- requests
@@ -1052,7 +1230,7 @@ class Agent:
         path = self.path(request["name"])
         if not os.path.isfile(path):
             raise Problem("failed", "no such file on the device", request["name"])
-        self.send({"bytes": os.path.getsize(path)}, path)
+        self.send({"payload": os.path.getsize(path), "n": request["n"]}, path)
 
     def do_remove(self, request: Dict[str, Any]) -> Dict[str, Any]:
         for name in request["names"]:
@@ -1111,8 +1289,8 @@ class Agent:
         if request["rung"] == "trtexec":
             self.trtexec = Trtexec(self, prefix, request["tool"])
             return {}
-        self.worker = Worker(self, prefix)
-        return self.worker.ask({"do": "start", "rung": request["rung"]})
+        self.worker = Worker(self, self.rung)
+        return {"version": self.worker.version}
 
     def do_build(self, request: Dict[str, Any]) -> Dict[str, Any]:
         """An engine from a graph, in a process of its own; its timing cache beside it."""
@@ -1121,9 +1299,8 @@ class Agent:
         if self.trtexec is not None:
             built = self.trtexec.build(request)
         else:
-            builder = Worker(self, self.rung[1:])
+            builder = Worker(self, self.rung)
             try:
-                builder.ask({"do": "start", "rung": self.rung[0]})
                 built = builder.ask(request)
             except Problem as problem:
                 if problem.kind == "killed":
@@ -1141,31 +1318,54 @@ class Agent:
     def do_open(self, request: Dict[str, Any]) -> Dict[str, Any]:
         """Loads a model for rounds of queries."""
         if self.trtexec is not None:
-            self.engines[request["id"]] = request
-            return {"version": self.trtexec.version, "options": {"tool": self.trtexec.command[-1]}}
-        assert self.worker is not None
-        return self.worker.ask(request)
+            answer = {"version": self.trtexec.version, "options": {"tool": self.trtexec.command[-1]}}
+        else:
+            answer = self.ask_worker(request)
+            assert self.worker is not None
+            self.worker.models.append(request["id"])
+        self.opened[request["id"]] = request
+        return answer
+
+    def ask_worker(self, request: Dict[str, Any]) -> Dict[str, Any]:
+        """The answer of the process that holds the models. One that crashed or hung is followed by a new one."""
+        if self.worker is None:
+            self.worker = Worker(self, self.rung)
+        worker = self.worker
+        try:
+            opened = self.opened.get(request.get("id", ""))
+            if request["do"] != "open" and opened is not None and opened["id"] not in worker.models:
+                worker.ask(opened)
+                worker.models.append(opened["id"])
+            return worker.ask(request)
+        finally:
+            if worker.process.poll() is not None:
+                worker.close()
+                self.worker = None
 
     def do_block(self, request: Dict[str, Any]) -> Dict[str, Any]:
         """A round of queries: `count` of them, or as many as `seconds` take."""
         if self.trtexec is None:
-            assert self.worker is not None
-            return self.worker.ask(request)
-        opened = self.engines[request["id"]]
+            return self.ask_worker(request)
+        opened = self.opened[request["id"]]
         compute = self.trtexec.times(
-            opened["model"], self._first_query(opened), opened["shapes"], max(request["count"], 64)
+            opened["model"],
+            self._first_query(opened),
+            opened["shapes"],
+            request["count"],
+            request["limit"],
+            request["first"],
         )
         return {"compute_ns": compute, "end_to_end_ns": None, "spent_ns": compute}
 
     def do_outputs(self, request: Dict[str, Any]) -> Dict[str, Any]:
         """The outputs of all queries of a file, raw and one after the other, in another."""
         if self.trtexec is None:
-            assert self.worker is not None
-            return self.worker.ask(request)
+            return self.ask_worker(request)
         found = []
         for index in range(request["inputs"]["queries"]):
             inputs = self._query_files(request["inputs"], index)
-            found.append(self.trtexec.outputs(self.engines[request["id"]]["model"], inputs, request["shapes"]))
+            model = self.opened[request["id"]]["model"]
+            found.append(self.trtexec.outputs(model, inputs, request["shapes"], request["limit"]))
         return {"json": found}
 
     def _first_query(self, opened: Dict[str, Any]) -> Dict[str, str]:
@@ -1198,28 +1398,30 @@ class Agent:
 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
-        fresh = Worker(self, self.rung[1:])
         try:
-            fresh.ask({"do": "start", "rung": self.rung[0]})
-            found = fresh.ask({**request, "do": "probe"})
+            fresh = Worker(self, self.rung)
+            try:
+                loaded = fresh.ask(request)
+                found = fresh.ask({**request, "do": "first", "limit": request["limit_first"]})
+            finally:
+                fresh.close()
         finally:
-            fresh.close()
             done.set()
             watcher.join()
+        found.update(loaded)
         if before is not None and lowest[0] is not None:
             found["fall_mib"] = round(before - lowest[0], 1)
         return found
 
     def do_profile(self, request: Dict[str, Any]) -> Dict[str, Any]:
         """ONNX Runtime's own trace of some queries, and the graph that it made of the model, as files."""
-        assert self.worker is not None
-        return self.worker.ask(request)
+        return self.ask_worker(request)
 
     def do_close(self, request: Dict[str, Any]) -> Dict[str, Any]:
         """Ends the process that holds the models."""
         if self.worker is not None:
             self.worker.close()
-        self.worker, self.trtexec, self.engines = None, None, {}
+        self.worker, self.trtexec, self.opened = None, None, {}
         return {}
 
     def do_lock_clocks(self, request: Dict[str, Any]) -> Dict[str, Any]:
@@ -1244,28 +1446,55 @@ class Agent:
         status, text = self.output([*sudo, tool], timeout=60)
         if status != 0:
             raise Problem("failed", "jetson_clocks failed", (text.strip().splitlines() or ["status %d" % status])[-1])
-        return {"clocks": "locked by jetson_clocks, restored at the end"}
+        return {"clocks": "locked by jetson_clocks"}
 
     def do_unpack(self, request: Dict[str, Any]) -> Dict[str, Any]:
-        """Unpacks wheels that were sent into a folder of the user's, which stays; pip and sudo are not needed.
+        """Unpacks wheels that were sent beside a folder of the user's, for a trial; pip and sudo are not needed.
 
-        Without wheels, removes that folder.
+        They are used from now on, and removed with the agent's own folder unless `do_keep` puts them into their place.
         """
         place = os.path.expanduser(request["place"])
         fresh = place + ".new"
         try:
+            with open(self.path("trial"), "w", encoding="utf-8") as file:
+                file.write(fresh)
             shutil.rmtree(fresh, ignore_errors=True)
             for name in request["wheels"]:
                 with zipfile.ZipFile(self.path(name)) as wheel:
                     wheel.extractall(fresh)
-            shutil.rmtree(place, ignore_errors=True)
-            if request["wheels"]:
-                os.rename(fresh, place)
         except (OSError, zipfile.BadZipFile) as error:
-            shutil.rmtree(fresh, ignore_errors=True)
+            _discard(fresh)
             raise _explained(error)
-        self.packages = place if request["wheels"] else None
-        return {"place": place}
+        self.packages = fresh
+        return {}
+
+    def do_keep(self, request: Dict[str, Any]) -> Dict[str, Any]:
+        """Puts the packages on trial into their place; those that were there are removed only then."""
+        place = os.path.expanduser(request["place"])
+        fresh, old = place + ".new", place + ".old"
+        shutil.rmtree(old, ignore_errors=True)
+        if os.path.isdir(place):
+            os.rename(place, old)
+        try:
+            os.rename(fresh, place)
+        except OSError:
+            if os.path.isdir(old):
+                os.rename(old, place)
+            raise
+        self.packages = place
+        os.remove(self.path("trial"))
+        shutil.rmtree(old, ignore_errors=True)
+        return {}
+
+    def do_discard(self, request: Dict[str, Any]) -> Dict[str, Any]:
+        """Removes the packages from their place."""
+        place = os.path.expanduser(request["place"])
+        for path in (place + ".new", place + ".old", place):
+            _discard(path)
+        if os.path.exists(place):
+            raise Problem("failed", "the packages cannot be removed", place)
+        self.packages = None
+        return {}
 
 
 # -- the worker: loads models and runs them ----------------------------------------------------------------------------
@@ -1656,8 +1885,12 @@ def work() -> int:
             elif what == "profile":
                 request["path"] = os.path.join(folder, request["model"])
                 answer = OrtModel(module, request).profile(request, folder)
+            elif what == "probe":
+                began, before = now(), _resident("VmRSS")
+                models["probe"] = opened(request)
+                answer = {"load_ms": (now() - began) / 1e6, "before_load_mib": before}
             else:
-                answer = probe(opened, request)
+                answer = first_queries(models["probe"])
         except BaseException as error:
             answer = _explained(error).document()
         _write(out, json.dumps(answer).encode() + b"\n")
@@ -1675,7 +1908,7 @@ def run_block(model: Any, request: Dict[str, Any]) -> Dict[str, List[int]]:
     gc.disable()
     try:
         # the device idled while it waited for this request: two queries for its caches and clocks, as on any switch
-        for settling in range(_RESETTLE):
+        for settling in range(0 if request.get("first") else _RESETTLE):
             model.query(index + settling)
         before = began = now()
         while len(compute) < request["count"] or before - began < enough:
@@ -1718,12 +1951,9 @@ def store_outputs(model: Any, request: Dict[str, Any], folder: str) -> Dict[str,
     return {"outputs": kinds, "queries": request["inputs"]["queries"]}
 
 
-def probe(opened: Callable[[Dict[str, Any]], Any], request: Dict[str, Any]) -> Dict[str, Any]:
-    """Load time, first inference and peak resident memory of this process, which did nothing else before."""
-    before = _resident("VmRSS")
+def first_queries(model: Any) -> Dict[str, Any]:
+    """First inference and peak resident memory of this process, which did nothing but load the model before."""
     start = now()
-    model = opened(request)
-    loaded = now()
     model.query(0)
     first = now()
     end = now() + 2 * 10**9
@@ -1731,12 +1961,7 @@ def probe(opened: Callable[[Dict[str, Any]], Any], request: Dict[str, Any]) -> D
         model.query(index)
         if now() > end:
             break
-    return {
-        "load_ms": (loaded - start) / 1e6,
-        "first_inference_ms": (first - loaded) / 1e6,
-        "before_load_mib": before,
-        "peak_mib": _resident("VmHWM"),
-    }
+    return {"first_inference_ms": (first - start) / 1e6, "peak_mib": _resident("VmHWM")}
 
 
 def _resident(field: str) -> Optional[float]:
@@ -1745,7 +1970,7 @@ def _resident(field: str) -> Optional[float]:
 
 
 def sweep(folder: str) -> int:
-    """Makes sure that an agent whose link broke left nothing: it cleans up by itself, else this does it."""
+    """Makes sure that an agent whose link broke is gone, by itself or by this; prints what is left."""
     if not os.path.basename(folder).startswith("edgestill-"):
         return 1
     for _ in range(80):
@@ -1753,9 +1978,7 @@ def sweep(folder: str) -> int:
         if not os.path.exists(folder) or not any(_started(int(pid)) == started for pid, started in owners):
             break
         time.sleep(0.1)
-    alone = not os.path.exists(folder)
-    remove(folder)
-    sys.stdout.write(json.dumps({"gone": not os.path.exists(folder), "by_itself": alone}) + "\n")
+    sys.stdout.write(json.dumps({"left": remove(folder)}) + "\n")
     return 0
 
 

@@ -15,16 +15,17 @@ import re
 import select
 import shlex
 import subprocess
+import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from profiles import agent
-from profiles.errors import EdgestillError, InputError
+from profiles.errors import EdgestillError, InputError, Interrupted
 
 SSH = "EDGESTILL_SSH"
 """Environment variable with another ssh command, such as `ssh -F file`."""
@@ -38,6 +39,7 @@ _OPTIONS = (
 _HEARTBEAT = 10.0
 _HELLO_SECONDS = 60.0
 _ANSWER_SECONDS = 120.0
+_FAREWELL_SECONDS = 45.0
 _CHUNK = 1 << 20
 _BOOT = "import os;exec(os.fdopen(0,'rb',0,closefd=False).readline())"
 _SIMPLE_PATH = re.compile(r"[\w./~+@%=:-]+")
@@ -86,17 +88,38 @@ class Host:
         return shlex.join(word for word in self.words if word != "--")
 
 
+class DeviceError(EdgestillError):
+    """What the agent told. kind: which of its problems; see `explain_problem`."""
+
+    def __init__(self, message: str, *, kind: str, where: str, evidence: str | None, fix: str | None) -> None:
+        super().__init__(message, where=where, evidence=evidence, fix=fix)
+        self.kind = kind
+
+
+def _on_stderr(text: str) -> None:
+    sys.stderr.write(f"warning: {text}\n")
+
+
 class Link:
     """An open connection to the agent on a host. A context manager: leaving it ends the agent, and with it its folder.
 
-    Requests are answered in order, so one thread at a time may ask.
+    Requests are numbered and answered in order, so one thread at a time may ask; `stop` may come from any.
+
+    Args:
+        host: the machine.
+        tell: told, a sentence each, what is left on the host at the end in spite of all.
 
     Raises:
         EdgestillError: the host cannot be reached or has no Python; see `explain`.
     """
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, tell: Callable[[str], None] = _on_stderr) -> None:
         self.host = host
+        self._tell = tell
+        self._number = 0
+        self._lost: str | None = None
+        self._left: list[str] | None = None
+        self._closed = False
         self._errors = bytearray()
         self._buffer = b""
         self._write_lock = threading.Lock()
@@ -127,48 +150,75 @@ class Link:
         """The agent's answer to one request.
 
         Raises:
-            EdgestillError: what the agent told, or that the link broke.
+            EdgestillError: what the agent told, or that the link broke. After `patience` seconds without an answer the
+                link is closed, since nobody knows what the device does.
+            Interrupted: `stop` was called.
         """
-        self._write(json.dumps({"do": do, **request}).encode() + b"\n")
-        return self._answer(do, patience)
+        return self._answer(do, self._request(do, request), patience)
 
     def put(self, name: str, data: bytes | Path, *, more: bool = False) -> None:
         """Stores bytes or a file as `name` in the agent's folder; `more` appends."""
         size = data.stat().st_size if isinstance(data, Path) else len(data)
-        self._write(json.dumps({"do": "put", "name": name, "bytes": size, "more": more}).encode() + b"\n")
-        for piece in _pieces(data):
-            self._write(piece)
-        self._answer("put", _ANSWER_SECONDS + size / 1e5)
+        number = self._request("put", {"name": name, "bytes": size, "more": more})
+        with self._whole("put"):
+            for piece in _pieces(data):
+                self._write(piece)
+        self._answer("put", number, _ANSWER_SECONDS + size / 1e5)
 
     def get(self, name: str, target: Path) -> None:
         """Writes the file `name` of the agent's folder to `target`."""
         answer = self.ask("get", name=name)
-        left = int(answer["bytes"])
-        with target.open("wb") as file:
-            while left:
-                if not self._buffer:
-                    self._fill(time.monotonic() + _ANSWER_SECONDS, "get")
-                piece, self._buffer = self._buffer[:left], self._buffer[left:]
+        with self._whole("get"), target.open("wb") as file:
+            for piece in self._payload(int(answer["payload"]), "get"):
                 file.write(piece)
-                left -= len(piece)
 
-    def close(self) -> None:
-        """Ends the agent and waits until it has removed its folder; after a broken link, makes sure that it did."""
+    def stop(self) -> None:
+        """Tells the agent to end what it does and itself, at once; does not wait for it."""
         if self._closing.is_set():
             return
         self._closing.set()
-        with contextlib.suppress(OSError, EdgestillError):
-            self._write(b'{"do": "bye"}\n')
-        with contextlib.suppress(OSError):
-            assert self._process.stdin is not None
-            self._process.stdin.close()
+        self._number += 1
+        # a thread that waits to send more than the device takes is stopped with ssh
+        if not self._write_lock.acquire(timeout=2.0):
+            self._process.kill()
+            return
         try:
-            ended = self._process.wait(timeout=20) == 0
-        except subprocess.TimeoutExpired:
-            ended = False
+            assert self._process.stdin is not None
+            with contextlib.suppress(OSError, ValueError):
+                self._process.stdin.write(json.dumps({"do": "bye", "n": self._number}).encode() + b"\n")
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+        finally:
+            self._write_lock.release()
+
+    def close(self) -> None:
+        """Ends the agent and waits until it has removed its folder; after a broken link, makes sure that it did."""
+        if self._closed:
+            return
+        self._closed = True
+        self.stop()
+        left = self._farewell()
         self._kill()
-        if not ended and self.folder is not None:
-            sweep(self.host, self.folder)
+        if left is None and self.folder is not None:
+            left = sweep(self.host, self.folder)
+        for text in left or ():
+            self._tell(f"{self.host.name}: {text}")
+
+    def _farewell(self) -> list[str] | None:
+        """What the agent leaves, in its own last words; None: it had none."""
+        deadline = time.monotonic() + _FAREWELL_SECONDS
+        try:
+            while self._left is None:
+                with contextlib.suppress(ValueError):  # what is left of an answer that was not read to its end
+                    self._take(json.loads(self._line(deadline, "bye")))
+            self._process.wait(timeout=_FAREWELL_SECONDS)
+        except (EdgestillError, OSError, ValueError, subprocess.TimeoutExpired):
+            pass
+        return self._left
+
+    def _take(self, answer: Any) -> None:
+        if isinstance(answer, dict) and "left" in answer:
+            self._left = list(answer["left"])
 
     # -- the connection
 
@@ -196,12 +246,51 @@ class Link:
         del hello["agent"]
         return hello
 
-    def _answer(self, do: str, seconds: float) -> dict[str, Any]:
-        line = self._line(time.monotonic() + seconds, do)
-        answer: dict[str, Any] = json.loads(line)
+    def _request(self, do: str, request: Mapping[str, Any]) -> int:
+        """Sends a request and returns its number."""
+        if self._lost is not None:
+            raise EdgestillError(f"the link to {self.host.name} was closed", where=self.host.name, evidence=self._lost)
+        self._number += 1
+        number = self._number
+        self._write(json.dumps({"do": do, "n": number, **request}).encode() + b"\n")
+        return number
+
+    def _answer(self, do: str, number: int, seconds: float) -> dict[str, Any]:
+        deadline = time.monotonic() + seconds
+        while True:
+            answer: dict[str, Any] = json.loads(self._line(deadline, do) or b"{}")
+            self._take(answer)
+            if self._closing.is_set():
+                raise self._stopped()
+            if answer.get("n") == number:
+                break
+            # of a request that nobody waits for any more, as after Ctrl-C
+            for _ in self._payload(int(answer.get("payload", 0)), do):
+                pass
         if "error" in answer:
             raise self.explained(answer["error"])
+        del answer["n"]
         return answer
+
+    def _payload(self, size: int, doing: str) -> Iterator[bytes]:
+        while size:
+            if not self._buffer:
+                self._fill(time.monotonic() + _ANSWER_SECONDS, doing)
+            piece, self._buffer = self._buffer[:size], self._buffer[size:]
+            size -= len(piece)
+            yield piece
+
+    @contextlib.contextmanager
+    def _whole(self, doing: str) -> Iterator[None]:
+        """What is sent or read in here cannot be left half done: the next request would be taken for its rest."""
+        try:
+            yield
+        except BaseException:
+            self._lost = self._lost or f'"{doing}" was broken off'
+            raise
+
+    def _stopped(self) -> Interrupted:
+        return Interrupted("what ran on the device was stopped", where=self.host.name)
 
     def _line(self, deadline: float, doing: str, noise: Sequence[str] = ()) -> bytes:
         while b"\n" not in self._buffer:
@@ -214,10 +303,13 @@ class Link:
         descriptor = self._process.stdout.fileno()
         ready = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]
         if not ready:
+            # an answer that came later would be none to what is asked next
+            self._lost = f'no answer to "{doing}" in time'
+            self._process.kill()
             raise EdgestillError(
-                f"{self.host.name} did not answer in time",
+                f"{self.host.name} did not answer in time, and the link was closed",
                 where=self.host.name,
-                evidence=f'no answer to "{doing}"',
+                evidence=self._lost,
                 fix=f"ssh {self.host.shown} uptime",
             )
         data = os.read(descriptor, _CHUNK)
@@ -249,13 +341,15 @@ class Link:
             del self._errors[:-65536]
 
     def _broken(self, noise: Sequence[str] = ()) -> EdgestillError:
+        if self._closing.is_set():
+            return self._stopped()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=5)
         self._collector.join(2.0)
         text = self._errors.decode("utf-8", "replace")
         return explain_ssh(self.host, self._process.poll(), text, noise, started=self.folder is not None)
 
-    def explained(self, told: Mapping[str, str]) -> EdgestillError:
+    def explained(self, told: Mapping[str, str]) -> DeviceError:
         """An agent's problem, with what its user can do about it."""
         return explain_problem(self.host, told["kind"], told["message"], told["evidence"])
 
@@ -307,16 +401,23 @@ def _start_ssh(host: Host) -> subprocess.Popen[bytes]:
         ) from error
 
 
-def sweep(host: Host, folder: str) -> bool:
-    """Whether the folder of an agent whose link broke is gone from the host; removes it where it is not."""
+def sweep(host: Host, folder: str) -> list[str]:
+    """Makes sure that an agent whose link broke is gone from the host, by a connection of its own.
+
+    Returns:
+        What is left there, a sentence each.
+    """
     source = Path(agent.__file__).read_text(encoding="utf-8")
     command = ssh_command(host, f'exec {host.python} -B -c "{_BOOT}"')
     line = boot_line({"SOURCE": source, "SWEEP": folder})
     try:
         done = subprocess.run(command, input=line, capture_output=True, timeout=60, check=False)
-        return bool(json.loads(done.stdout.splitlines()[-1])["gone"])
+        return list(json.loads(done.stdout.splitlines()[-1])["left"])
     except (OSError, ValueError, IndexError, KeyError, subprocess.TimeoutExpired):
-        return False
+        return [
+            f"the folder {folder} and processes that work in it may be left, and ssh does not get through to look; "
+            f"the agent ends and removes them by itself {agent.SILENCE:.0f} s after the link was cut, if it runs"
+        ]
 
 
 def _pieces(data: bytes | Path) -> Iterator[bytes]:
@@ -354,7 +455,8 @@ def explain_ssh(
         if (status is not None and status < 0) or re.search(cut, errors) or status is None:
             return told(
                 "the link to the device was cut",
-                "run the same command again; what was measured is kept, and the agent removes its folder by itself",
+                "run the same command again; the agent removes its folder by itself. A run keeps the targets that it "
+                "had measured and the engines that it had brought here; the target under way is measured anew",
                 cut,
             )
         return told(
@@ -403,12 +505,14 @@ def explain_ssh(
     return told("the agent cannot start on the device", f"ssh {name} {host.python} --version")
 
 
-def explain_problem(host: Host, kind: str, message: str, evidence: str) -> EdgestillError:
+def explain_problem(host: Host, kind: str, message: str, evidence: str) -> DeviceError:
     """What the agent told, with one command that helps; where it has to do with a limit of the device."""
     name = host.shown
     fixes = {
         "disk_full": f"ssh {name} df -h    or another disk: edgestill devices detect {host.name} --folder /mnt/ssd",
         "builder_memory": f"a smaller workspace: edgestill devices detect {host.name} --workspace-mib 256; or add swap",
+        "crashed": "another runtime or version; the model runs in a process of its own, the others are not concerned",
+        "hung": "raise measure.timeout_seconds if one query may take that long, else report it to the runtime's makers",
         "killed": f"ssh {name} 'dmesg | tail' shows whether the memory ran out",
         "unsupported_operator": "edgestill check MODEL.onnx --device NAME    says which operators the device takes",
         "other_engine": "delete the run's folder measurements; the engine is built anew on the device",
@@ -416,4 +520,4 @@ def explain_problem(host: Host, kind: str, message: str, evidence: str) -> Edges
         "no_clocks": "leave --lock-clocks out",
         "no_gpu": f"ssh {name} nvidia-smi    or: edgestill devices detect {host.name} --wrapper 'docker run ...'",
     }
-    return EdgestillError(message, where=host.name, evidence=evidence or None, fix=fixes.get(kind))
+    return DeviceError(message, kind=kind, where=host.name, evidence=evidence or None, fix=fixes.get(kind))

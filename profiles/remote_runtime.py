@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,16 +18,17 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
+from profiles import agent
 from profiles.artifact import content_key, explain_os_errors, file_hash, write_text
 from profiles.device import TargetSection
 from profiles.energy import no_energy
 from profiles.errors import EdgestillError, InputError
-from profiles.fresh_process import Started
+from profiles.fresh_process import LOAD_SECONDS, HangError, Started
 from profiles.measure import Measured, measure, model_files, query_batches
 from profiles.measure_section import MeasureSection
 from profiles.measurement import Measurement, Memory
 from profiles.progress import Progress
-from profiles.remote import Link
+from profiles.remote import DeviceError, Link
 from profiles.runtimes import Clock, RuntimeOptions, TensorSpec, Timed
 from profiles.runtimes.onnxruntime import TracedNode, read_trace, traced_runs
 from profiles.watchdog import Beat
@@ -40,10 +42,19 @@ WARM_UP_SECONDS = 0.2
 """A round of the warm-up: one of its windows."""
 TRTEXEC_ROUND = 662
 """Queries of one process of `trtexec`, at least: it takes seconds to start, and p99 needs as many."""
+TRTEXEC_SECONDS = 30.0
+"""Of one process of `trtexec` with a slow model, whose rounds are shorter than that."""
+SLOWER = 2.0
+"""A round may take this many times what its queries typically take, beside the time-out of a single one."""
 CHUNK_BYTES = 64 << 20
 _BUILD_SECONDS = 3 * 3600.0
 _OPEN_SECONDS = 600.0
-_BLOCK_SECONDS = 600.0
+_LINK_SECONDS = 120.0
+"""The link's own time beside what the device takes, which is bounded there."""
+_RESETTLE = 2
+"""Queries that the agent runs ahead of a round and does not count."""
+_DIED = ("hung", "crashed", "killed")
+_DOING = {"open": "while it was loaded", "block": "in its queries", "probe": "in a fresh process"}
 _CHECKED_QUERIES = 4
 """Queries whose outputs are brought back from `trtexec`, which starts anew for each."""
 
@@ -163,10 +174,13 @@ class RemoteSession:
     outputs: tuple[TensorSpec, ...] = ()
     inputs: tuple[TensorSpec, ...] = ()
 
-    def __init__(self, runtime: RemoteRuntime, key: str, options: dict[str, Any]) -> None:
+    def __init__(self, runtime: RemoteRuntime, model: Path, key: str, options: dict[str, Any]) -> None:
         self.runtime = runtime
+        self.model = model
         self.key = key
         self.options = options
+        self._typical: float | None = None
+        self._start = 0.0
         self._waiting: deque[tuple[int, int, int, int]] = deque()
         self.pulse = 0
         self._issued = 0
@@ -186,18 +200,47 @@ class RemoteSession:
         self.runtime.clock.ns += spent
         return Timed(compute, whole, {})
 
-    def _run_round(self) -> None:
-        answer = self.runtime.link.ask(
+    def typical(self) -> float:
+        """Seconds that a query takes, of a single one at first."""
+        if self._typical is None:
+            began = time.monotonic()
+            # trtexec loads the engine for it
+            limit = self.runtime.load_seconds if self.runtime.coarse else self.runtime.timeout_seconds
+            answer = self._block(1, 0.0, limit + self.runtime.clock.gap_s, first=True)
+            self._typical = (answer["end_to_end_ns"] or answer["compute_ns"])[0] / 1e9
+            self._start = time.monotonic() - began if self.runtime.coarse else 0.0
+        return self._typical
+
+    def limit(self, count: int, seconds: float = 0.0) -> float:
+        """Seconds after which a round of `count` queries and at least `seconds` hangs."""
+        usual = self._start + (count + _RESETTLE) * self.typical()
+        return (
+            self.runtime.timeout_seconds + SLOWER * (usual + seconds) + (count + _RESETTLE) * self.runtime.clock.gap_s
+        )
+
+    def _block(self, count: int, seconds: float, limit: float, *, first: bool = False) -> dict[str, Any]:
+        return self.runtime.ask_of(
+            self.model,
             "block",
+            limit,
             id=self.key,
             start=self._issued,
-            count=max(self._wanted, TRTEXEC_ROUND if self.runtime.coarse else 1),
-            seconds=0.0 if self._wanted else WARM_UP_SECONDS,
+            count=count,
+            seconds=seconds,
             gap_s=self.runtime.clock.gap_s,
             pulse=self.runtime.pulses,
+            first=first,
         )
+
+    def _run_round(self) -> None:
+        count, seconds, typical = self._wanted or 1, 0.0 if self._wanted else WARM_UP_SECONDS, self.typical()
+        if self.runtime.coarse:
+            # at least a second, by its own rule
+            count, seconds = max(count, min(TRTEXEC_ROUND, int(TRTEXEC_SECONDS / max(typical, 1e-6)))), 1.0
+        answer = self._block(count, seconds, self.limit(count, seconds))
         self._wanted = 0
         compute = answer["compute_ns"]
+        self._typical = float(np.median(answer["end_to_end_ns"] or compute)) / 1e9
         pulses = answer.get("pulse_ns") or [0] * len(compute)
         self._waiting.extend(zip(compute, answer["end_to_end_ns"] or compute, answer["spent_ns"], pulses, strict=True))
         self._issued += len(compute)
@@ -221,6 +264,7 @@ class RemoteRuntime:
         rung: who runs the model; None: the best that the host has.
         facts: what is added to the facts of the machine.
         pulses: run the pulse of `profiles.calibration.observe` around each query; `pulse_of` tells it.
+        timeout_seconds: a query that takes longer hangs; see `MeasureSection`.
     """
 
     def __init__(
@@ -237,8 +281,10 @@ class RemoteRuntime:
         facts: Mapping[str, Any] | None = None,
         inputs_of: Mapping[str, Mapping[str, Array]] | None = None,
         pulses: bool = False,
+        timeout_seconds: float = 60.0,
     ) -> None:
         self.link = link
+        self.timeout_seconds = timeout_seconds
         self.stack = stack
         self.candidates = dict(candidates)
         self.rung = rung or choose_rung(link, stack)
@@ -264,18 +310,46 @@ class RemoteRuntime:
     def load(self, model: Path, *, threads: int | None) -> RemoteSession:
         """Sends the model, builds its engine where the runtime needs one, and has it loaded."""
         name = self._send_model(model)
-        answer = self.link.ask(
+        answer = self.ask_of(
+            model,
             "open",
+            self.load_seconds,
             id=name,
             model=name,
             threads=threads,
             inputs=self._inputs_for(model),
             shapes=self._shapes,
-            patience=_OPEN_SECONDS,
         )
         options = {**answer["options"], "rung": self.rung.title}
-        self._sessions[model] = RemoteSession(self, name, options)
+        self._sessions[model] = RemoteSession(self, model, name, options)
         return self._sessions[model]
+
+    @property
+    def load_seconds(self) -> float:
+        """After so long, loading a model hangs."""
+        return max(self.timeout_seconds, LOAD_SECONDS)
+
+    def ask_of(self, model: Path, do: str, limit: float, /, *, processes: int = 1, **request: Any) -> dict[str, Any]:
+        """The agent's answer about a model, from a process that is ended after `limit` seconds without one.
+
+        processes: how many the answer needs, one after the other.
+
+        Raises:
+            HangError: it was; names the model and the runtime. The next request has a new process.
+            EdgestillError: what the agent told, or that the link broke.
+        """
+        # a new process may have to load the model first
+        patience = processes * limit + self.load_seconds + agent.START_SECONDS + _LINK_SECONDS
+        try:
+            return self.link.ask(do, patience=patience, limit=limit, **request)
+        except DeviceError as error:
+            if error.kind not in _DIED:
+                raise
+            told = f"{error.evidence}; on {self.link.host.name}, {_DOING.get(do, do)}"
+            message = error.message.replace("on the device", f"on the model {model.name}, on the device")
+            if error.kind == "hung":
+                raise HangError(message, where=str(model), evidence=told, fix=error.fix) from error
+            raise EdgestillError(message, where=str(model), evidence=told, fix=error.fix) from error
 
     def _inputs_for(self, model: Path) -> dict[str, Any]:
         own = self._own.get(model)
@@ -308,8 +382,10 @@ class RemoteRuntime:
             self.link.put(name, stored.with_suffix(".engine"))
             self.built[model] = _known_engine(stored, self.rung)
             return name
-        answer = self.link.ask(
+        answer = self.ask_of(
+            model,
             "build",
+            _BUILD_SECONDS,
             model=graph,
             engine=name,
             cache=cache,
@@ -318,7 +394,6 @@ class RemoteRuntime:
             compute_capability=build.compute_capability,
             shapes=self._shapes,
             workspace_mib=self.link.host.workspace_mib,
-            patience=_BUILD_SECONDS,
         )
         if self._keep is not None and stored is not None:
             with explain_os_errors(stored):
@@ -348,7 +423,7 @@ class RemoteRuntime:
         return {}
 
     def guarded(self, work: Callable[[Beat], T], seconds: float) -> T:
-        """See `profiles.measure.Place.guarded`. The link bounds how long it waits for each answer."""
+        """See `profiles.measure.Place.guarded`. The device itself ends what hangs there; see `ask_of`."""
         return work(Beat())
 
     def others(self) -> dict[str, Any]:
@@ -364,20 +439,22 @@ class RemoteRuntime:
         threads: int,
         *,
         options: RuntimeOptions | None = None,
-        timeout_seconds: float = _OPEN_SECONDS,
+        timeout_seconds: float = 60.0,
     ) -> Started:
         """See `profiles.fresh_process.probe`; on a device whose GPU shares the memory, what the whole system lost."""
         name = self._send_model(model)
         try:
-            found = self.link.ask(
+            found = self.ask_of(
+                model,
                 "probe",
+                self.load_seconds,
+                limit_first=SLOWER + timeout_seconds,
                 model=name,
                 threads=threads,
                 inputs=self._inputs_for(model),
                 shapes=self._shapes,
-                patience=_OPEN_SECONDS,
             )
-        except EdgestillError as error:
+        except DeviceError as error:
             return Started(None, None, Memory(peak_mib=None, before_load_mib=None, how=f"n/a: {error.message}"))
         peak, how = found["peak_mib"], "VmHWM of a fresh process on the device with Python and the runtime"
         if self.stack != "onnxruntime":
@@ -400,15 +477,16 @@ class RemoteRuntime:
     ) -> tuple[TracedNode, ...]:
         """See `profiles.runtimes.onnxruntime.trace`; by the device's ONNX Runtime."""
         name = self._send_model(model)
-        self.link.ask(
+        self.ask_of(
+            model,
             "profile",
+            _OPEN_SECONDS,
             model=name,
             threads=threads,
             inputs=self.send_queries("traced.bin", [inputs]),
             runs=traced_runs(runs),
             optimised="optimised.onnx",
             trace="trace.json",
-            patience=_OPEN_SECONDS,
         )
         self.link.get("optimised.onnx", optimised)
         events = optimised.with_suffix(".json")
@@ -437,7 +515,7 @@ class RemoteRuntime:
         trtexec gives those of the first few queries only.
 
         Args:
-            model: measured or loaded before.
+            model: loaded before.
             inputs: by name, (N, ...).
             batch: rows of a query; the last query is filled up by repetition.
             folder: for the files that are brought back.
@@ -451,13 +529,18 @@ class RemoteRuntime:
             rows = min(rows, _CHECKED_QUERIES * batch)
         for part in _parts(inputs, rows, batch):
             sent = self.send_queries("held_out.bin", part)
-            answer = self.link.ask(
+            session = self._sessions[model]
+            # trtexec: a process for each query
+            queries, processes = (1, len(part)) if self.coarse else (len(part), 1)
+            answer = self.ask_of(
+                model,
                 "outputs",
+                session.limit(queries),
+                processes=processes,
                 id=self._files[model],
                 inputs=sent,
                 shapes=self._shapes,
                 file="outputs.bin",
-                patience=_BLOCK_SECONDS,
             )
             found = _from_json(answer["json"]) if "json" in answer else self._fetched(answer, folder)
             for name, array in found.items():
@@ -533,6 +616,7 @@ def measure_on(
                 "the limit is about end-to-end times, and trtexec tells compute times only; "
                 "with TensorRT's Python module on the device both are measured"
             )
+    runtime.timeout_seconds = section.timeout_seconds
     found = measure(
         runtime.candidates,
         inputs,

@@ -91,7 +91,7 @@ def prepare_host(host: Host, progress: Progress, *, wheels: Path | None = None, 
     bare = replace(host, packages=None)
     with Link(bare) as link, tempfile.TemporaryDirectory(prefix="edgestill-") as folder:
         if remove:
-            link.ask("unpack", wheels=[], place=PLACE)
+            link.ask("discard", place=PLACE)
             remember(bare, None)
             return f"removed {PLACE} from {host.name}"
         files = _matching(wheels, link.facts) if wheels is not None else _fetch(link, Path(folder), progress)
@@ -102,13 +102,14 @@ def prepare_host(host: Host, progress: Progress, *, wheels: Path | None = None, 
         link.ask("unpack", wheels=[file.name for file in files], place=PLACE, patience=600)
         offer = link.ask("offers", names=["onnxruntime"], patience=600)["onnxruntime"]
         if not offer["version"]:
-            link.ask("unpack", wheels=[], place=PLACE)
+            # they go with the agent's folder; packages of an earlier call stay as they are
             raise EdgestillError(
                 "onnxruntime does not work on the device",
                 where=host.name,
                 evidence=offer["why"],
                 fix=f"edgestill devices detect {host.name} --python /path/to/another/python3",
             )
+        link.ask("keep", place=PLACE)
         device = recognise(link.facts)
     remember(replace(host, packages=PLACE), device.name if device is not None else None)
     return f"onnxruntime {offer['version']} is in {PLACE} on {host.name}"

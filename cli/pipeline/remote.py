@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import numpy as np
 from export.candidate import Candidate, Engine, Plan
 from profiles import artifact
 from profiles.device import THIS_MACHINE, Stack, Target, resolve_target
-from profiles.errors import EdgestillError, InputError
+from profiles.errors import EdgestillError, InputError, Interrupted
 from profiles.measure import load_measurement, save_measurement
 from profiles.progress import Progress
 from profiles.remote import Host, Link
@@ -109,6 +110,10 @@ class Remote:
         self.hosts: dict[str, Host] = {}
         self.lock_clocks = False
         self._started: dict[str, Future[dict[str, Measurement]]] = {}
+        self._pools: list[ThreadPoolExecutor] = []
+        self._links: set[Link] = set()
+        self._lock = threading.Lock()
+        self._closing = False
 
     def assign(self, texts: Sequence[str], *, lock_clocks: bool) -> None:
         """See `Run.measure_on`."""
@@ -139,9 +144,37 @@ class Remote:
                 by_host.setdefault(self.hosts[target.name].name, []).append(target)
         for targets in by_host.values():
             pool = ThreadPoolExecutor(1)
+            self._pools.append(pool)
             for target in targets:
                 self._started[target.name] = pool.submit(self._measure, target, plans[target.name], None, False, fresh)
             pool.shutdown(wait=False)
+
+    def close(self) -> None:
+        """Ends what is still measured: targets that wait are not begun, agents end at once and leave nothing."""
+        with self._lock:
+            self._closing = True
+            links = list(self._links)
+        for pool in self._pools:
+            pool.shutdown(wait=False, cancel_futures=True)
+        for link in links:
+            link.stop()
+        for pool in self._pools:
+            pool.shutdown()
+        self._pools, self._started, self._closing = [], {}, False
+
+    @contextmanager
+    def _link(self, host: Host) -> Iterator[Link]:
+        """A link that `close` can stop."""
+        with Link(host, self.run.say_once) as link:
+            with self._lock:
+                if self._closing:
+                    raise Interrupted("stopped before it was measured", where=host.name)
+                self._links.add(link)
+            try:
+                yield link
+            finally:
+                with self._lock:
+                    self._links.discard(link)
 
     def measurements(
         self, target: Target, found: Plan, *, arch: str | None, rescued: bool, fresh: bool
@@ -163,7 +196,7 @@ class Remote:
         folder = run.folder / "measurements" / name
         with (
             run.timed(f"measure {target.name} on {host.name}" + ("" if arch is None else f" {arch}")) as stage,
-            Link(host) as link,
+            self._link(host) as link,
         ):
             rung = choose_rung(link, target.stack.runtime)
             key = artifact.content_key(
@@ -290,7 +323,7 @@ class Remote:
         folder = run.folder / "measurements" / f"{target.name}--outputs"
         spec = run.dataset.input
         inputs = {spec.name: np.asarray(split.inputs)}
-        with run.timed(f"test on {host.name} {target.name}") as stage, Link(host) as link:
+        with run.timed(f"test on {host.name} {target.name}") as stage, self._link(host) as link:
             rung = choose_rung(link, target.stack.runtime)
             facts = machine_identity(link.facts)
             key = artifact.content_key(artifact.file_hash(candidate.file), run.dataset.key, rung, facts)

@@ -76,7 +76,7 @@ from distill.training import TrainResult, evaluate_logits, train
 from export import Candidate, Plan, available, plan, refusal_of, write_bundle
 from profiles import artifact
 from profiles.device import Target, resolve_target
-from profiles.errors import EdgestillError, InputError
+from profiles.errors import EdgestillError, InputError, Interrupted
 from profiles.measure import load_measurement, measure, save_measurement
 from profiles.measurement import Measurement
 from profiles.metrics import Difference, Metric, difference, evaluate
@@ -1058,13 +1058,16 @@ class Run:
         # a chosen student is measured by the budgets, which keep what they found
         settled = {target.name for target in self.targets if budgets is None or not budgets.chooses(target)}
         self.remote.start({name: found for name, found in plans.items() if name in settled}, fresh=True)
-        return {
-            target.name: budgets.measure_again(target)
-            if budgets is not None and budgets.chooses(target)
-            else self.measurements(target, plans[target.name], fresh=True)
-            for target in self.targets
-            if target.name in plans
-        }
+        try:
+            return {
+                target.name: budgets.measure_again(target)
+                if budgets is not None and budgets.chooses(target)
+                else self.measurements(target, plans[target.name], fresh=True)
+                for target in self.targets
+                if target.name in plans
+            }
+        finally:
+            self.remote.close()
 
     def ship(self, target: Target) -> Shipped:
         """Exports, measures where the device is attached, chooses on validation, and bundles one target's student."""
@@ -1179,8 +1182,11 @@ class Run:
         from cli.report.schema import to_json
 
         self.distill()
-        self.remote.start_measuring()
-        shipped = [self._try_to_ship(target) for target in self.targets]
+        try:
+            self.remote.start_measuring()
+            shipped = [self._try_to_ship(target) for target in self.targets]
+        finally:
+            self.remote.close()
         report = build_report(self, shipped, require_measured=require_measured)
         with artifact.explain_os_errors(self.folder):
             artifact.write_text(self.folder / "report.json", to_json(report))
@@ -1190,7 +1196,7 @@ class Run:
         """A target that fails must not take the others' results with it; its row says what went wrong."""
         try:
             return self.ship(target)
-        except InputError:
+        except (InputError, Interrupted):
             raise
         except EdgestillError as error:
             details = "; ".join(part for part in (error.evidence, error.fix) if part)

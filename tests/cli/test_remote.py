@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -128,6 +131,23 @@ def test_a_run_measures_its_targets_on_their_hosts_and_goes_on_where_it_stopped(
     assert broken.status == 1
     assert "ssh-copy-id stranger" in (rows["near"].error or "")
     assert rows["orin"].verdict == "not measured", "the others' results stay"
+
+    # with pauses between the queries, a measurement takes seconds
+    recipe.with_name("slow.toml").write_text(RECIPE.replace("[measure]", "[measure]\nidle_gap_ms = 100.0"))
+    slow = [sys.executable, "-m", "cli.app", *command]
+    slow[slow.index(str(recipe))] = str(recipe.with_name("slow.toml"))
+    process = subprocess.Popen(slow, stderr=subprocess.PIPE, cwd=Path(__file__).parents[2])
+    while not list((server.root / "near").glob("edgestill-*/inputs.bin")):
+        assert process.poll() is None, "it ended before"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130, errors
+    assert "interrupted" in errors
+    assert samples.stat().st_mtime_ns == times, "it was not measured to the end"
+    for name in ("near", "jet"):
+        assert list((server.root / name).iterdir()) == [], "nothing is left when the command has ended"
+        assert_nothing_left(server.root / name)
 
 
 def test_a_file_is_measured_on_a_host(server: Server, tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,51 @@ def test_another_process_that_loads_the_cpu_is_seen_and_named() -> None:
     other.join()
     assert uses[-1]["other_cores"] > 0.05
     assert name in [entry["name"] for entry in uses[-1]["busiest"]]
+
+
+def _removed(folder: str, user: int | None, told: Connection) -> None:
+    if user is not None:
+        os.setuid(user)
+    told.send(agent.remove(folder))
+
+
+@linux_only
+def test_a_folder_that_cannot_be_removed_is_told() -> None:
+    # root may remove everything, so it is done as somebody else; pytest's own folders are closed to them
+    user = 65534 if os.getuid() == 0 else None
+    base = Path(tempfile.mkdtemp(prefix="edgestill-test-"))
+    held, file = base / "agent" / "held", base / "agent" / "file"
+    held.mkdir(parents=True)
+    for path in (file, held / "inner"):
+        path.touch()
+    for path in (base, held.parent, held, file):
+        path.chmod(0o755)
+        if user is not None:
+            os.chown(path, user, -1)
+    held.chmod(0o500)
+    here, there = multiprocessing.Pipe()
+    other = multiprocessing.get_context("fork").Process(target=_removed, args=(str(held.parent), user, there))
+    other.start()
+    other.join(30)
+    assert here.recv() == [f"{held.parent} is still there, with held"]
+    assert not file.exists()
+    held.chmod(0o700)
+    assert agent.remove(str(held.parent)) == []
+    base.rmdir()
+
+
+@pytest.mark.parametrize(("asleep", "answers"), [(0.0, False), (3600.0, False), (3600.0, True)])
+def test_what_the_agent_slept_through_is_not_waited_time(asleep: float, answers: bool) -> None:
+    turns: list[float] = []
+    now = [0.0]
+
+    def ready(seconds: float) -> bool:
+        turns.append(seconds)
+        now[0] += seconds + (asleep if len(turns) == 2 else 0.0)
+        return answers and len(turns) == 6
+
+    assert agent.awaited(ready, 10.0, lambda: now[0]) == answers
+    assert len(turns) == (6 if answers else 9 if asleep else 10), "a turn slept through counts twice, not an hour"
 
 
 @linux_only

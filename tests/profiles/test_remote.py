@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import platform
 import signal
 import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from cli.pipeline.prepare import prepare_host
 from profiles import agent
 from profiles.device import TargetSection, load_device, resolve_target
 from profiles.errors import EdgestillError, InputError
+from profiles.fresh_process import HangError
 from profiles.measure_section import MeasureSection
 from profiles.measurement import Measurement
 from profiles.progress import Silent
@@ -29,8 +31,9 @@ from profiles.remote import SSH, Host, Link, boot_line, explain_ssh, sweep
 from profiles.remote_device import mismatches, recognise, remember, remembered, remembered_for
 from profiles.remote_runtime import Build, RemoteRuntime, Rung, Stack, choose_rung, ladder, measure_on
 from profiles.runtimes.onnxruntime import run_model
+from tests.profiles.test_bad_models import endless
 from tests.recorded import jetson
-from tests.sshd import Server, assert_nothing_left, keygen, serve
+from tests.sshd import Server, assert_nothing_left, keygen, processes_of, serve
 
 PYTHON = sys.executable
 QUICK = MeasureSection(max_samples=200, warmup_seconds=1.0, max_seconds=5.0)
@@ -48,6 +51,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         jetson.install(root / "tools", python=PYTHON)
         # without the runtimes of this environment's Python, TensorRT's tools are all that the device has
         found.device("orin", f'export PATH="{root}/tools:/usr/bin:/bin"')
+        jetson.install(root / "own", python=PYTHON, sudo=True)
+        found.device("owned", f'export PATH="{root}/own:/usr/bin:/bin"')
+        found.device("counted", f'echo >> {root}/connections; if [ -e "{root}/away" ]; then exit 1; fi')
         found.device("nopython", "export PATH=/nonexistent")
         found.device("stranger", authorised=False)
         keygen("-f", str(root / "other"))
@@ -272,7 +278,30 @@ def test_a_bare_machine_gets_a_runtime_without_pip_or_internet(
         assert measured(link, model, stack="onnxruntime", wrapped=False).verdict == "pass"
     assert [path.name for path in (server.root / "bare").iterdir()] == [".edgestill"], "what was asked for stays"
     prepare_host(host, Silent(), remove=True)
-    shutil.rmtree(server.root / "bare" / ".edgestill")
+    assert_nothing_left(server.root / "bare")
+
+
+def wheels_of(folder: Path, version: str, code: str) -> Path:
+    """Wheels as pip names them, whose onnxruntime is a few lines."""
+    folder.mkdir()
+    tag = f"cp{sys.version_info[0]}{sys.version_info[1]}-x-manylinux2014_{platform.machine()}"
+    for name in ("onnxruntime", "numpy"):
+        with zipfile.ZipFile(folder / f"{name}-{version}-{tag}.whl", "w") as wheel:
+            wheel.writestr(f"{name}/__init__.py", f"__version__ = '{version}'\n{code}\n")
+    return folder
+
+
+def test_packages_that_do_not_work_leave_those_that_do(server: Server, tmp_path: Path) -> None:
+    good, broken = wheels_of(tmp_path / "good", "9.1", ""), wheels_of(tmp_path / "broken", "9.2", "raise OSError(1)")
+    host = Host("bare", python=PYTHON)
+    assert "onnxruntime 9.1" in prepare_host(host, Silent(), wheels=good)
+    with pytest.raises(EdgestillError, match="does not work on the device"):
+        prepare_host(host, Silent(), wheels=broken)
+    with Link(remembered("bare")) as link:
+        assert choose_rung(link, "onnxruntime").version == "9.1"
+    assert [path.name for path in (server.root / "bare" / ".edgestill").iterdir()] == ["packages"]
+    assert "onnxruntime 9.3" in prepare_host(host, Silent(), wheels=wheels_of(tmp_path / "better", "9.3", ""))
+    prepare_host(host, Silent(), remove=True)
     assert_nothing_left(server.root / "bare")
 
 
@@ -321,6 +350,7 @@ def test_killed_in_the_middle_it_is_told_and_nothing_is_left(server: Server, mod
         link.ask("block", id="model0.onnx", start=0, count=10**9, seconds=60.0, gap_s=0.0)
     expected = {"agent": "agent on the device was killed", "link": "link to the device was cut", "worker": "was killed"}
     assert expected[victim] in caught.value.message
+    assert ("the target under way is measured anew" in (caught.value.fix or "")) == (victim == "link")
     link.close()
     assert_nothing_left(server.root / "plain", *left, worker)
 
@@ -350,7 +380,166 @@ def test_agent_and_janitor_killed_together_are_swept_up_after(server: Server) ->
     assert Path(folder).is_dir()
     link.close()
     assert_nothing_left(server.root / "plain")
-    assert sweep(Host("plain", python=PYTHON), folder)
+    assert sweep(Host("plain", python=PYTHON), folder) == []
+
+
+def test_after_a_time_out_no_late_answer_is_taken_for_another(server: Server) -> None:
+    with Link(Host("plain", python=PYTHON)) as link:
+        # nobody waits for this one, as after Ctrl-C
+        link._request("offers", {"names": ["onnxruntime"]})
+        assert link.ask("facts")["facts"]["cores"]
+        with pytest.raises(EdgestillError, match="did not answer in time"):
+            link.ask("offers", names=["onnxruntime"], patience=0.01)
+        with pytest.raises(EdgestillError, match="was closed") as caught:
+            link.ask("facts")
+        assert '"offers"' in (caught.value.evidence or "")
+    assert_nothing_left(server.root / "plain", *pids(link))
+
+
+def test_an_ordinary_end_needs_no_second_connection(server: Server) -> None:
+    connections = server.root / "connections"
+    connections.unlink(missing_ok=True)
+    for _ in range(5):
+        with Link(Host("counted", python=PYTHON)) as link:
+            pass
+        assert link._process.returncode == 0
+    assert connections.read_text().count("\n") == 5
+    assert_nothing_left(server.root / "counted")
+
+
+def test_a_device_that_cannot_be_swept_is_told(server: Server) -> None:
+    told: list[str] = []
+    host, away = Host("counted", python=PYTHON), server.root / "away"
+    link = Link(host, told.append)
+    folder = str(link.folder)
+    for pid in reversed(pids(link)):
+        os.kill(pid, signal.SIGKILL)
+    away.touch()
+    link.close()
+    away.unlink()
+    assert len(told) == 1
+    assert f"counted: the folder {folder}" in told[0]
+    assert sweep(host, folder) == []
+    assert_nothing_left(server.root / "counted")
+
+
+def test_clocks_that_cannot_be_given_back_are_told_with_the_command(server: Server) -> None:
+    told: list[str] = []
+    stuck = server.root / "own" / "stuck"
+    stuck.touch()
+    with Link(Host("owned"), told.append) as link:
+        link.ask("lock_clocks")
+    assert len(told) == 1
+    assert "still locked (Error: no such clock)" in told[0]
+    assert f"--restore {link.folder}/clocks.conf" in told[0]
+    assert Path(str(link.folder), "clocks.conf").read_text() == "stored\n"
+    stuck.unlink()
+    assert sweep(Host("owned"), str(link.folder)) == []
+    assert_nothing_left(server.root / "owned", *pids(link))
+
+
+def test_a_process_that_cannot_be_written_down_is_not_left_running(server: Server) -> None:
+    with Link(Host("plain", python=PYTHON)) as link:
+        children = Path(str(link.folder), "children")
+        children.symlink_to("/dev/full")
+        with pytest.raises(EdgestillError, match="disk is full"):
+            link.ask("use_rung", rung="onnxruntime")
+        assert processes_of(Path(str(link.folder))) == []
+        children.unlink()
+    assert_nothing_left(server.root / "plain")
+
+
+# -- models that hang, crash or are slow
+
+
+@pytest.fixture(scope="module")
+def second(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model in a file of its own."""
+    path = tmp_path_factory.mktemp("second") / "second.onnx"
+    path.write_bytes(model.read_bytes())
+    return path
+
+
+def told_apart(
+    runtime: RemoteRuntime, timeout_seconds: float
+) -> tuple[dict[str, EdgestillError], dict[str, Measurement]]:
+    failures: dict[str, EdgestillError] = {}
+    section = QUICK.model_copy(update={"timeout_seconds": timeout_seconds, "max_samples": 64, "warmup_seconds": 0.3})
+    found = measure_on(
+        runtime, images(), TARGET, section, input_source="real samples", fresh_process=False, failures=failures
+    )
+    return failures, {name: each.measurement for name, each in found.items()}
+
+
+def test_a_model_that_hangs_there_is_named_and_the_rest_is_measured(
+    server: Server, model: Path, tmp_path: Path
+) -> None:
+    loop = endless(tmp_path / "endless.onnx")
+    with Link(Host("plain", python=PYTHON)) as link:
+        runtime = RemoteRuntime(link, "onnxruntime", {"endless": loop, "good": model}, images(), 1)
+        with pytest.raises(HangError, match="endless"):
+            runtime.probe("onnxruntime", loop, {}, 1, timeout_seconds=0.1)
+        failures, found = told_apart(runtime, 1.0)
+        assert len([line for line in processes_of(Path(str(link.folder))) if line.rstrip().endswith("worker")]) == 1
+    assert found["good"].verdict == "pass"
+    assert isinstance(failures["endless"], HangError)
+    assert failures["endless"].message == "ONNX Runtime hangs on the model endless.onnx, on the device"
+    assert failures["endless"].where == str(loop)
+    assert "1 s" in (failures["endless"].evidence or "")
+    assert "timeout_seconds" in (failures["endless"].fix or "")
+    assert_nothing_left(server.root / "plain", *pids(link))
+
+
+@pytest.mark.parametrize(
+    ("fails", "message", "evidence"),
+    [("hangs", "trtexec hangs on the model model.onnx", "no answer within"), ("crashes", "trtexec crashed", "SIGSEGV")],
+)
+def test_trtexec_hangs_or_crashes_on_one_model_and_the_rest_is_measured(
+    server: Server, model: Path, second: Path, fails: str, message: str, evidence: str
+) -> None:
+    host = Host("orin", wrapper=f"env TRTEXEC_FAILS={fails}:model0 PATH={server.root}/tools:/usr/bin:/bin")
+    with Link(host) as link:
+        rung = next(rung for rung in ladder(link, "tensorrt").rungs if rung.wrapped)
+        runtime = RemoteRuntime(link, "tensorrt", {"bad": model, "good": second}, images(), 1, rung=rung)
+        failures, found = told_apart(runtime, 0.3)
+    assert list(found) == ["good"]
+    assert isinstance(failures["bad"], HangError) == (fails == "hangs")
+    assert message in failures["bad"].message
+    assert evidence in (failures["bad"].evidence or "")
+    assert_nothing_left(server.root / "orin", *pids(link))
+
+
+def test_a_crash_names_runtime_and_signal_and_the_next_model_has_a_new_process(
+    server: Server, model: Path, second: Path, tmp_path: Path
+) -> None:
+    with Link(Host("plain", python=PYTHON)) as link:
+        runtime = RemoteRuntime(link, "onnxruntime", {"a": model, "b": second}, images(), 1)
+        for each in (model, second):
+            runtime.load(each, threads=1)
+        worker = int(Path(str(link.folder), "children").read_text().split()[-2])
+        threading.Timer(0.3, os.kill, (worker, signal.SIGSEGV)).start()
+        with pytest.raises(EdgestillError) as caught:
+            runtime.ask_of(model, "block", 60.0, id="model0.onnx", start=0, count=10**9, seconds=0.0, gap_s=0.0)
+        assert caught.value.message == "ONNX Runtime crashed on the model model.onnx, on the device"
+        assert "SIGSEGV; on plain, in its queries" in (caught.value.evidence or "")
+        outputs = runtime.outputs(second, images(), 4, tmp_path)["logits"]
+    np.testing.assert_allclose(outputs, run_model(second, images())["logits"], rtol=1e-5)
+    assert_nothing_left(server.root / "plain", *pids(link), worker)
+
+
+def test_a_slow_model_and_a_long_pause_are_no_hang(server: Server, model: Path) -> None:
+    with Link(Host("plain", python=PYTHON)) as link:
+        runtime = RemoteRuntime(link, "onnxruntime", {"a": model}, images(), 1, timeout_seconds=0.5)
+        session = runtime.load(model, threads=1)
+        runtime.clock.sleep(0.2)
+        session.ahead(4)
+        assert all(session.query({}, runtime.clock).compute_ns > 0 for _ in range(4))
+        assert runtime.clock.ns > 0.8e9
+    host = Host("orin", wrapper=f"env TRTEXEC_MS=1500 PATH={server.root}/tools:/usr/bin:/bin")
+    with Link(host) as link:
+        found = measured(link, model, stack="tensorrt", wrapped=True)
+    assert found.compute.mean >= 1500
+    assert found.seconds < 15, "its rounds are as short as its time asks"
 
 
 # -- texts

@@ -30,14 +30,18 @@ TEGRA_RELEASE = "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic,
 
 
 def install(folder: Path, *, python: str, mode: str = "15W", sudo: bool = False) -> None:
-    """Puts the tools into a folder for the PATH: nvpmodel, tegrastats, trtexec, jetson_clocks, sudo."""
+    """Puts the tools into a folder for the PATH: nvpmodel, tegrastats, trtexec, jetson_clocks, sudo.
+
+    While the folder has a file `stuck`, clocks cannot be given back.
+    """
     folder.mkdir()
     here = Path(__file__).parent
     scripts = {
         "nvpmodel": f"cat <<X\n{NVPMODEL[mode]}X",
         "tegrastats": f"while true; do echo '{ORIN_NANO}'; sleep 1; done",
         "trtexec": f'exec {python} {here / "trtexec.py"} "$@"',
-        "jetson_clocks": f'echo "$@" >> {folder / "clocks.log"}; [ "$1" = --store ] && echo stored > "$2"; exit 0',
+        "jetson_clocks": f'echo "$@" >> {folder / "clocks.log"}; [ "$1" = --store ] && echo stored > "$2"\n'
+        f'[ "$1" = --restore ] && [ -e {folder / "stuck"} ] && echo "Error: no such clock" && exit 1\nexit 0',
         "sudo": 'shift; exec "$@"' if sudo else "echo 'sudo: a password is required' >&2; exit 1",
     }
     for name, script in scripts.items():

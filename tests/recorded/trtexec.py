@@ -2,7 +2,9 @@
 
 The help is a part of that of TensorRT 10.5; exportTimes has the layout of TensorRT's `exportJSONTrace` in
 samples/common/sampleReporting.cpp; the failures are lines that users of the real tool quoted. What an "engine" computes
-is computed by ONNX Runtime. TRTEXEC_FAILS names a failure; TRTEXEC_VERSION is the number in the banner.
+is computed by ONNX Runtime. TRTEXEC_FAILS names a failure; TRTEXEC_VERSION is the number in the banner; TRTEXEC_MS is
+what a query takes by the times that are written. "hangs:NAME" and "crashes:NAME" are about the engines with NAME in
+their path, and about more than one query.
 """
 
 from __future__ import annotations
@@ -59,8 +61,12 @@ def main(arguments: list[str]) -> int:
     fails = os.environ.get("TRTEXEC_FAILS", "")
     if fails == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    if fails == "hangs":
-        time.sleep(600)
+    kind, _, engine = fails.partition(":")
+    if engine in options.get("loadEngine", "") and int(options.get("iterations", "0")) > 1:
+        if kind == "hangs":
+            time.sleep(600)
+        if kind == "crashes":
+            os.kill(os.getpid(), signal.SIGSEGV)
     if fails in FAILURES and (fails != "version" or "loadEngine" in options):
         print(f"{FAILURES[fails]}\n&&&& FAILED {banner}")
         return 1
@@ -87,7 +93,7 @@ def _infer(options: dict[str, str]) -> None:
     outputs = session.run(None, inputs)
     before = time.perf_counter()
     session.run(None, inputs)
-    took = max(0.5, (time.perf_counter() - before) * 1e3)
+    took = max(0.5, (time.perf_counter() - before) * 1e3, float(os.environ.get("TRTEXEC_MS", "0")))
     warm = int(options["warmUp"])
     # queries in a row; the real tool's times scatter, too
     count = int(warm / took) + 1 + max(int(options["iterations"]), int(1e3 * float(options["duration"]) / took))
