@@ -1,0 +1,55 @@
+"""A machine's sensor files that move: a RAPL counter that follows what a process computes."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+RAPL = "sys/class/powercap/intel-rapl:0"
+
+
+def put(root: Path, path: str, text: object) -> Path:
+    """Writes a sensor's file, at once: a reader sees the old content or the new one."""
+    file = root / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    fresh = file.with_name(f"{file.name}.new")
+    fresh.write_text(f"{text}\n")
+    fresh.replace(file)
+    return file
+
+
+@contextlib.contextmanager
+def counting(root: Path, pid: int, *, idle: float, busy: float) -> Iterator[None]:
+    """A package's counter that grows by `idle` watts, and by `busy` watts more while process `pid` computes."""
+    put(root, f"{RAPL}/name", "package-0")
+    put(root, f"{RAPL}/max_energy_range_uj", 262_143_328_850)
+    stopped = threading.Event()
+
+    def computed() -> float:
+        try:
+            return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+        except (OSError, ValueError):
+            return before
+
+    before = 0.0
+    before, began = computed(), time.monotonic()
+
+    def write() -> None:
+        joules = idle * (time.monotonic() - began) + busy * (computed() - before)
+        put(root, f"{RAPL}/energy_uj", int(joules * 1e6))
+
+    def follow() -> None:
+        while not stopped.wait(0.003):
+            write()
+
+    write()
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
