@@ -19,12 +19,12 @@ import numpy as np
 
 from profiles.artifact import content_key, explain_os_errors, file_hash, write_text
 from profiles.device import TargetSection
-from profiles.energy import no_energy
+from profiles.energy import SPELLS, energy_of, no_energy
 from profiles.errors import EdgestillError, InputError
 from profiles.fresh_process import Started
 from profiles.measure import Measured, measure, model_files, query_batches
 from profiles.measure_section import MeasureSection
-from profiles.measurement import Measurement, Memory
+from profiles.measurement import Energy, Measurement, Memory
 from profiles.progress import Progress
 from profiles.remote import Link
 from profiles.runtimes import Clock, RuntimeOptions, TensorSpec, Timed
@@ -389,6 +389,34 @@ class RemoteRuntime:
             Memory(peak_mib=peak, before_load_mib=found["before_load_mib"], how=how),
         )
 
+    def energy(self, name: str, seen: Measurement, section: MeasureSection) -> Energy:
+        """The energy of a candidate that runs alone, by the device's sensors; see `profiles.energy.energy_per_query`.
+
+        A failure here leaves its latency as it is: no figure then, and the reason.
+
+        Args:
+            name: of the candidate.
+            seen: what was measured of it: how long a query takes.
+            section: seconds, and the pause between queries.
+        """
+        if not section.energy_seconds:
+            return no_energy("not asked for")
+        gap_s = section.idle_gap_ms / 1e3
+        longest = gap_s + seen.asked.maximum / 1e3
+        try:
+            told = self.link.ask(
+                "energy",
+                id=self._files[self.candidates[name]],
+                seconds=section.energy_seconds / SPELLS,
+                pairs=SPELLS,
+                gap_s=gap_s,
+                # lead-ins are at most as long as what they lead to, and a spell may end one query late
+                patience=section.timeout_seconds + 4 * (section.energy_seconds + SPELLS * longest),
+            )
+        except EdgestillError as error:
+            return no_energy(error.message)
+        return energy_of(told["idle"], told["busy"], told["how"])
+
     # -- calibration
 
     def pulse_of(self, name: str) -> int:
@@ -546,10 +574,11 @@ def measure_on(
         failures=failures,
         place=runtime,
     )
-    energy = no_energy("energy is read on the machine that edgestill runs on only")
+    energies = {name: runtime.energy(name, each.measurement, section) for name, each in found.items()}
     return {
         name: Measured(
-            _judged(each.measurement.model_copy(update={"energy": energy}), asked.latency_ms, reasons), each.samples
+            _judged(each.measurement.model_copy(update={"energy": energies[name]}), asked.latency_ms, reasons),
+            each.samples,
         )
         for name, each in found.items()
     }

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cli.pipeline.limits import judge
 from cli.pipeline.prepare import prepare_host
 from profiles import agent
 from profiles.device import TargetSection, load_device, resolve_target
@@ -30,6 +31,7 @@ from profiles.remote_device import mismatches, recognise, remember, remembered, 
 from profiles.remote_runtime import Build, RemoteRuntime, Rung, Stack, choose_rung, ladder, measure_on
 from profiles.runtimes.onnxruntime import run_model
 from tests.recorded import jetson
+from tests.sensors import counting
 from tests.sshd import Server, assert_nothing_left, keygen, serve
 
 PYTHON = sys.executable
@@ -44,7 +46,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with serve(root) as found, pytest.MonkeyPatch.context() as patch:
         patch.setenv(SSH, found.command)
         patch.setenv("EDGESTILL_CONFIG", str(root / "config"))
-        found.device("plain")
+        found.device("plain", f'export EDGESTILL_ROOT="{root}/blind"')
+        found.device("rapl", f'export EDGESTILL_ROOT="{root}/sensors"')
         jetson.install(root / "tools", python=PYTHON)
         # without the runtimes of this environment's Python, TensorRT's tools are all that the device has
         found.device("orin", f'export PATH="{root}/tools:/usr/bin:/bin"')
@@ -92,6 +95,10 @@ def pids(link: Link) -> tuple[int, int]:
     return link.facts["pid"], link.facts["janitor"]
 
 
+def worker_of(link: Link) -> int:
+    return int(Path(str(link.folder), "children").read_text().split()[-2])
+
+
 def failure(name: str, **more: str) -> EdgestillError:
     with pytest.raises(EdgestillError) as caught:
         Link(Host(name, **more)).close()  # type: ignore[arg-type]
@@ -128,7 +135,33 @@ def test_a_model_is_measured_there_as_it_is_here_and_nothing_is_left(
         outputs = runtime.outputs(model, inputs, 4, tmp_path)["logits"]
         left = pids(link)
     np.testing.assert_allclose(outputs, run_model(model, inputs)["logits"], rtol=1e-5)
+    assert one.energy is not None
+    assert one.energy.millijoules is None
+    assert "tells no energy" in one.energy.how
     assert_nothing_left(server.root / "plain", *left)
+
+
+def test_energy_is_read_by_the_devices_sensors_and_decides(server: Server, model: Path) -> None:
+    section = QUICK.model_copy(update={"energy_seconds": 0.5})
+    with Link(Host("rapl", python=PYTHON)) as link:
+        runtime = RemoteRuntime(link, "onnxruntime", {"a": model}, images(), 1)
+        with counting(server.root / "sensors", worker_of(link), idle=5.0, busy=20.0):
+            found = measure_on(runtime, images(), TARGET, section, input_source="real samples", fresh_process=False)
+    one = found["a"].measurement
+    energy = one.energy
+    assert energy is not None
+    assert one.end_to_end is not None
+    assert energy.how == "RAPL package-0, idle subtracted"
+    assert energy.queries > 50
+    assert energy.idle_watts == pytest.approx(5.0, rel=0.5)
+    assert energy.millijoules is not None
+    # 20 W while the model computes; how long that is, the latency tells up to what Python adds
+    assert 0.3 < energy.millijoules / (20.0 * one.end_to_end.minimum) < 10.0
+    for limit, verdict in ((100 * energy.millijoules, "pass"), (energy.millijoules / 100, "fail")):
+        target = TARGET.model_copy(update={"energy_mj": limit, "latency_ms": None})
+        (judged,) = judge(target, measurement=one, size_mib=1.0, metric=None, drop=None, on_device=True)
+        assert judged.verdict == verdict, judged
+    assert_nothing_left(server.root / "rapl")
 
 
 def test_what_a_login_script_prints_does_not_disturb(server: Server) -> None:
@@ -173,6 +206,9 @@ def test_trtexec_tells_compute_times_only_and_its_engine_comes_back(
     assert len(samples.end_to_end_ns) == 0
     assert found.load_ms is None
     assert "trtexec" in found.memory.how
+    assert found.energy is not None
+    assert found.energy.millijoules is None
+    assert "trtexec starts and loads anew" in found.energy.how
     assert len(outputs) == 8, "four queries of two"
     np.testing.assert_allclose(outputs, run_model(model, inputs)["logits"][:8], rtol=1e-3)
     assert runtime.built[model].file.read_bytes() == model.read_bytes()
@@ -314,7 +350,7 @@ def test_killed_in_the_middle_it_is_told_and_nothing_is_left(server: Server, mod
     left = pids(link)
     runtime = RemoteRuntime(link, "onnxruntime", {"a": model}, images(), 1)
     runtime.load(model, threads=1)
-    worker = int(Path(str(link.folder), "children").read_text().split()[-2])
+    worker = worker_of(link)
     number = {"agent": left[0], "link": link._process.pid, "worker": worker}[victim]
     threading.Timer(0.3, os.kill, (number, signal.SIGKILL)).start()
     with pytest.raises(EdgestillError) as caught:
