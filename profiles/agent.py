@@ -493,6 +493,9 @@ class EnergyMeter:
         return sum(known) if known else None
 
 
+_NVML_CLOCK_SM = 1
+
+
 class Nvml:
     """NVIDIA's management library about the first GPU that CUDA counts; a device's Python need not have its package.
 
@@ -520,6 +523,12 @@ class Nvml:
         value = ctypes.c_ulonglong()
         self._check(self.library.nvmlDeviceGetTotalEnergyConsumption(self.handle, ctypes.byref(value)))
         return value.value / 1e3
+
+    def clock(self) -> int:
+        """Of its multiprocessors now, in MHz."""
+        value = ctypes.c_uint()
+        self._check(self.library.nvmlDeviceGetClockInfo(self.handle, _NVML_CLOCK_SM, ctypes.byref(value)))
+        return value.value
 
     def _check(self, status: int) -> None:
         if status != 0:
@@ -552,6 +561,57 @@ class NvmlMeter:
 
     def close(self) -> None:
         """Nothing runs in the background."""
+
+
+class Clocks:
+    """The clocks in MHz of what runs a model: the cores', or the GPU's alone."""
+
+    def __init__(self, on_gpu: bool, library: Any = None) -> None:
+        self._on_gpu, self._due = on_gpu, 0.0
+        self._gpu: Optional[Nvml] = None
+        if on_gpu:
+            try:
+                self._gpu = Nvml(library)
+            except OSError:
+                pass  # a Jetson's own driver tells, or nothing does
+
+    def read(self) -> Dict[str, float]:
+        """Now; empty where nothing tells."""
+        found = clocks()
+        if not self._on_gpu:
+            found.pop("gpu", None)
+            return found
+        if "gpu" in found:
+            return {"gpu": found["gpu"]}
+        try:
+            return {"gpu": float(self._gpu.clock())} if self._gpu is not None else {}
+        except OSError:
+            return {}
+
+    def look(self) -> Dict[str, float]:
+        """Now, at most once in a second, since reading takes a moment; empty in between."""
+        if time.monotonic() < self._due:
+            return {}
+        self._due = time.monotonic() + 1.0
+        return self.read()
+
+    def highest_while(self, work: Callable[[], Any]) -> Tuple[Any, Dict[str, float]]:
+        """What work returns, and the highest clocks meanwhile: of a process that starts, loads and then computes."""
+        found: Dict[str, float] = {}
+        done = threading.Event()
+
+        def follow() -> None:
+            while not done.wait(0.1):
+                for name, value in self.read().items():
+                    found[name] = max(value, found.get(name, 0.0))
+
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            return work(), found
+        finally:
+            done.set()
+            thread.join()
 
 
 def energy_source(
@@ -1287,10 +1347,11 @@ class Agent:
             assert self.worker is not None
             return self.worker.ask(request)
         opened = self.engines[request["id"]]
-        compute = self.trtexec.times(
-            opened["model"], self._first_query(opened), opened["shapes"], max(request["count"], 64)
+        timer, inputs, count = self.trtexec, self._first_query(opened), max(request["count"], 64)
+        compute, seen = Clocks(on_gpu=True).highest_while(
+            lambda: timer.times(opened["model"], inputs, opened["shapes"], count)
         )
-        return {"compute_ns": compute, "end_to_end_ns": None, "spent_ns": compute}
+        return {"compute_ns": compute, "end_to_end_ns": None, "spent_ns": compute, "clocks": seen}
 
     def do_energy(self, request: Dict[str, Any]) -> Dict[str, Any]:
         """Idle and busy spells of a model (`energy_spells`), and which sensor told them.
@@ -1787,7 +1848,7 @@ def work() -> int:
     lines = Lines(0)
     module: Any = None
     models: Dict[str, Any] = {}
-    rung = ""
+    rung, clocks_now = "", Clocks(on_gpu=False)
 
     def opened(request: Dict[str, Any]) -> Any:
         request["path"] = os.path.join(folder, request["model"])
@@ -1807,6 +1868,7 @@ def work() -> int:
                 module = __import__(rung)
                 if hasattr(module, "disable_telemetry_events"):
                     module.disable_telemetry_events()
+                clocks_now = Clocks(rung != "onnxruntime")
                 answer: Dict[str, Any] = {"version": str(module.__version__)}
             elif what == "build":
                 answer = build_engine(module, request, folder)
@@ -1815,6 +1877,7 @@ def work() -> int:
                 answer = {"version": str(module.__version__), "options": model.options}
             elif what == "block":
                 answer = run_block(models[request["id"]], request)
+                answer["clocks"] = clocks_now.look()
             elif what == "busy":
                 answer = run_for(models[request["id"]], request)
             elif what == "outputs":

@@ -197,6 +197,7 @@ class RemoteSession:
             pulse=self.runtime.pulses,
         )
         self._wanted = 0
+        self.runtime.clocks_seen = answer.get("clocks") or self.runtime.clocks_seen
         compute = answer["compute_ns"]
         pulses = answer.get("pulse_ns") or [0] * len(compute)
         self._waiting.extend(zip(compute, answer["end_to_end_ns"] or compute, answer["spent_ns"], pulses, strict=True))
@@ -248,6 +249,7 @@ class RemoteRuntime:
         self.tells_end_to_end = not self.coarse
         self.clock = DeviceClock()
         self.built: dict[Path, Engine] = {}
+        self.clocks_seen: dict[str, float] = {}
         self._builds, self._keep = builds or {}, keep
         self._added = dict(facts or {})
         self._files: dict[Path, str] = {}
@@ -344,8 +346,9 @@ class RemoteRuntime:
         return {**found, **self._added, "host": self.link.host.name}
 
     def clocks(self) -> Mapping[str, float]:
-        """See `profiles.measure.Place.clocks`; the facts before and after have them."""
-        return {}
+        """See `profiles.measure.Place.clocks`: what came with a round since the last call."""
+        found, self.clocks_seen = self.clocks_seen, {}
+        return found
 
     def guarded(self, work: Callable[[Beat], T], seconds: float) -> T:
         """See `profiles.measure.Place.guarded`. The link bounds how long it waits for each answer."""

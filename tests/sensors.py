@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+CORE = "sys/devices/system/cpu/cpu0"
 RAPL = "sys/class/powercap/intel-rapl:0"
 
 
@@ -46,7 +47,32 @@ def counting(root: Path, pid: int, *, idle: float, busy: float) -> Iterator[None
             write()
 
     write()
-    thread = threading.Thread(target=follow, daemon=True)
+    with _running(follow, stopped):
+        yield
+
+
+@contextlib.contextmanager
+def slowing_down(root: Path) -> Iterator[None]:
+    """A core that counts thermal events all the time, and whose clock falls from 2 GHz to two thirds of it in a second."""
+    stopped, began = threading.Event(), time.monotonic()
+
+    def write() -> None:
+        spent = time.monotonic() - began
+        put(root, f"{CORE}/cpufreq/scaling_cur_freq", int(2e6 / (1 + 0.5 * spent)))
+        put(root, f"{CORE}/thermal_throttle/core_throttle_count", int(spent * 100))
+
+    def follow() -> None:
+        while not stopped.wait(0.01):
+            write()
+
+    write()
+    with _running(follow, stopped):
+        yield
+
+
+@contextlib.contextmanager
+def _running(work: Callable[[], None], stopped: threading.Event) -> Iterator[None]:
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
         yield

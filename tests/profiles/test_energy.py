@@ -271,6 +271,10 @@ class Nvml:
         name.value = b"NVIDIA RTX A2000"
         return 0
 
+    def nvmlDeviceGetClockInfo(self, handle: Any, kind: int, value: Any) -> int:  # noqa: N802
+        value._obj.value = {0: 300, 1: 1410}[kind]
+        return self.counter
+
     def nvmlDeviceGetTotalEnergyConsumption(self, handle: Any, value: Any) -> int:  # noqa: N802
         self.millijoules += 2_500
         value._obj.value = self.millijoules
@@ -282,6 +286,12 @@ def test_the_counter_of_a_gpu_is_in_millijoules(tmp_path: Path) -> None:
     power = PowerSource(*agent.energy_source(True, str(tmp_path), library=Nvml()))
     assert power.how == "NVML, the whole NVIDIA RTX A2000"
     assert power.open().joules() == pytest.approx(2.5)
+
+
+def test_the_clock_of_what_runs_on_a_gpu_is_the_gpus() -> None:
+    assert agent.Clocks(on_gpu=True, library=Nvml()).read() == {"gpu": 1410.0}
+    assert agent.Clocks(on_gpu=True, library=Nvml(counter=3)).read() == {}
+    assert "gpu" not in agent.Clocks(on_gpu=False).read()
 
 
 def test_packages_never_stand_for_a_gpu_and_a_jetsons_rail_does(tmp_path: Path) -> None:

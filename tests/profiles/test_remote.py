@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 from cli.pipeline.limits import judge
 from cli.pipeline.prepare import prepare_host
-from profiles import agent
+from profiles import agent, conditions
 from profiles.device import TargetSection, load_device, resolve_target
 from profiles.errors import EdgestillError, InputError
 from profiles.measure_section import MeasureSection
@@ -31,7 +32,7 @@ from profiles.remote_device import mismatches, recognise, remember, remembered, 
 from profiles.remote_runtime import Build, RemoteRuntime, Rung, Stack, choose_rung, ladder, measure_on
 from profiles.runtimes.onnxruntime import run_model
 from tests.recorded import jetson
-from tests.sensors import counting
+from tests.sensors import counting, put, slowing_down
 from tests.sshd import Server, assert_nothing_left, keygen, serve
 
 PYTHON = sys.executable
@@ -48,9 +49,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         patch.setenv("EDGESTILL_CONFIG", str(root / "config"))
         found.device("plain", f'export EDGESTILL_ROOT="{root}/blind"')
         found.device("rapl", f'export EDGESTILL_ROOT="{root}/sensors"')
+        found.device("hot", f'export EDGESTILL_ROOT="{root}/melting"')
         jetson.install(root / "tools", python=PYTHON)
         # without the runtimes of this environment's Python, TensorRT's tools are all that the device has
-        found.device("orin", f'export PATH="{root}/tools:/usr/bin:/bin"')
+        put(root / "jetson", "sys/class/devfreq/17000000.gpu/cur_freq", 624_750_000)
+        found.device("orin", f'export PATH="{root}/tools:/usr/bin:/bin" EDGESTILL_ROOT="{root}/jetson"')
         found.device("nopython", "export PATH=/nonexistent")
         found.device("stranger", authorised=False)
         keygen("-f", str(root / "other"))
@@ -164,6 +167,29 @@ def test_energy_is_read_by_the_devices_sensors_and_decides(server: Server, model
     assert_nothing_left(server.root / "rapl")
 
 
+def test_clocks_that_fall_and_throttling_are_seen_and_leave_the_limit_undecided(
+    server: Server, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conditions, "_CLOCK_SECONDS", 0.1)
+    section = QUICK.model_copy(update={"idle_gap_ms": 15.0, "energy_seconds": 0.0, "max_samples": 100})
+    with slowing_down(server.root / "melting"), Link(Host("hot", python=PYTHON)) as link:
+        runtime = RemoteRuntime(link, "onnxruntime", {"a": model}, images(), 1)
+        found = measure_on(runtime, images(), TARGET, section, input_source="real samples", fresh_process=False)
+    one = found["a"].measurement
+    seen = one.environment["clock_mhz"]
+    assert 1.1 * seen["lowest"] < seen["highest"] < 2000
+    assert any("clock changed while sampling" in warning for warning in one.warnings)
+    assert one.verdict == "inconclusive"
+    assert one.compute.maximum < 500.0, "the latency alone would pass"
+    assert any(
+        re.search(r"throttled while it was measured \(\d+ events before, \d+ after\)", why) for why in one.mismatches
+    )
+    (judged,) = judge(TARGET, measurement=one, size_mib=1.0, metric=None, drop=None, on_device=True)
+    assert judged.verdict == "inconclusive"
+    assert "throttled" in judged.reason
+    assert_nothing_left(server.root / "hot")
+
+
 def test_what_a_login_script_prints_does_not_disturb(server: Server) -> None:
     with Link(Host("chatty", python=PYTHON)) as link:
         assert link.ask("offers", names=["onnxruntime"])["onnxruntime"]["version"]
@@ -209,6 +235,7 @@ def test_trtexec_tells_compute_times_only_and_its_engine_comes_back(
     assert found.energy is not None
     assert found.energy.millijoules is None
     assert "trtexec starts and loads anew" in found.energy.how
+    assert found.environment["clock_mhz"] == {"lowest": 624.8, "highest": 624.8}, "the GPU's, while trtexec ran"
     assert len(outputs) == 8, "four queries of two"
     np.testing.assert_allclose(outputs, run_model(model, inputs)["logits"][:8], rtol=1e-3)
     assert runtime.built[model].file.read_bytes() == model.read_bytes()
