@@ -142,11 +142,19 @@ def test_a_file_is_measured_on_a_host(server: Server, tmp_path: Path) -> None:
     )
     file = tmp_path / "relu.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), file)
-    found = edgestill("bench", str(file), "--on", "near", "--percentile", "50", "--max-seconds", "1", "--json")
+    found = edgestill(
+        "bench", str(file), "--on", "near", "--percentile", "50", "--max-seconds", "1", "--no-cuda-graph", "--json"
+    )
     assert found.status == 0, found.err
     assert json.loads(found.out)["measurement"]["environment"]["host"] == "near"
-    refused = edgestill("bench", str(file), "--on", "a=near")
-    assert refused.status == 2
+    for options, says in (
+        (("--on", "a=near"), "one host"),
+        (("--on", "near", "--cuda-graph"), "records no CUDA graph"),
+        (("--on", "near", "--affinity", "0"), "this machine only"),
+    ):
+        refused = edgestill("bench", str(file), *options)
+        assert refused.status == 2
+        assert says in refused.err
     assert_nothing_left(server.root / "near")
 
 
