@@ -53,7 +53,7 @@ def counting(root: Path, pid: int, *, idle: float, busy: float) -> Iterator[None
 
 @contextlib.contextmanager
 def slowing_down(root: Path) -> Iterator[None]:
-    """A core that counts thermal events all the time, and whose clock falls from 2 GHz to two thirds of it in a second."""
+    """A core that counts thermal events all the time, and whose clock falls, by a third in the first second."""
     stopped, began = threading.Event(), time.monotonic()
 
     def write() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -33,9 +35,10 @@ from profiles.remote_runtime import Build, RemoteRuntime, Rung, Stack, choose_ru
 from profiles.runtimes.onnxruntime import run_model
 from tests.recorded import jetson
 from tests.sensors import counting, put, slowing_down
-from tests.sshd import Server, assert_nothing_left, keygen, serve
+from tests.sshd import Server, assert_nothing_left, keygen, serve, small_disk
 
 PYTHON = sys.executable
+NOBODY = 65534
 QUICK = MeasureSection(max_samples=200, warmup_seconds=1.0, max_seconds=5.0)
 ASCII = st.text(st.characters(codec="ascii"), max_size=80)
 TARGET = TargetSection(name="t", percentile=90, latency_ms=500.0)
@@ -44,13 +47,14 @@ TARGET = TargetSection(name="t", percentile=90, latency_ms=500.0)
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("sshd")
-    with serve(root) as found, pytest.MonkeyPatch.context() as patch:
+    disks = contextlib.ExitStack()
+    with serve(root) as found, pytest.MonkeyPatch.context() as patch, disks:
         patch.setenv(SSH, found.command)
         patch.setenv("EDGESTILL_CONFIG", str(root / "config"))
         found.device("plain", f'export EDGESTILL_ROOT="{root}/blind"')
         found.device("rapl", f'export EDGESTILL_ROOT="{root}/sensors"')
         found.device("hot", f'export EDGESTILL_ROOT="{root}/melting"')
-        jetson.install(root / "tools", python=PYTHON)
+        jetson.install(root / "tools", python=PYTHON, sudo=True)
         # without the runtimes of this environment's Python, TensorRT's tools are all that the device has
         put(root / "jetson", "sys/class/devfreq/17000000.gpu/cur_freq", 624_750_000)
         found.device("orin", f'export PATH="{root}/tools:/usr/bin:/bin" EDGESTILL_ROOT="{root}/jetson"')
@@ -60,11 +64,31 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         (root / "wrong").write_text("device " + " ".join((root / "other.pub").read_text().split()[:2]) + "\n")
         found.device("changed", options=f"  UserKnownHostsFile {root}/wrong")
         found.device("new", options="  UserKnownHostsFile none")
-        found.device("full", "ulimit -f 600")
-        found.device("brimful", "ulimit -f 8")
+        for name, kib in (("full", 600), ("brimful", 16)):
+            mounted = disks.enter_context(small_disk(root / name, kib))
+            found.device(name, "" if mounted else f"ulimit -f {kib if kib > 100 else 8}")
         found.device("bare", f'export HOME="{root}/bare"')
         found.device("chatty", "echo Welcome; echo '{not json}'")
         yield found
+
+
+@pytest.fixture
+def stranger_to_root(server: Server) -> Iterator[Path]:
+    """A device "user" where this user is not root; a folder with its tools and its temporary files."""
+    with tempfile.TemporaryDirectory(prefix="edgestill-test-") as name:
+        place = Path(name)
+        jetson.install(place / "tools", python=PYTHON)
+        (place / "tmp").mkdir()
+        before = f'export PATH="{place}/tools:/usr/bin:/bin" TMPDIR="{place}/tmp" HOME="{place}/tmp"'
+        if os.getuid() == 0:
+            # what pytest makes is for its own user alone, so that another could not even enter it
+            place.chmod(0o755)
+            os.chown(place / "tmp", NOBODY, NOBODY)
+            before += (
+                f'; cd /; exec setpriv --reuid={NOBODY} --regid={NOBODY} --clear-groups sh -c "$SSH_ORIGINAL_COMMAND"'
+            )
+        server.device("user", before)
+        yield place
 
 
 @pytest.fixture(scope="module")
@@ -274,13 +298,8 @@ def test_trtexec_fails_and_its_reason_is_told(
     assert_nothing_left(server.root / "orin")
 
 
-def test_clocks_are_locked_only_with_the_right_to_and_restored(server: Server) -> None:
+def test_clocks_are_locked_when_asked_for_and_restored(server: Server) -> None:
     log = server.root / "tools" / "clocks.log"
-    if os.getuid() != 0:
-        with Link(Host("orin")) as link, pytest.raises(EdgestillError, match="clocks") as caught:
-            link.ask("lock_clocks")
-        assert "sudo" in (caught.value.fix or "")
-        return
     with Link(Host("orin")) as link:
         assert not log.exists(), "nothing is changed without being asked"
         link.ask("lock_clocks")
@@ -290,6 +309,22 @@ def test_clocks_are_locked_only_with_the_right_to_and_restored(server: Server) -
     assert store.startswith("--store")
     assert lock == ""
     assert restore == store.replace("--store", "--restore")
+
+
+def test_a_user_without_the_right_to_lock_clocks_is_told_how_to(server: Server, stranger_to_root: Path) -> None:
+    with Link(Host("user")) as link:
+        assert Path(f"/proc/{link.facts['pid']}").stat().st_uid != 0
+        with pytest.raises(EdgestillError, match="the clocks cannot be locked") as caught:
+            link.ask("lock_clocks")
+        assert link.ask("facts")["facts"]["cores"], "the agent goes on"
+        left = pids(link)
+    assert "a password is required" in (caught.value.evidence or "")
+    assert (
+        caught.value.fix
+        == f"ssh -t {Host('user').shown} sudo jetson_clocks    then the same command without --lock-clocks"
+    )
+    assert not (stranger_to_root / "tools" / "clocks.log").exists()
+    assert_nothing_left(stranger_to_root / "tmp", *left)
 
 
 def test_what_a_device_lacks_is_told_with_the_command_that_installs_it(server: Server) -> None:
@@ -363,8 +398,10 @@ def test_why_there_is_no_connection_is_told(server: Server, name: str, message: 
 
 def test_a_full_disk_is_told_while_files_are_sent_and_at_the_start(server: Server) -> None:
     with Link(Host("full", python=PYTHON)) as link:
-        with pytest.raises(EdgestillError, match="disk is full"):
+        with pytest.raises(EdgestillError, match="disk is full") as caught:
             link.put("large", bytes(2_000_000))
+        assert not (server.root / "full").is_mount() or "No space left on device" in (caught.value.evidence or "")
+        assert "df -h" in (caught.value.fix or "")
         assert link.ask("facts")["facts"]["cores"], "the agent goes on"
     assert "disk is full" in failure("brimful", python=PYTHON).message
     assert_nothing_left(server.root / "full")
