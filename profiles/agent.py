@@ -792,7 +792,8 @@ def explain_trtexec(output: str, status: int) -> "Problem":
         (
             "other_engine",
             "the engine was made by another TensorRT or for another GPU",
-            r"Version tag does not match|[Ss]erializationCheck|serialized engine.*version|different (?:version|model)",
+            r"Version tag does not match|[Ss]erializationCheck|serialized engine.*version|different (?:version|model)"
+            r"|engine plan file is (?:not compatible|generated on an incompatible)",
         ),
         (
             "unsupported_operator",
@@ -1615,6 +1616,10 @@ class OrtModel:
         return {}
 
 
+_CUDA_INTEGRATED = 18
+"""cudaDevAttrIntegrated: whether the GPU works in the CPU's memory, as on a Jetson."""
+
+
 class TrtModel:
     """An engine in TensorRT's Python module, with memory from the CUDA runtime through ctypes; NumPy is not needed."""
 
@@ -1637,6 +1642,9 @@ class TrtModel:
         for event in (self.begin, self.finish):
             self.check(self.cuda.cudaEventCreate(ctypes.byref(event)))
         self.options = {"cuda_graph": False, "host_memory": "pinned"}
+        integrated = ctypes.c_int()
+        self.check(self.cuda.cudaDeviceGetAttribute(ctypes.byref(integrated), _CUDA_INTEGRATED, 0))
+        self.shares_memory = bool(integrated.value)
         self.inputs: List[Tuple[str, Any, Any, int]] = []
         self.results: List[Tuple[str, str, Any, Any, Any, int]] = []
 
@@ -1976,6 +1984,7 @@ def probe(opened: Callable[[Dict[str, Any]], Any], request: Dict[str, Any]) -> D
         "first_inference_ms": (first - loaded) / 1e6,
         "before_load_mib": before,
         "peak_mib": _resident("VmHWM"),
+        "shares_memory": getattr(model, "shares_memory", False),
     }
 
 

@@ -384,8 +384,10 @@ class RemoteRuntime:
             return Started(None, None, Memory(peak_mib=None, before_load_mib=None, how=f"n/a: {error.message}"))
         peak, how = found["peak_mib"], "VmHWM of a fresh process on the device with Python and the runtime"
         if self.stack != "onnxruntime":
-            # of a discrete GPU's memory nothing is in there, and of a shared one only this shows it
+            # what the GPU takes is not in there
             peak, how = found.get("fall_mib"), "peak fall of the device's MemAvailable while a fresh process ran it"
+            if not found["shares_memory"]:
+                peak, how = None, "n/a: the GPU has memory of its own, of which MemAvailable tells nothing"
         return Started(
             found["load_ms"],
             found["first_inference_ms"],

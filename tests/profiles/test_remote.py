@@ -72,6 +72,30 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield found
 
 
+@pytest.fixture(scope="module")
+def gpus(server: Server) -> None:
+    """Devices "cuda" and "integrated" with stand-ins for TensorRT's Python module and CUDA's library."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("needs a CUDA GPU, or a C compiler for a library that stands in")
+    folder, recorded = server.root / "gpu", Path(jetson.__file__).parent
+    folder.mkdir()
+    shutil.copy(recorded / "tensorrt_module.py", folder / "tensorrt.py")
+    library = [compiler, "-shared", "-fPIC", "-o", str(folder / "libcudart.so"), str(recorded / "cudart.c")]
+    subprocess.run(library, check=True)
+    for version in ("10.2", "11.0", "12", "13"):  # the real one, where there is one, has such a name
+        (folder / f"libcudart.so.{version}").symlink_to("libcudart.so")
+    put(server.root / "board", "sys/class/hwmon/hwmon1/name", "ina3221")
+    for name, value in (("in1_label", "VDD_IN"), ("in1_input", 5000), ("curr1_input", 1200)):
+        put(server.root / "board", f"sys/class/hwmon/hwmon1/{name}", value)
+    for alias, integrated, root in (("cuda", 0, "blind"), ("integrated", 1, "board")):
+        server.device(
+            alias,
+            f'export PYTHONPATH="{folder}" LD_LIBRARY_PATH="{folder}" CUDART_INTEGRATED={integrated} '
+            f'EDGESTILL_ROOT="{server.root}/{root}"',
+        )
+
+
 @pytest.fixture
 def stranger_to_root(server: Server) -> Iterator[Path]:
     """A device "user" where this user is not root; a folder with its tools and its temporary files."""
@@ -275,6 +299,56 @@ def test_an_engine_that_was_built_there_is_not_built_again(server: Server, model
         times = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
         assert len(times) == 3
     assert times == {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("alias", ["cuda", "integrated"])
+def test_by_tensorrts_python_module_memory_and_energy_are_those_of_what_the_gpu_works_in(
+    server: Server, gpus: None, model: Path, tmp_path: Path, alias: str
+) -> None:
+    inputs = images(8)
+    section = QUICK.model_copy(update={"energy_seconds": 0.1, "max_samples": 64, "warmup_seconds": 0.2})
+    with Link(Host(alias, python=PYTHON)) as link:
+        runtime = RemoteRuntime(link, "tensorrt", {"a": model}, inputs, 2)
+        assert runtime.rung == Rung("tensorrt", "10.3.0")
+        found = measure_on(runtime, inputs, TARGET, section, input_source="real samples")["a"].measurement
+        outputs = runtime.outputs(model, inputs, 2, tmp_path)["logits"]
+    np.testing.assert_allclose(outputs, run_model(model, inputs)["logits"], rtol=1e-5)
+    assert found.end_to_end is not None
+    assert found.end_to_end.minimum > found.compute.minimum
+    assert found.energy is not None
+    assert found.load_ms is not None
+    if alias == "integrated":
+        assert "MemAvailable" in found.memory.how
+        assert found.memory.peak_mib is not None
+        assert found.energy.how.startswith("INA3221 VDD_IN")
+        assert found.energy.idle_watts == pytest.approx(6.0, rel=0.2)
+    else:
+        assert found.memory.peak_mib is None
+        assert found.memory.how.startswith("n/a: the GPU has memory of its own")
+        assert found.energy.millijoules is None or found.energy.how.startswith("NVML")
+        assert "NVML" in found.energy.how, "never the processor's"
+        target = TARGET.model_copy(update={"memory_mib": 1e6, "latency_ms": None})
+        (judged,) = judge(target, measurement=found, size_mib=1.0, metric=None, drop=None, on_device=True)
+        assert judged.verdict == "not measured"
+    assert_nothing_left(server.root / alias)
+
+
+def test_an_engine_of_another_tensorrt_is_told_by_the_python_module(
+    server: Server, gpus: None, model: Path, tmp_path: Path
+) -> None:
+    for _ in range(2):
+        with Link(Host("cuda", python=PYTHON)) as link:
+            runtime = RemoteRuntime(link, "tensorrt", {"a": model}, images(), 2, keep=tmp_path)
+            if not [*tmp_path.iterdir()]:
+                runtime.load(model, threads=1)
+                (engine,) = tmp_path.glob("*.engine")
+                engine.write_bytes(engine.read_bytes().replace(b"10.3.0", b"10.0.1.6", 1))
+                continue
+            with pytest.raises(EdgestillError, match="made by another TensorRT") as caught:
+                runtime.load(model, threads=1)
+    assert "expecting library version 10.3.0.26 got 10.0.1.6" in (caught.value.evidence or "")
+    assert "built anew" in (caught.value.fix or "")
+    assert_nothing_left(server.root / "cuda")
 
 
 @pytest.mark.parametrize(
