@@ -33,7 +33,9 @@ import time
 import zipfile
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
-CPU = "/sys/devices/system/cpu"
+ROOT = os.environ.get("EDGESTILL_ROOT", "/")
+"""Where the file system is whose /sys is read: in a container, the folder that the machine's own is mounted at."""
+CPU = os.path.join(ROOT, "sys/devices/system/cpu")
 
 
 def read() -> Dict[str, Any]:
@@ -103,15 +105,15 @@ def clocks() -> Dict[str, float]:
     for path in sorted(glob.glob(CPU + "/cpu[0-9]*/cpufreq/scaling_cur_freq")):
         khz = _number(path)
         if khz:
-            found[path.split("/")[5]] = round(khz / 1000, 1)
+            found[path.split("/")[-3]] = round(khz / 1000, 1)
     if not found:
         for index, value in enumerate(
             re.findall(r"^cpu MHz\s*:\s*([\d.]+)", _text("/proc/cpuinfo") or "", re.MULTILINE)
         ):
             found[f"cpu{index}"] = round(float(value), 1)
-    for path in glob.glob("/sys/class/devfreq/*/cur_freq"):
+    for path in glob.glob(os.path.join(ROOT, "sys/class/devfreq/*/cur_freq")):
         hertz = _number(path)
-        name = path.split("/")[4]
+        name = path.split("/")[-2]
         if hertz and re.search(r"gpu|gv11b|ga10b|gp10b|gm20b", name):
             found["gpu"] = round(hertz / 1e6, 1)
     return found
@@ -126,13 +128,13 @@ def max_clock() -> Optional[float]:
 def temperatures() -> Dict[str, float]:
     """Degrees Celsius by sensor: thermal zones first, hwmon where there are none."""
     found = {}
-    for folder in sorted(glob.glob("/sys/class/thermal/thermal_zone*")):
+    for folder in sorted(glob.glob(os.path.join(ROOT, "sys/class/thermal/thermal_zone*"))):
         value = _number(folder + "/temp")
         if value is not None:
             name = (_text(folder + "/type") or os.path.basename(folder)).strip()
             found[name if name not in found else f"{name} {os.path.basename(folder)}"] = value / 1000
     if not found:
-        for path in sorted(glob.glob("/sys/class/hwmon/hwmon*/temp*_input")):
+        for path in sorted(glob.glob(os.path.join(ROOT, "sys/class/hwmon/hwmon*/temp*_input"))):
             value = _number(path)
             if value is not None:
                 label = _text(path.replace("_input", "_label")) or os.path.basename(path)[: -len("_input")]
@@ -146,11 +148,11 @@ def throttle_events() -> Optional[int]:
     """Thermal throttle events since boot, or on a Raspberry Pi its throttle bits; None where nothing tells."""
     counts = [_number(path) for path in glob.glob(CPU + "/cpu[0-9]*/thermal_throttle/*_throttle_count")]
     # an Orin's counters of over-current and under-voltage, each of which slows the clocks
-    counts += [_number(path) for path in glob.glob("/sys/class/hwmon/hwmon*/oc*_event_cnt")]
+    counts += [_number(path) for path in glob.glob(os.path.join(ROOT, "sys/class/hwmon/hwmon*/oc*_event_cnt"))]
     known = [count for count in counts if count is not None]
     if known:
         return int(sum(known))
-    bits = _text("/sys/devices/platform/soc/soc:firmware/get_throttled")
+    bits = _text(os.path.join(ROOT, "sys/devices/platform/soc/soc:firmware/get_throttled"))
     return int(bits, 16) if bits else None
 
 
@@ -273,6 +275,10 @@ TOTAL_RAILS = ("VDD_IN", "POM_5V_IN", "VIN_SYS_5V0", "VIN")
 """Rails that feed the whole board of a Jetson; the others are parts of them."""
 
 
+_GRAPHICS = ("amdgpu", "radeon", "nouveau", "i915", "xe")
+"""Chips in hwmon whose power is that of a graphics card, which does not run what the CPU runs."""
+
+
 class PowerSensor:
     """One place where a machine tells energy or power, read through files.
 
@@ -303,7 +309,7 @@ class PowerSensor:
         return value
 
 
-def power_sensors(root: str = "/") -> Tuple[List[PowerSensor], str]:
+def power_sensors(root: str = ROOT) -> Tuple[List[PowerSensor], str]:
     """The sensors whose sum is the most complete figure that this machine tells; none, with the reason.
 
     A Jetson's input rail first, then RAPL (processor packages and memory), then other hwmon chips with a counter or a
@@ -360,7 +366,7 @@ def _hwmon_power(root: str) -> List[PowerSensor]:
     readings: List[PowerSensor] = []
     for folder in sorted(glob.glob(os.path.join(root, "sys/class/hwmon/hwmon*"))):
         chip = (_text(folder + "/name") or os.path.basename(folder)).strip()
-        if chip == "ina3221":
+        if chip == "ina3221" or chip in _GRAPHICS:
             continue
         for pattern, unit, into in (("energy", "joules", counters), ("power", "watts", readings)):
             for path in sorted(glob.glob(f"{folder}/{pattern}[0-9]*_input")):
@@ -488,6 +494,195 @@ class EnergyMeter:
         return sum(known) if known else None
 
 
+_NVML_CLOCK_SM = 1
+
+
+class Nvml:
+    """NVIDIA's management library about the first GPU that CUDA counts; a device's Python need not have its package.
+
+    Raises:
+        OSError: no driver, no GPU, or a GPU that does not tell what is asked.
+    """
+
+    def __init__(self, library: Any = None) -> None:
+        self.library = library or ctypes.CDLL("libnvidia-ml.so.1")
+        self._check(self.library.nvmlInit_v2())
+        self.handle = ctypes.c_void_p()
+        place = _cuda_bus() if library is None else None
+        # NVML counts by the bus, CUDA by speed and by CUDA_VISIBLE_DEVICES
+        self._check(
+            self.library.nvmlDeviceGetHandleByPciBusId_v2(place, ctypes.byref(self.handle))
+            if place
+            else self.library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(self.handle))
+        )
+        name = ctypes.create_string_buffer(96)
+        self._check(self.library.nvmlDeviceGetName(self.handle, name, 96))
+        self.name = name.value.decode("utf-8", "replace")
+
+    def joules(self) -> float:
+        """The board's counter (Volta and later), since the driver was loaded."""
+        value = ctypes.c_ulonglong()
+        self._check(self.library.nvmlDeviceGetTotalEnergyConsumption(self.handle, ctypes.byref(value)))
+        return value.value / 1e3
+
+    def clock(self) -> int:
+        """Of its multiprocessors now, in MHz."""
+        value = ctypes.c_uint()
+        self._check(self.library.nvmlDeviceGetClockInfo(self.handle, _NVML_CLOCK_SM, ctypes.byref(value)))
+        return value.value
+
+    def _check(self, status: int) -> None:
+        if status != 0:
+            self.library.nvmlErrorString.restype = ctypes.c_char_p
+            raise OSError(self.library.nvmlErrorString(status).decode("utf-8", "replace"))
+
+
+def _cuda_bus() -> Optional[bytes]:
+    """Where on the bus CUDA's first GPU is; None where there is no CUDA."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+        device, place = ctypes.c_int(), ctypes.create_string_buffer(32)
+        if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0):
+            return None
+        return None if cuda.cuDeviceGetPCIBusId(place, 32, device) else place.value
+    except (OSError, AttributeError):
+        return None
+
+
+class NvmlMeter:
+    """Joules of a GPU since it was made; see `EnergyMeter`."""
+
+    def __init__(self, gpu: Nvml) -> None:
+        self.how = "NVML, the whole " + gpu.name
+        self._gpu, self._began = gpu, gpu.joules()
+
+    def joules(self) -> float:
+        """Since the meter was made."""
+        return self._gpu.joules() - self._began
+
+    def close(self) -> None:
+        """Nothing runs in the background."""
+
+
+class Clocks:
+    """The clocks in MHz of what runs a model: the cores', or the GPU's alone."""
+
+    def __init__(self, on_gpu: bool, library: Any = None) -> None:
+        self._on_gpu, self._due = on_gpu, 0.0
+        self._gpu: Optional[Nvml] = None
+        if on_gpu:
+            try:
+                self._gpu = Nvml(library)
+            except OSError:
+                pass  # a Jetson's own driver tells, or nothing does
+
+    def read(self) -> Dict[str, float]:
+        """Now; empty where nothing tells."""
+        found = clocks()
+        if not self._on_gpu:
+            found.pop("gpu", None)
+            return found
+        if "gpu" in found:
+            return {"gpu": found["gpu"]}
+        try:
+            return {"gpu": float(self._gpu.clock())} if self._gpu is not None else {}
+        except OSError:
+            return {}
+
+    def look(self) -> Dict[str, float]:
+        """Now, at most once in a second, since reading takes a moment; empty in between."""
+        if time.monotonic() < self._due:
+            return {}
+        self._due = time.monotonic() + 1.0
+        return self.read()
+
+    def highest_while(self, work: Callable[[], Any]) -> Tuple[Any, Dict[str, float]]:
+        """What work returns, and the highest clocks meanwhile: of a process that starts, loads and then computes."""
+        found: Dict[str, float] = {}
+        done = threading.Event()
+
+        def follow() -> None:
+            while not done.wait(0.1):
+                for name, value in self.read().items():
+                    found[name] = max(value, found.get(name, 0.0))
+
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            return work(), found
+        finally:
+            done.set()
+            thread.join()
+
+
+def energy_source(
+    on_gpu: bool, root: str = ROOT, tegrastats: Optional[str] = None, library: Any = None
+) -> Tuple[Optional[Callable[[], Any]], str]:
+    """What starts a meter for a model that runs on the CPU, or on an NVIDIA GPU, and which sensor it reads.
+
+    A GPU's own counter; where it has none, as on a Jetson, the rail or the tool that tells the whole board, GPU
+    included. A counter of processor packages never stands for a GPU. Without any: None, and the reason.
+    """
+    sensors, reason = power_sensors(root)
+    if on_gpu:
+        try:
+            gpu = Nvml(library)
+            gpu.joules()
+            return (lambda: NvmlMeter(gpu)), "NVML, the whole " + gpu.name
+        except OSError as error:
+            reason = "NVML: %s" % error + ("; " + reason if reason.startswith("INA3221") else "")
+    if sensors and (not on_gpu or sensors[0].kind == "ina3221"):
+        return (lambda: EnergyMeter(sensors)), ", ".join(f"{sensor.kind.upper()} {sensor.name}" for sensor in sensors)
+    tool = tegrastats or shutil.which("tegrastats")
+    if tool is None:
+        return None, reason
+    command = tool
+
+    def follow() -> EnergyMeter:
+        meter = EnergyMeter([], tegrastats=Tegrastats(command))
+        time.sleep(0.5)  # its first line
+        return meter
+
+    return follow, "tegrastats"
+
+
+LEAD_SECONDS = 0.15
+"""What a sensor that averages and a clock that follows the load may need; as long a lead-in does not count."""
+
+
+def energy_spells(
+    joules: Callable[[], float],
+    now: Callable[[], int],
+    rest: Callable[[float], None],
+    work: Callable[[float], int],
+    seconds: float,
+    pairs: int,
+) -> Dict[str, Any]:
+    """Pairs of an idle and a busy spell, each after a lead-in that does not count.
+
+    The order within the pairs turns about (idle busy, busy idle, ...), so that a slow change, as of a device that
+    cools down or lowers its clocks after the model was loaded, falls on both alike.
+
+    joules: since any moment. now: nanoseconds. rest: idles for seconds. work: runs queries for seconds, one at least,
+    and returns their number. Returns idle [[joules, seconds]] and busy [[joules, seconds, queries]], a row per pair.
+    """
+    lead = min(seconds, LEAD_SECONDS)
+    found: Dict[str, Any] = {"idle": [], "busy": []}
+    for index in range(pairs):
+        for kind in ("idle", "busy") if index % 2 == 0 else ("busy", "idle"):
+            if kind == "idle":
+                rest(lead)
+                before, start = joules(), now()
+                rest(seconds)
+                found[kind].append([joules() - before, (now() - start) / 1e9])
+            else:
+                work(lead)
+                before, start = joules(), now()
+                count = work(seconds)
+                found[kind].append([joules() - before, (now() - start) / 1e9, count])
+    return found
+
+
 # -- a Jetson's own tools ----------------------------------------------------------------------------------------------
 
 
@@ -598,7 +793,8 @@ def explain_trtexec(output: str, status: int, who: str = "TensorRT") -> "Problem
         (
             "other_engine",
             "the engine was made by another TensorRT or for another GPU",
-            r"Version tag does not match|[Ss]erializationCheck|serialized engine.*version|different (?:version|model)",
+            r"Version tag does not match|[Ss]erializationCheck|serialized engine.*version|different (?:version|model)"
+            r"|engine plan file is (?:not compatible|generated on an incompatible)",
         ),
         (
             "unsupported_operator",
@@ -1347,15 +1543,40 @@ class Agent:
         if self.trtexec is None:
             return self.ask_worker(request)
         opened = self.opened[request["id"]]
-        compute = self.trtexec.times(
-            opened["model"],
-            self._first_query(opened),
-            opened["shapes"],
-            request["count"],
-            request["limit"],
-            request["first"],
+        timer, inputs = self.trtexec, self._first_query(opened)
+        compute, seen = Clocks(on_gpu=True).highest_while(
+            lambda: timer.times(
+                opened["model"], inputs, opened["shapes"], request["count"], request["limit"], request["first"]
+            )
         )
-        return {"compute_ns": compute, "end_to_end_ns": None, "spent_ns": compute}
+        return {"compute_ns": compute, "end_to_end_ns": None, "spent_ns": compute, "clocks": seen}
+
+    def do_energy(self, request: Dict[str, Any]) -> Dict[str, Any]:
+        """Idle and busy spells of a model (`energy_spells`), and which sensor told them.
+
+        Raises:
+            Problem: no sensor covers what runs the model, or the model only runs in a process per round.
+        """
+        if self.trtexec is not None:
+            why = "trtexec starts and loads anew for every round, which takes energy as well"
+            raise Problem("not_told", why + "; with TensorRT's Python module on the device it is read")
+        start, how = energy_source(self.rung[0] != "onnxruntime")
+        if start is None:
+            raise Problem("not_told", how)
+        done = [0]
+
+        def work(seconds: float) -> int:
+            asked = {"do": "busy", "id": request["id"], "gap_s": request["gap_s"], "start": done[0], "seconds": seconds}
+            count: int = self.ask_worker(asked)["queries"]
+            done[0] += count
+            return count
+
+        meter = start()
+        try:
+            found = energy_spells(meter.joules, now, time.sleep, work, request["seconds"], request["pairs"])
+            return {**found, "how": meter.how}
+        finally:
+            meter.close()
 
     def do_outputs(self, request: Dict[str, Any]) -> Dict[str, Any]:
         """The outputs of all queries of a file, raw and one after the other, in another."""
@@ -1619,6 +1840,10 @@ class OrtModel:
         return {}
 
 
+_CUDA_INTEGRATED = 18
+"""cudaDevAttrIntegrated: whether the GPU works in the CPU's memory, as on a Jetson."""
+
+
 class TrtModel:
     """An engine in TensorRT's Python module, with memory from the CUDA runtime through ctypes; NumPy is not needed."""
 
@@ -1641,6 +1866,9 @@ class TrtModel:
         for event in (self.begin, self.finish):
             self.check(self.cuda.cudaEventCreate(ctypes.byref(event)))
         self.options = {"cuda_graph": False, "host_memory": "pinned"}
+        integrated = ctypes.c_int()
+        self.check(self.cuda.cudaDeviceGetAttribute(ctypes.byref(integrated), _CUDA_INTEGRATED, 0))
+        self.shares_memory = bool(integrated.value)
         self.inputs: List[Tuple[str, Any, Any, int]] = []
         self.results: List[Tuple[str, str, Any, Any, Any, int]] = []
 
@@ -1852,7 +2080,7 @@ def work() -> int:
     lines = Lines(0)
     module: Any = None
     models: Dict[str, Any] = {}
-    rung = ""
+    rung, clocks_now = "", Clocks(on_gpu=False)
 
     def opened(request: Dict[str, Any]) -> Any:
         request["path"] = os.path.join(folder, request["model"])
@@ -1872,6 +2100,7 @@ def work() -> int:
                 module = __import__(rung)
                 if hasattr(module, "disable_telemetry_events"):
                     module.disable_telemetry_events()
+                clocks_now = Clocks(rung != "onnxruntime")
                 answer: Dict[str, Any] = {"version": str(module.__version__)}
             elif what == "build":
                 answer = build_engine(module, request, folder)
@@ -1880,6 +2109,9 @@ def work() -> int:
                 answer = {"version": str(module.__version__), "options": model.options}
             elif what == "block":
                 answer = run_block(models[request["id"]], request)
+                answer["clocks"] = clocks_now.look()
+            elif what == "busy":
+                answer = run_for(models[request["id"]], request)
             elif what == "outputs":
                 answer = store_outputs(models[request["id"]], request, folder)
             elif what == "profile":
@@ -1927,6 +2159,17 @@ def run_block(model: Any, request: Dict[str, Any]) -> Dict[str, List[int]]:
     return {"compute_ns": compute, "end_to_end_ns": whole, "spent_ns": spent, "pulse_ns": pulses}
 
 
+def run_for(model: Any, request: Dict[str, Any]) -> Dict[str, int]:
+    """Queries from `start` on until `seconds` have passed, one at least; their number."""
+    count, end = 0, now() + request["seconds"] * 1e9
+    while not count or now() < end:
+        if request["gap_s"]:
+            time.sleep(request["gap_s"])
+        model.query(request["start"] + count)
+        count += 1
+    return {"queries": count}
+
+
 def _pulse() -> int:
     """Nanoseconds of a fixed small computation: how fast the core is at this moment. See `profiles.calibration`."""
     laps = []
@@ -1961,7 +2204,11 @@ def first_queries(model: Any) -> Dict[str, Any]:
         model.query(index)
         if now() > end:
             break
-    return {"first_inference_ms": (first - start) / 1e6, "peak_mib": _resident("VmHWM")}
+    return {
+        "first_inference_ms": (first - start) / 1e6,
+        "peak_mib": _resident("VmHWM"),
+        "shares_memory": getattr(model, "shares_memory", False),
+    }
 
 
 def _resident(field: str) -> Optional[float]:

@@ -1,16 +1,14 @@
 """Energy of one query above idle: where it is read on this machine, and the interval of its mean.
 
-The readers of files and of tegrastats are the agent's, so that a remote device is read by the same code; NVIDIA's
-library (package `nvidia-ml-py`) is asked here.
+The sensors, their choice and the order of the spells are the agent's, so that a remote device is read by the same code.
 """
 
 from __future__ import annotations
 
 import math
-import shutil
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from profiles import agent
@@ -18,27 +16,9 @@ from profiles.measurement import Energy
 from profiles.runtimes import Clock
 
 SPELLS = 10
-"""Spells of a run, idle as many: the spread of their means gives the interval."""
+"""Pairs of an idle and a busy spell: the spread of what they tell gives the interval."""
 _CONFIDENCE = 0.95
 _ON_GPU = ("onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx", "tensorrt", "tensorrt-rtx")
-
-
-class PowerSource(Protocol):
-    """Where energy is read."""
-
-    @property
-    def readable(self) -> bool:
-        """Whether there is anything to read."""
-        ...
-
-    @property
-    def how(self) -> str:
-        """Which sensor, and what it covers; the reason when there is none."""
-        ...
-
-    def open(self) -> Meter:
-        """Starts to count."""
-        ...
 
 
 class Meter(Protocol):
@@ -63,121 +43,95 @@ def no_energy(reason: str) -> Energy:
     return Energy(millijoules=None, how=reason)
 
 
-def find_power(runtime: str = "onnxruntime", root: str = "/") -> PowerSource:
-    """The best source for models that run in this runtime: the GPU's own for a GPU's runtime, else the machine's.
+@dataclass(frozen=True)
+class PowerSource:
+    """Where energy is read. how: which sensor, and what it covers; the reason when there is none."""
+
+    start: Callable[[], Meter] | None
+    how: str
+
+    @property
+    def readable(self) -> bool:
+        """Whether there is anything to read."""
+        return self.start is not None
+
+    def open(self) -> Meter:
+        """Starts to count; readable."""
+        assert self.start is not None
+        return self.start()
+
+
+def find_power(*, on_gpu: bool = False, root: str | None = None) -> PowerSource:
+    """The best source for a model that runs on the CPU, or on an NVIDIA GPU; see `agent.energy_source`.
 
     Args:
-        runtime: as `get_runtime` takes it.
+        on_gpu: see `runs_on_gpu`.
         root: of the file system, for tests.
     """
-    if runtime in _ON_GPU:
-        return NvmlPower()
-    return MachinePower(root)
+    return PowerSource(*agent.energy_source(on_gpu, root or agent.ROOT))
 
 
-class MachinePower:
-    """RAPL, INA3221, hwmon, and tegrastats where their files cannot be read."""
-
-    def __init__(self, root: str = "/", tegrastats: str | None = None) -> None:
-        self._sensors, reason = agent.power_sensors(root)
-        self._tegrastats = tegrastats or shutil.which("tegrastats")
-        self.readable = bool(self._sensors) or self._tegrastats is not None
-        self.how = reason
-        if self._sensors:
-            self.how = ", ".join(f"{sensor.kind.upper()} {sensor.name}" for sensor in self._sensors)
-        elif self._tegrastats is not None:
-            self.how = "tegrastats"
-
-    def open(self) -> Meter:
-        """See `PowerSource.open`."""
-        if self._sensors:
-            return agent.EnergyMeter(self._sensors)
-        meter = agent.EnergyMeter([], tegrastats=agent.Tegrastats(self._tegrastats or "tegrastats"))
-        time.sleep(0.5)  # its first line
-        return meter
-
-
-class NvmlPower:
-    """The energy counter of the first NVIDIA GPU (Volta and later), the whole board."""
-
-    def __init__(self, nvml: Any = None) -> None:
-        self.readable, self.how = False, ""
-        self._nvml = nvml
-        try:
-            if self._nvml is None:
-                import pynvml
-
-                self._nvml = pynvml
-            self._nvml.nvmlInit()
-            self._handle = self._nvml.nvmlDeviceGetHandleByIndex(0)
-            self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
-            name = self._nvml.nvmlDeviceGetName(self._handle)
-        except ImportError:
-            self.how = 'the package nvidia-ml-py is not installed (pip install "edgestill[nvidia]")'
-        except Exception as error:  # NVMLError of any kind: no driver, no GPU, an old GPU without the counter
-            self.how = f"NVML: {error}"
-        else:
-            self.readable = True
-            self.how = f"NVML, the whole {name.decode() if isinstance(name, bytes) else name}"
-
-    def open(self) -> Meter:
-        """See `PowerSource.open`."""
-        return _NvmlMeter(lambda: float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1e3, self.how)
-
-
-class _NvmlMeter:
-    def __init__(self, read: Callable[[], float], how: str) -> None:
-        self._read, self.how = read, how
-        self._began = read()
-
-    def joules(self) -> float:
-        """See `Meter.joules`."""
-        return self._read() - self._began
-
-    def close(self) -> None:
-        """Nothing runs in the background."""
+def runs_on_gpu(runtime: str, options: Mapping[str, Any]) -> bool:
+    """Whether a session computes on an NVIDIA GPU, by its runtime and what is set in it (`Session.options`)."""
+    return runtime in _ON_GPU or str(options.get("device", "")).startswith("cuda")
 
 
 def energy_per_query(query: Callable[[int], Any], power: PowerSource, clock: Clock, seconds: float) -> Energy:
-    """Energy of one query above idle, from `SPELLS` idle spells and as many busy ones.
-
-    Mean over the busy spells of (joules - idle watts * seconds) / queries, with Student's t interval; the idle watts'
-    own uncertainty is added in quadrature.
+    """Energy of one query above idle, from `SPELLS` pairs of an idle and a busy spell in turn.
 
     Args:
         query: runs the i-th query.
         power: readable.
         clock: of the spells.
-        seconds: idle in all, and busy in all.
+        seconds: idle in all, and busy in all; without the lead-ins of the spells.
     """
-    length = seconds / SPELLS
+    done = 0
+
+    def work(length: float) -> int:
+        nonlocal done
+        count, start = 0, clock.now()
+        while not count or clock.now() - start < length * 1e9:
+            query(done + count)
+            count += 1
+        done += count
+        return count
+
     meter = power.open()
     try:
-        idle = [_spell(meter, clock, lambda: clock.sleep(length)) for _ in range(SPELLS)]
-        watts = [joules / spent for joules, spent in idle]
-        costs, queries, busy_joules, busy_seconds = [], 0, 0.0, 0.0
-        resting = statistics.mean(watts)
-        for _ in range(SPELLS):
-            (joules, spent), count = _busy(meter, clock, length, query, queries)
-            queries += count
-            busy_joules, busy_seconds = busy_joules + joules, busy_seconds + spent
-            costs.append((joules - resting * spent) / count)
+        spells = agent.energy_spells(meter.joules, clock.now, clock.sleep, work, seconds / SPELLS, SPELLS)
         how = meter.how
     finally:
         meter.close()
-    mean = statistics.mean(costs)
-    errors = (
-        statistics.stdev(costs) / math.sqrt(SPELLS),
-        statistics.stdev(watts) / math.sqrt(SPELLS) * busy_seconds / queries,
-    )
-    half = _student(SPELLS - 1) * math.hypot(*errors)
-    if busy_joules == 0.0 and resting == 0.0:
+    return energy_of(spells["idle"], spells["busy"], how)
+
+
+def energy_of(idle: Sequence[tuple[float, float]], busy: Sequence[tuple[float, float, int]], how: str) -> Energy:
+    """What pairs of an idle and a busy spell tell of one query.
+
+    Mean over the pairs of (joules - idle watts * seconds) / queries, with Student's t interval over the pairs, which
+    holds the uncertainty of idle as well.
+
+    Args:
+        idle: joules and seconds of each pair's idle spell.
+        busy: joules, seconds and queries of its busy spell.
+        how: which sensor.
+    """
+    resting = [joules / seconds for joules, seconds in idle]
+    costs = [
+        (joules - watts * seconds) / queries for watts, (joules, seconds, queries) in zip(resting, busy, strict=True)
+    ]
+    idle_watts = statistics.mean(resting)
+    busy_watts = sum(spell[0] for spell in busy) / sum(spell[1] for spell in busy)
+    if idle_watts == 0.0 and busy_watts == 0.0:
         return no_energy(f"{how} did not move")
-    if mean + half <= 0.0 or mean <= 0.0:
+    mean = statistics.mean(costs)
+    half = _student(len(costs) - 1) * statistics.stdev(costs) / math.sqrt(len(costs))
+    queries = sum(spell[2] for spell in busy)
+    if mean <= 0.0:
         return Energy(
             millijoules=None,
-            idle_watts=resting,
-            busy_watts=busy_joules / busy_seconds,
+            idle_watts=idle_watts,
+            busy_watts=busy_watts,
             queries=queries,
             how=f"{how} told no more than idle",
         )
@@ -186,34 +140,11 @@ def energy_per_query(query: Callable[[int], Any], power: PowerSource, clock: Clo
         low=(mean - half) * 1e3,
         high=(mean + half) * 1e3,
         confidence=_CONFIDENCE,
-        idle_watts=resting,
-        busy_watts=busy_joules / busy_seconds,
+        idle_watts=idle_watts,
+        busy_watts=busy_watts,
         queries=queries,
         how=f"{how}, idle subtracted",
     )
-
-
-def _spell(meter: Meter, clock: Clock, work: Callable[[], None]) -> tuple[float, float]:
-    """Joules and seconds."""
-    before, start = meter.joules(), clock.now()
-    work()
-    return meter.joules() - before, (clock.now() - start) / 1e9
-
-
-def _busy(
-    meter: Meter, clock: Clock, seconds: float, query: Callable[[int], Any], first: int
-) -> tuple[tuple[float, float], int]:
-    count = 0
-
-    def work() -> None:
-        nonlocal count
-        start = clock.now()
-        while not count or clock.now() - start < seconds * 1e9:
-            query(first + count)
-            count += 1
-
-    spent = _spell(meter, clock, work)
-    return spent, count
 
 
 def _student(degrees: int) -> float:

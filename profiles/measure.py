@@ -18,7 +18,7 @@ from profiles import agent, statistics
 from profiles.artifact import explain_os_errors, file_hash, write_text
 from profiles.conditions import ClockWatch, environment_of, pinned, warnings_of
 from profiles.device import TargetSection
-from profiles.energy import PowerSource, energy_per_query, find_power, no_energy
+from profiles.energy import PowerSource, energy_per_query, find_power, no_energy, runs_on_gpu
 from profiles.errors import EdgestillError, InputError
 from profiles.fresh_process import LOAD_SECONDS, HangError, Started, probe
 from profiles.measure_section import MeasureSection
@@ -319,7 +319,7 @@ def measure(
             hangs or crashes there is not loaded here.
         failures: given, it takes the errors of the candidates that could not be measured, and the others are measured;
             left out, the first such error is raised.
-        power: where the energy is read; default the machine's own sensors, when the clock is its own too.
+        power: where energy is read; default the sensors of what the session runs on, with the machine's own clock.
         place: the machine that `runtime` works on; default this one.
 
     Returns:
@@ -334,9 +334,7 @@ def measure(
     runtime = runtime or get_runtime("onnxruntime", runtime_options(section))
     progress = progress or Silent()
     place = place or Here()
-    if clock is None:
-        power = power or find_power(runtime.name)
-    clock = clock or WallClock()
+    sensors, clock = clock is None, clock or WallClock()
     batches = query_batches(inputs, target.batch)
     plan = plan_looks(target, section)
     failed: dict[str, EdgestillError] = {}
@@ -378,7 +376,10 @@ def measure(
             )
             use, after = place.others(), place.facts()
             for name in sampled:
-                energies[name] = _energy(name, sessions[name], batches, clock, section, power, watch)
+                source = power
+                if sensors and power is None:
+                    source = find_power(on_gpu=runs_on_gpu(runtime.name, sessions[name].options))
+                energies[name] = _energy(name, sessions[name], batches, clock, section, source, watch)
         finally:
             for name, session in sessions.items():
                 # a session that hangs cannot be closed; it goes with the process

@@ -32,6 +32,7 @@ class MeasureSection(Section):
     graph_optimization: GraphOptimization = "all"
     """How far ONNX Runtime rewrites the graph before it runs: all, extended, basic or none."""
     cuda_graph: bool = True
-    """On a GPU: launches are recorded once and replayed, where the runtime and the model allow it."""
+    """On this machine's GPU: launches are recorded once and replayed, where the runtime and the model allow it. On a
+    device behind ssh they never are; the measurement's options say so."""
     energy_seconds: float = Field(default=2.0, ge=0)
     """Where the machine tells its power: how long each candidate runs for its energy, and idle as long; 0: none."""

@@ -21,12 +21,12 @@ import numpy as np
 from profiles import agent
 from profiles.artifact import content_key, explain_os_errors, file_hash, write_text
 from profiles.device import TargetSection
-from profiles.energy import no_energy
+from profiles.energy import SPELLS, energy_of, no_energy
 from profiles.errors import EdgestillError, InputError
 from profiles.fresh_process import LOAD_SECONDS, HangError, Started
 from profiles.measure import Measured, measure, model_files, query_batches
 from profiles.measure_section import MeasureSection
-from profiles.measurement import Measurement, Memory
+from profiles.measurement import Energy, Measurement, Memory
 from profiles.progress import Progress
 from profiles.remote import DeviceError, Link
 from profiles.runtimes import Clock, RuntimeOptions, TensorSpec, Timed
@@ -239,6 +239,7 @@ class RemoteSession:
             count, seconds = max(count, min(TRTEXEC_ROUND, int(TRTEXEC_SECONDS / max(typical, 1e-6)))), 1.0
         answer = self._block(count, seconds, self.limit(count, seconds))
         self._wanted = 0
+        self.runtime.clocks_seen = answer.get("clocks") or self.runtime.clocks_seen
         compute = answer["compute_ns"]
         self._typical = float(np.median(answer["end_to_end_ns"] or compute)) / 1e9
         pulses = answer.get("pulse_ns") or [0] * len(compute)
@@ -294,6 +295,7 @@ class RemoteRuntime:
         self.tells_end_to_end = not self.coarse
         self.clock = DeviceClock()
         self.built: dict[Path, Engine] = {}
+        self.clocks_seen: dict[str, float] = {}
         self._builds, self._keep = builds or {}, keep
         self._added = dict(facts or {})
         self._files: dict[Path, str] = {}
@@ -419,8 +421,9 @@ class RemoteRuntime:
         return {**found, **self._added, "host": self.link.host.name}
 
     def clocks(self) -> Mapping[str, float]:
-        """See `profiles.measure.Place.clocks`; the facts before and after have them."""
-        return {}
+        """See `profiles.measure.Place.clocks`: what came with a round since the last call."""
+        found, self.clocks_seen = self.clocks_seen, {}
+        return found
 
     def guarded(self, work: Callable[[Beat], T], seconds: float) -> T:
         """See `profiles.measure.Place.guarded`. The device itself ends what hangs there; see `ask_of`."""
@@ -458,13 +461,43 @@ class RemoteRuntime:
             return Started(None, None, Memory(peak_mib=None, before_load_mib=None, how=f"n/a: {error.message}"))
         peak, how = found["peak_mib"], "VmHWM of a fresh process on the device with Python and the runtime"
         if self.stack != "onnxruntime":
-            # of a discrete GPU's memory nothing is in there, and of a shared one only this shows it
+            # what the GPU takes is not in there
             peak, how = found.get("fall_mib"), "peak fall of the device's MemAvailable while a fresh process ran it"
+            if not found["shares_memory"]:
+                peak, how = None, "n/a: the GPU has memory of its own, of which MemAvailable tells nothing"
         return Started(
             found["load_ms"],
             found["first_inference_ms"],
             Memory(peak_mib=peak, before_load_mib=found["before_load_mib"], how=how),
         )
+
+    def energy(self, name: str, seen: Measurement, section: MeasureSection) -> Energy:
+        """The energy of a candidate that runs alone, by the device's sensors; see `profiles.energy.energy_per_query`.
+
+        A failure here leaves its latency as it is: no figure then, and the reason.
+
+        Args:
+            name: of the candidate.
+            seen: what was measured of it: how long a query takes.
+            section: seconds, and the pause between queries.
+        """
+        if not section.energy_seconds:
+            return no_energy("not asked for")
+        gap_s = section.idle_gap_ms / 1e3
+        longest = gap_s + seen.asked.maximum / 1e3
+        try:
+            told = self.link.ask(
+                "energy",
+                id=self._files[self.candidates[name]],
+                seconds=section.energy_seconds / SPELLS,
+                pairs=SPELLS,
+                gap_s=gap_s,
+                # lead-ins are at most as long as what they lead to, and a spell may end one query late
+                patience=section.timeout_seconds + 4 * (section.energy_seconds + SPELLS * longest),
+            )
+        except EdgestillError as error:
+            return no_energy(error.message)
+        return energy_of(told["idle"], told["busy"], told["how"])
 
     # -- calibration
 
@@ -630,10 +663,11 @@ def measure_on(
         failures=failures,
         place=runtime,
     )
-    energy = no_energy("energy is read on the machine that edgestill runs on only")
+    energies = {name: runtime.energy(name, each.measurement, section) for name, each in found.items()}
     return {
         name: Measured(
-            _judged(each.measurement.model_copy(update={"energy": energy}), asked.latency_ms, reasons), each.samples
+            _judged(each.measurement.model_copy(update={"energy": energies[name]}), asked.latency_ms, reasons),
+            each.samples,
         )
         for name, each in found.items()
     }

@@ -168,7 +168,7 @@ def bench(
         sweep_threads=sweep_threads,
         affinity=_cores(affinity),
         graph_optimization=graph_optimization or "all",
-        cuda_graph=True if cuda_graph is None else cuda_graph,
+        cuda_graph=cuda_graph,
         idle_gap_ms=idle_gap_ms or 0.0,
         timeout_seconds=timeout_seconds or 60.0,
         allow_code=allow_code,

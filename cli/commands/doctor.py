@@ -219,9 +219,9 @@ def _sensors() -> Iterator[Check]:
     )
     from profiles.energy import find_power
 
-    for title, runtime in (("energy sensor", "onnxruntime"), ("energy sensor of the GPU", "onnxruntime-cuda")):
-        if runtime == "onnxruntime" or _has_nvidia_gpu():
-            power = find_power(runtime)
+    for title, on_gpu in (("energy sensor", False), ("energy sensor of the GPU", True)):
+        if not on_gpu or _has_nvidia_gpu():
+            power = find_power(on_gpu=on_gpu)
             yield Check(title, "yes" if power.readable else "no", power.how)
     load = found.get("load")
     if load:

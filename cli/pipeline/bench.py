@@ -26,6 +26,8 @@ from profiles.runtimes.onnxruntime import random_for, random_inputs
 from profiles.section import Section
 from profiles.sweep import sweep, sweep_threads
 
+NO_GRAPH = "on a device the agent launches each query anew and records no CUDA graph"
+
 
 @dataclass(frozen=True)
 class BenchOptions:
@@ -68,12 +70,12 @@ class BenchOptions:
         sweep_threads: bool = False,
         affinity: tuple[int, ...] = (),
         graph_optimization: str = "all",
-        cuda_graph: bool = True,
+        cuda_graph: bool | None = None,
         idle_gap_ms: float = 0.0,
         timeout_seconds: float = 60.0,
         allow_code: bool = False,
     ) -> BenchOptions:
-        """The options of a command line.
+        """The options of a command line. cuda_graph: None: on here; the agent records none on a device.
 
         Raises:
             InputError: a value that does not exist, or a device that is not this machine.
@@ -89,9 +91,15 @@ class BenchOptions:
             ("--affinity", affinity),
             ("--graph-optimization", graph_optimization != "all"),
             ("--allow-code", allow_code),
+            ("--cuda-graph", cuda_graph),
         ):
             if host is not None and asked:
-                raise InputError("this is for this machine only", where=option, fix=f"leave {option} or --on out")
+                raise InputError(
+                    "this is for this machine only",
+                    where=option,
+                    evidence=NO_GRAPH if option == "--cuda-graph" else None,
+                    fix=f"leave {option} or --on out",
+                )
         if host is None and device != THIS_MACHINE:
             title = load_device(device).title
             raise InputError(
@@ -123,7 +131,7 @@ class BenchOptions:
             max_seconds=seconds,
             affinity=affinity,
             graph_optimization=cast(GraphOptimization, graph_optimization),
-            cuda_graph=cuda_graph,
+            cuda_graph=host is None if cuda_graph is None else cuda_graph,
             idle_gap_ms=idle_gap_ms,
             timeout_seconds=timeout_seconds,
         )

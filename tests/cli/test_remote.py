@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +22,11 @@ from cli.report.schema import load_report
 from distill.data.make_fashion_mnist_small import PACKAGED
 from profiles.errors import InputError
 from profiles.progress import Silent
-from profiles.remote import SSH, Host
+from profiles.remote import SSH, Host, Link
 from profiles.remote_device import remember, remembered, remembered_for
 from tests.cli.cli_runner import edgestill
 from tests.recorded import jetson
-from tests.sshd import Server, assert_nothing_left, serve
+from tests.sshd import Server, assert_nothing_left, serve_apart
 
 RECIPE = """
 name = "small"
@@ -73,12 +77,13 @@ latency_scope = "compute"
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("sshd")
-    with serve(root) as found, pytest.MonkeyPatch.context() as patch:
+    with serve_apart(root, "near", "jet") as servers, pytest.MonkeyPatch.context() as patch:
+        found = servers["near"]
         patch.setenv(SSH, found.command)
         patch.setenv("EDGESTILL_CONFIG", str(root / "config"))
         found.device("near")
         jetson.install(root / "tools", python=sys.executable)
-        found.device("jet", f'export PATH="{root}/tools:/usr/bin:/bin"')
+        servers["jet"].device("jet", f'export PATH="{root}/tools:/usr/bin:/bin"')
         found.device("stranger", authorised=False)
         remember(Host("near", python=sys.executable), None)
         yield found
@@ -99,7 +104,9 @@ def test_a_run_measures_its_targets_on_their_hosts_and_goes_on_where_it_stopped(
     server: Server, recipe: Path, tmp_path: Path
 ) -> None:
     command = ("-q", "run", str(recipe), "--out", str(tmp_path / "run"), "--on", "near=near", "--on", "orin=jet")
-    first = edgestill(*command)
+    with _agents(server.root / "near", server.root / "jet") as at_once:
+        first = edgestill(*command)
+    assert at_once == [2], "both hosts were measured at once"
     assert first.status == 4, first.err
     rows = {row.name: row for row in load_report(tmp_path / "run" / "report.json").targets}
     near, orin = rows["near"], rows["orin"]
@@ -150,6 +157,43 @@ def test_a_run_measures_its_targets_on_their_hosts_and_goes_on_where_it_stopped(
         assert_nothing_left(server.root / name)
 
 
+@contextmanager
+def _agents(*folders: Path) -> Iterator[list[int]]:
+    """On how many of the devices an agent worked at the same moment, at most."""
+    most, ended = [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.02):
+            most[0] = max(most[0], sum(any(folder.iterdir()) for folder in folders))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield most
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_each_host_has_a_network_of_its_own_where_this_machine_can_make_them(server: Server) -> None:
+    if server.address == "127.0.0.1":
+        assert os.getuid() != 0 or shutil.which("ip") is None or not _may_make_networks()
+        return
+    with Link(Host("near", python=sys.executable)) as near, Link(Host("jet")) as jet:
+        networks = {
+            Path(f"/proc/{pid}/ns/net").readlink() for pid in (near.facts["pid"], jet.facts["pid"], os.getpid())
+        }
+    assert len(networks) == 3
+
+
+def _may_make_networks() -> bool:
+    name = f"edgestill-{os.getpid()}-may"
+    made = subprocess.run(["ip", "netns", "add", name], check=False, capture_output=True).returncode == 0
+    if made:
+        subprocess.run(["ip", "netns", "delete", name], check=True)
+    return made
+
+
 def test_a_file_is_measured_on_a_host(server: Server, tmp_path: Path) -> None:
     import onnx
     from onnx import TensorProto, helper
@@ -162,11 +206,19 @@ def test_a_file_is_measured_on_a_host(server: Server, tmp_path: Path) -> None:
     )
     file = tmp_path / "relu.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), file)
-    found = edgestill("bench", str(file), "--on", "near", "--percentile", "50", "--max-seconds", "1", "--json")
+    found = edgestill(
+        "bench", str(file), "--on", "near", "--percentile", "50", "--max-seconds", "1", "--no-cuda-graph", "--json"
+    )
     assert found.status == 0, found.err
     assert json.loads(found.out)["measurement"]["environment"]["host"] == "near"
-    refused = edgestill("bench", str(file), "--on", "a=near")
-    assert refused.status == 2
+    for options, says in (
+        (("--on", "a=near"), "one host"),
+        (("--on", "near", "--cuda-graph"), "records no CUDA graph"),
+        (("--on", "near", "--affinity", "0"), "this machine only"),
+    ):
+        refused = edgestill("bench", str(file), *options)
+        assert refused.status == 2
+        assert says in refused.err
     assert_nothing_left(server.root / "near")
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from profiles import agent
+from tests.sensors import put
 
 SOURCE = Path(agent.__file__)
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc and /sys")
@@ -131,6 +132,23 @@ def test_own_work_is_not_taken_for_another_process() -> None:
     others = use["other_cores"] * use["seconds"]
     machine = after.busy - before.busy  # type: ignore[operator]
     assert machine - others == pytest.approx(after.own - before.own, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "told"),
+    [
+        ("sys/devices/system/cpu/cpu3/thermal_throttle/package_throttle_count", "7", 7),
+        ("sys/class/hwmon/hwmon4/oc1_event_cnt", "2", 2),
+        ("sys/devices/platform/soc/soc:firmware/get_throttled", "50005", 0x50005),
+    ],
+)
+def test_throttling_is_read_where_each_kind_of_machine_counts_it(
+    path: str, text: str, told: int, tmp_path: Path
+) -> None:
+    put(tmp_path, path, text)
+    environment = {**os.environ, "EDGESTILL_ROOT": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-I", "-S", str(SOURCE)], capture_output=True, env=environment, check=True)
+    assert json.loads(done.stdout)["throttle_events"] == told
 
 
 def test_temperatures_outside_of_what_silicon_bears_are_dropped(

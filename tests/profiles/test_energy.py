@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from profiles import agent
-from profiles.energy import MachinePower, Meter, NvmlPower, energy_per_query, find_power
+from profiles.energy import PowerSource, energy_of, energy_per_query, find_power, runs_on_gpu
+from tests.sensors import put
 
 JETPACK_6 = (
     "11-20-2026 10:15:02 RAM 2450/7620MB (lfb 6x4MB) SWAP 0/3810MB (cached 0MB) CPU [12%@1510,3%@1510,0%@1510,1%@1510,"
@@ -25,13 +26,6 @@ JETPACK_4 = (
     "POM_5V_GPU 40/41 POM_5V_CPU 325/330"
 )
 XAVIER = "RAM 1903/15692MB (lfb 2948x4MB) CPU [1%@1190] GPU 310/310 CPU 465/465 SOC 930/930 CV 0/0 VDDRQ 155/155"
-
-
-def put(root: Path, path: str, text: object) -> Path:
-    file = root / path
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(f"{text}\n")
-    return file
 
 
 def rapl(root: Path, microjoules: int = 1_000_000, wraps: int = 262_143_328_850) -> Path:
@@ -48,7 +42,7 @@ def test_packages_and_memory_are_counted_once(tmp_path: Path) -> None:
     sensors, reason = agent.power_sensors(str(tmp_path))
     assert [sensor.name for sensor in sensors] == ["package-0", "dram"]
     assert reason == ""
-    assert MachinePower(str(tmp_path)).how == "RAPL package-0, RAPL dram"
+    assert find_power(root=str(tmp_path)).how == "RAPL package-0, RAPL dram"
 
 
 @settings(max_examples=15, deadline=None)
@@ -72,7 +66,7 @@ def test_a_counter_that_only_root_may_read_is_said(tmp_path: Path) -> None:
     rapl(tmp_path)
     for path in tmp_path.rglob("energy_uj"):
         path.write_text("")
-    power = MachinePower(str(tmp_path), tegrastats=None)
+    power = find_power(root=str(tmp_path))
     if power.how == "tegrastats":
         pytest.skip("this machine is a Jetson")
     assert not power.readable
@@ -153,7 +147,7 @@ def test_tegrastats_is_followed_where_its_files_cannot_be_read(tmp_path: Path) -
     tool = tmp_path / "tegrastats"
     tool.write_text(f"#!/bin/sh\nwhile :; do echo '{JETPACK_6}'; sleep 0.05; done\n")
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
-    power = MachinePower(str(tmp_path), tegrastats=str(tool))
+    power = PowerSource(*agent.energy_source(False, str(tmp_path), tegrastats=str(tool)))
     assert power.readable
     meter = power.open()
     meter.joules()
@@ -162,31 +156,30 @@ def test_tegrastats_is_followed_where_its_files_cannot_be_read(tmp_path: Path) -
 
 
 class Seconds:
-    """A clock and a meter on it: `idle` watts always, `work` joules for each query."""
+    """A clock and a meter on it: `idle` watts at each moment, `work` joules for each query on top."""
 
-    readable = True
     how = "a synthetic sensor"
 
-    def __init__(self, idle: float, work: list[float], resting: Callable[[int], float] = lambda index: 0.0) -> None:
+    def __init__(self, idle: Callable[[float], float], work: list[float]) -> None:
         self.ns, self.total = 0, 0.0
-        self.idle, self.work, self.resting, self.slept = idle, work, resting, 0
+        self.idle, self.work = idle, work
+
+    @property
+    def power(self) -> PowerSource:
+        return PowerSource(lambda: self, self.how)
 
     def now(self) -> int:
         return self.ns
 
     def sleep(self, seconds: float) -> None:
-        self.slept += 1
-        self._pass(seconds, (self.idle + self.resting(self.slept)) * seconds)
+        self._pass(seconds, 0.0)
 
     def _pass(self, seconds: float, joules: float) -> None:
+        self.total += self.idle(self.ns / 1e9 + seconds / 2) * seconds + joules
         self.ns += int(seconds * 1e9)
-        self.total += joules
 
     def query(self, index: int) -> None:
-        self._pass(0.002, self.idle * 0.002 + self.work[index % len(self.work)])
-
-    def open(self) -> Meter:
-        return self
+        self._pass(0.002, self.work[index % len(self.work)])
 
     def joules(self) -> float:
         return self.total
@@ -196,53 +189,153 @@ class Seconds:
 
 
 def test_idle_is_subtracted_and_the_interval_holds_the_truth() -> None:
-    machine = Seconds(5.0, [0.009, 0.011, 0.010, 0.0101, 0.0099], lambda index: 0.02 * (index % 3 - 1))
-    found = energy_per_query(machine.query, machine, machine, 2.0)
+    machine = Seconds(lambda now: 5.0 + 0.02 * (int(now * 100) % 3 - 1), [0.009, 0.011, 0.010, 0.0101, 0.0099])
+    found = energy_per_query(machine.query, machine.power, machine, 2.0)
     assert found.millijoules == pytest.approx(10.0, rel=0.02)
     assert found.low is not None
     assert found.high is not None
-    assert found.low < 10.0 < found.high
+    assert found.low <= 10.0 <= found.high
     assert found.idle_watts == pytest.approx(5.0, abs=0.02)
     assert found.busy_watts == pytest.approx(10.0, rel=0.02)
     assert found.queries == 1000
     assert "idle subtracted" in found.how
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.floats(-0.8, 0.8), st.floats(0.002, 0.1))
+def test_a_device_that_cools_down_after_the_model_was_loaded_costs_no_query_anything(drift: float, work: float) -> None:
+    machine = Seconds(lambda now: 20.0 + drift * now, [work])
+    found = energy_per_query(machine.query, machine.power, machine, 2.0)
+    assert found.millijoules == pytest.approx(work * 1e3, rel=0.01)
+    assert found.low is not None
+    assert found.high is not None
+    assert found.low - 1e-6 <= work * 1e3 <= found.high + 1e-6
+
+
+def test_what_a_sensor_tells_late_is_not_taken_for_idle() -> None:
+    class Late(Seconds):
+        """Tells what was used 0.1 s ago, as a sensor that averages does."""
+
+        def __init__(self) -> None:
+            super().__init__(lambda now: 5.0, [0.01])
+            self.known = [(0, 0.0)]
+
+        def _pass(self, seconds: float, joules: float) -> None:
+            super()._pass(seconds, joules)
+            self.known.append((self.ns, self.total))
+
+        def sleep(self, seconds: float) -> None:
+            for _ in range(round(seconds * 1000)):
+                self._pass(0.001, 0.0)
+
+        def joules(self) -> float:
+            return max((total for at, total in self.known if at <= self.ns - 100_000_000), default=0.0)
+
+    machine = Late()
+    assert energy_per_query(machine.query, machine.power, machine, 2.0).millijoules == pytest.approx(10.0, rel=0.02)
+
+
 @pytest.mark.parametrize(("idle", "work"), [(0.0, 0.0), (5.0, -0.001)])
 def test_a_sensor_that_tells_nothing_gives_no_figure(idle: float, work: float) -> None:
-    machine = Seconds(idle, [work])
-    found = energy_per_query(machine.query, machine, machine, 1.0)
+    machine = Seconds(lambda now: idle, [work])
+    found = energy_per_query(machine.query, machine.power, machine, 1.0)
     assert found.millijoules is None
     assert "synthetic sensor" in found.how
 
 
+def test_the_interval_widens_with_what_the_idle_spells_disagree() -> None:
+    busy = [(2.0, 0.2, 100)] * 10
+    calm = energy_of([(1.0 + 0.001 * (i % 2), 0.2) for i in range(10)], busy, "sensor")
+    restless = energy_of([(1.0 + 0.1 * (i % 2), 0.2) for i in range(10)], busy, "sensor")
+    assert calm.low is not None
+    assert restless.low is not None
+    assert restless.low < calm.low
+
+
 class Nvml:
-    """The four calls of nvidia-ml-py that are used, in their documented units."""
+    """The calls of libnvidia-ml that are used, as its header has them: a status back, results by reference."""
 
-    def __init__(self) -> None:
-        self.millijoules = 10_000
+    def __init__(self, counter: int = 0) -> None:
+        self.millijoules, self.counter = 10_000, counter
+        self.nvmlErrorString = lambda status: b"Not Supported"  # as ctypes, with attributes of its own
 
-    def nvmlInit(self) -> None: ...  # noqa: N802
+    def nvmlInit_v2(self) -> int:  # noqa: N802
+        return 0
 
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
+    def nvmlDeviceGetHandleByIndex_v2(self, index: int, handle: Any) -> int:  # noqa: N802
+        handle._obj.value = 0x7F00_0000_0001
         return index
 
-    def nvmlDeviceGetName(self, handle: Any) -> bytes:  # noqa: N802
-        return b"NVIDIA RTX A2000"
+    def nvmlDeviceGetName(self, handle: Any, name: Any, size: int) -> int:  # noqa: N802
+        assert handle.value == 0x7F00_0000_0001, "a handle is as wide as a pointer"
+        name.value = b"NVIDIA RTX A2000"
+        return 0
 
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle: Any) -> int:  # noqa: N802
+    def nvmlDeviceGetClockInfo(self, handle: Any, kind: int, value: Any) -> int:  # noqa: N802
+        value._obj.value = {0: 300, 1: 1410}[kind]
+        return self.counter
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: Any, value: Any) -> int:  # noqa: N802
         self.millijoules += 2_500
-        return self.millijoules
+        value._obj.value = self.millijoules
+        return self.counter
 
 
-def test_the_counter_of_a_gpu_is_in_millijoules() -> None:
-    power = NvmlPower(Nvml())
+def test_the_counter_of_a_gpu_is_in_millijoules(tmp_path: Path) -> None:
+    rapl(tmp_path)
+    power = PowerSource(*agent.energy_source(True, str(tmp_path), library=Nvml()))
     assert power.how == "NVML, the whole NVIDIA RTX A2000"
     assert power.open().joules() == pytest.approx(2.5)
 
 
-def test_a_machine_without_a_gpu_says_why_there_is_no_energy_of_one() -> None:
-    power = find_power("onnxruntime-cuda")
+def test_the_clock_of_what_runs_on_a_gpu_is_the_gpus() -> None:
+    assert agent.Clocks(on_gpu=True, library=Nvml()).read() == {"gpu": 1410.0}
+    assert agent.Clocks(on_gpu=True, library=Nvml(counter=3)).read() == {}
+    assert "gpu" not in agent.Clocks(on_gpu=False).read()
+
+
+def test_packages_never_stand_for_a_gpu_and_a_jetsons_rail_does(tmp_path: Path) -> None:
+    rapl(tmp_path)
+    no_counter = PowerSource(*agent.energy_source(True, str(tmp_path), library=Nvml(counter=3)))
+    if no_counter.how == "tegrastats":
+        pytest.skip("this machine is a Jetson")
+    assert not no_counter.readable
+    assert no_counter.how == "NVML: Not Supported"
+    tool = PowerSource(*agent.energy_source(True, str(tmp_path), tegrastats="tegrastats", library=Nvml(counter=3)))
+    assert (tool.readable, tool.how) == (True, "tegrastats")
+    ina3221(tmp_path)
+    jetson = PowerSource(*agent.energy_source(True, str(tmp_path), library=Nvml(counter=3)))
+    assert (jetson.readable, jetson.how) == (True, "INA3221 VDD_IN")
+    for path in tmp_path.rglob("in1_input"):
+        path.write_text("")
+    locked = PowerSource(*agent.energy_source(True, str(tmp_path), library=Nvml(counter=3)))
+    assert "NVML: Not Supported; INA3221 is there and cannot be read" in locked.how
+
+
+def test_a_graphics_card_never_stands_for_the_cpu(tmp_path: Path) -> None:
+    put(tmp_path, "sys/class/hwmon/hwmon0/name", "amdgpu")
+    put(tmp_path, "sys/class/hwmon/hwmon0/power1_average", 42_000_000)
+    assert agent.power_sensors(str(tmp_path))[0] == []
+
+
+@pytest.mark.parametrize(
+    ("runtime", "options", "gpu"),
+    [
+        ("torch", {"device": "cuda"}, True),
+        ("torch-compiled", {"device": "cpu"}, False),
+        ("tensorrt", {}, True),
+        ("onnxruntime-cuda", {}, True),
+        ("onnxruntime", {}, False),
+        ("openvino", {"device": "CPU"}, False),
+    ],
+)
+def test_energy_is_read_where_the_session_computes(runtime: str, options: dict[str, str], gpu: bool) -> None:
+    assert runs_on_gpu(runtime, options) == gpu
+
+
+def test_a_machine_without_a_gpu_says_why_there_is_no_energy_of_one(tmp_path: Path) -> None:
+    rapl(tmp_path)
+    power = find_power(on_gpu=True, root=str(tmp_path))
     if power.readable:
         pytest.skip("there is an NVIDIA GPU here")
-    assert "NVML" in power.how or "nvidia-ml-py" in power.how
+    assert "NVML" in power.how

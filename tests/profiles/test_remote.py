@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zipfile
@@ -19,8 +23,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cli.pipeline.limits import judge
 from cli.pipeline.prepare import prepare_host
-from profiles import agent
+from profiles import agent, conditions
 from profiles.device import TargetSection, load_device, resolve_target
 from profiles.errors import EdgestillError, InputError
 from profiles.fresh_process import HangError
@@ -33,9 +38,11 @@ from profiles.remote_runtime import Build, RemoteRuntime, Rung, Stack, choose_ru
 from profiles.runtimes.onnxruntime import run_model
 from tests.profiles.test_bad_models import endless
 from tests.recorded import jetson
-from tests.sshd import Server, assert_nothing_left, keygen, processes_of, serve
+from tests.sensors import counting, put, slowing_down
+from tests.sshd import Server, assert_nothing_left, keygen, processes_of, serve, small_disk
 
 PYTHON = sys.executable
+NOBODY = 65534
 QUICK = MeasureSection(max_samples=200, warmup_seconds=1.0, max_seconds=5.0)
 ASCII = st.text(st.characters(codec="ascii"), max_size=80)
 TARGET = TargetSection(name="t", percentile=90, latency_ms=500.0)
@@ -44,13 +51,17 @@ TARGET = TargetSection(name="t", percentile=90, latency_ms=500.0)
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("sshd")
-    with serve(root) as found, pytest.MonkeyPatch.context() as patch:
+    disks = contextlib.ExitStack()
+    with serve(root) as found, pytest.MonkeyPatch.context() as patch, disks:
         patch.setenv(SSH, found.command)
         patch.setenv("EDGESTILL_CONFIG", str(root / "config"))
-        found.device("plain")
-        jetson.install(root / "tools", python=PYTHON)
+        found.device("plain", f'export EDGESTILL_ROOT="{root}/blind"')
+        found.device("rapl", f'export EDGESTILL_ROOT="{root}/sensors"')
+        found.device("hot", f'export EDGESTILL_ROOT="{root}/melting"')
+        jetson.install(root / "tools", python=PYTHON, sudo=True)
         # without the runtimes of this environment's Python, TensorRT's tools are all that the device has
-        found.device("orin", f'export PATH="{root}/tools:/usr/bin:/bin"')
+        put(root / "jetson", "sys/class/devfreq/17000000.gpu/cur_freq", 624_750_000)
+        found.device("orin", f'export PATH="{root}/tools:/usr/bin:/bin" EDGESTILL_ROOT="{root}/jetson"')
         jetson.install(root / "own", python=PYTHON, sudo=True)
         found.device("owned", f'export PATH="{root}/own:/usr/bin:/bin"')
         found.device("counted", f'echo >> {root}/connections; if [ -e "{root}/away" ]; then exit 1; fi')
@@ -60,11 +71,55 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         (root / "wrong").write_text("device " + " ".join((root / "other.pub").read_text().split()[:2]) + "\n")
         found.device("changed", options=f"  UserKnownHostsFile {root}/wrong")
         found.device("new", options="  UserKnownHostsFile none")
-        found.device("full", "ulimit -f 600")
-        found.device("brimful", "ulimit -f 8")
+        for name, kib in (("full", 600), ("brimful", 16)):
+            mounted = disks.enter_context(small_disk(root / name, kib))
+            found.device(name, "" if mounted else f"ulimit -f {kib if kib > 100 else 8}")
         found.device("bare", f'export HOME="{root}/bare"')
         found.device("chatty", "echo Welcome; echo '{not json}'")
         yield found
+
+
+@pytest.fixture(scope="module")
+def gpus(server: Server) -> None:
+    """Devices "cuda" and "integrated" with stand-ins for TensorRT's Python module and CUDA's library."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("needs a CUDA GPU, or a C compiler for a library that stands in")
+    folder, recorded = server.root / "gpu", Path(jetson.__file__).parent
+    folder.mkdir()
+    shutil.copy(recorded / "tensorrt_module.py", folder / "tensorrt.py")
+    library = [compiler, "-shared", "-fPIC", "-o", str(folder / "libcudart.so"), str(recorded / "cudart.c")]
+    subprocess.run(library, check=True)
+    for version in ("10.2", "11.0", "12", "13"):  # the real one, where there is one, has such a name
+        (folder / f"libcudart.so.{version}").symlink_to("libcudart.so")
+    put(server.root / "board", "sys/class/hwmon/hwmon1/name", "ina3221")
+    for name, value in (("in1_label", "VDD_IN"), ("in1_input", 5000), ("curr1_input", 1200)):
+        put(server.root / "board", f"sys/class/hwmon/hwmon1/{name}", value)
+    for alias, integrated, root in (("cuda", 0, "blind"), ("integrated", 1, "board")):
+        server.device(
+            alias,
+            f'export PYTHONPATH="{folder}" LD_LIBRARY_PATH="{folder}" CUDART_INTEGRATED={integrated} '
+            f'EDGESTILL_ROOT="{server.root}/{root}"',
+        )
+
+
+@pytest.fixture
+def stranger_to_root(server: Server) -> Iterator[Path]:
+    """A device "user" where this user is not root; a folder with its tools and its temporary files."""
+    with tempfile.TemporaryDirectory(prefix="edgestill-test-") as name:
+        place = Path(name)
+        jetson.install(place / "tools", python=PYTHON)
+        (place / "tmp").mkdir()
+        before = f'export PATH="{place}/tools:/usr/bin:/bin" TMPDIR="{place}/tmp" HOME="{place}/tmp"'
+        if os.getuid() == 0:
+            # what pytest makes is for its own user alone, so that another could not even enter it
+            place.chmod(0o755)
+            os.chown(place / "tmp", NOBODY, NOBODY)
+            before += (
+                f'; cd /; exec setpriv --reuid={NOBODY} --regid={NOBODY} --clear-groups sh -c "$SSH_ORIGINAL_COMMAND"'
+            )
+        server.device("user", before)
+        yield place
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +151,10 @@ def images(count: int = 20) -> dict[str, np.ndarray]:
 
 def pids(link: Link) -> tuple[int, int]:
     return link.facts["pid"], link.facts["janitor"]
+
+
+def worker_of(link: Link) -> int:
+    return int(Path(str(link.folder), "children").read_text().split()[-2])
 
 
 def failure(name: str, **more: str) -> EdgestillError:
@@ -134,7 +193,56 @@ def test_a_model_is_measured_there_as_it_is_here_and_nothing_is_left(
         outputs = runtime.outputs(model, inputs, 4, tmp_path)["logits"]
         left = pids(link)
     np.testing.assert_allclose(outputs, run_model(model, inputs)["logits"], rtol=1e-5)
+    assert one.energy is not None
+    assert one.energy.millijoules is None
+    assert "tells no energy" in one.energy.how
     assert_nothing_left(server.root / "plain", *left)
+
+
+def test_energy_is_read_by_the_devices_sensors_and_decides(server: Server, model: Path) -> None:
+    section = QUICK.model_copy(update={"energy_seconds": 0.5})
+    with Link(Host("rapl", python=PYTHON)) as link:
+        runtime = RemoteRuntime(link, "onnxruntime", {"a": model}, images(), 1)
+        with counting(server.root / "sensors", worker_of(link), idle=5.0, busy=20.0):
+            found = measure_on(runtime, images(), TARGET, section, input_source="real samples", fresh_process=False)
+    one = found["a"].measurement
+    energy = one.energy
+    assert energy is not None
+    assert one.end_to_end is not None
+    assert energy.how == "RAPL package-0, idle subtracted"
+    assert energy.queries > 50
+    assert energy.idle_watts == pytest.approx(5.0, rel=0.5)
+    assert energy.millijoules is not None
+    # 20 W while the model computes; how long that is, the latency tells up to what Python adds
+    assert 0.3 < energy.millijoules / (20.0 * one.end_to_end.minimum) < 10.0
+    for limit, verdict in ((100 * energy.millijoules, "pass"), (energy.millijoules / 100, "fail")):
+        target = TARGET.model_copy(update={"energy_mj": limit, "latency_ms": None})
+        (judged,) = judge(target, measurement=one, size_mib=1.0, metric=None, drop=None, on_device=True)
+        assert judged.verdict == verdict, judged
+    assert_nothing_left(server.root / "rapl")
+
+
+def test_clocks_that_fall_and_throttling_are_seen_and_leave_the_limit_undecided(
+    server: Server, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conditions, "_CLOCK_SECONDS", 0.1)
+    section = QUICK.model_copy(update={"idle_gap_ms": 15.0, "energy_seconds": 0.0, "max_samples": 100})
+    with slowing_down(server.root / "melting"), Link(Host("hot", python=PYTHON)) as link:
+        runtime = RemoteRuntime(link, "onnxruntime", {"a": model}, images(), 1)
+        found = measure_on(runtime, images(), TARGET, section, input_source="real samples", fresh_process=False)
+    one = found["a"].measurement
+    seen = one.environment["clock_mhz"]
+    assert 1.1 * seen["lowest"] < seen["highest"] < 2000
+    assert any("clock changed while sampling" in warning for warning in one.warnings)
+    assert one.verdict == "inconclusive"
+    assert one.compute.maximum < 500.0, "the latency alone would pass"
+    assert any(
+        re.search(r"throttled while it was measured \(\d+ events before, \d+ after\)", why) for why in one.mismatches
+    )
+    (judged,) = judge(TARGET, measurement=one, size_mib=1.0, metric=None, drop=None, on_device=True)
+    assert judged.verdict == "inconclusive"
+    assert "throttled" in judged.reason
+    assert_nothing_left(server.root / "hot")
 
 
 def test_what_a_login_script_prints_does_not_disturb(server: Server) -> None:
@@ -179,6 +287,10 @@ def test_trtexec_tells_compute_times_only_and_its_engine_comes_back(
     assert len(samples.end_to_end_ns) == 0
     assert found.load_ms is None
     assert "trtexec" in found.memory.how
+    assert found.energy is not None
+    assert found.energy.millijoules is None
+    assert "trtexec starts and loads anew" in found.energy.how
+    assert found.environment["clock_mhz"] == {"lowest": 624.8, "highest": 624.8}, "the GPU's, while trtexec ran"
     assert len(outputs) == 8, "four queries of two"
     np.testing.assert_allclose(outputs, run_model(model, inputs)["logits"][:8], rtol=1e-3)
     assert runtime.built[model].file.read_bytes() == model.read_bytes()
@@ -194,6 +306,56 @@ def test_an_engine_that_was_built_there_is_not_built_again(server: Server, model
         times = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
         assert len(times) == 3
     assert times == {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("alias", ["cuda", "integrated"])
+def test_by_tensorrts_python_module_memory_and_energy_are_those_of_what_the_gpu_works_in(
+    server: Server, gpus: None, model: Path, tmp_path: Path, alias: str
+) -> None:
+    inputs = images(8)
+    section = QUICK.model_copy(update={"energy_seconds": 0.1, "max_samples": 64, "warmup_seconds": 0.2})
+    with Link(Host(alias, python=PYTHON)) as link:
+        runtime = RemoteRuntime(link, "tensorrt", {"a": model}, inputs, 2)
+        assert runtime.rung == Rung("tensorrt", "10.3.0")
+        found = measure_on(runtime, inputs, TARGET, section, input_source="real samples")["a"].measurement
+        outputs = runtime.outputs(model, inputs, 2, tmp_path)["logits"]
+    np.testing.assert_allclose(outputs, run_model(model, inputs)["logits"], rtol=1e-5)
+    assert found.end_to_end is not None
+    assert found.end_to_end.minimum > found.compute.minimum
+    assert found.energy is not None
+    assert found.load_ms is not None
+    if alias == "integrated":
+        assert "MemAvailable" in found.memory.how
+        assert found.memory.peak_mib is not None
+        assert found.energy.how.startswith("INA3221 VDD_IN")
+        assert found.energy.idle_watts == pytest.approx(6.0, rel=0.2)
+    else:
+        assert found.memory.peak_mib is None
+        assert found.memory.how.startswith("n/a: the GPU has memory of its own")
+        assert found.energy.millijoules is None or found.energy.how.startswith("NVML")
+        assert "NVML" in found.energy.how, "never the processor's"
+        target = TARGET.model_copy(update={"memory_mib": 1e6, "latency_ms": None})
+        (judged,) = judge(target, measurement=found, size_mib=1.0, metric=None, drop=None, on_device=True)
+        assert judged.verdict == "not measured"
+    assert_nothing_left(server.root / alias)
+
+
+def test_an_engine_of_another_tensorrt_is_told_by_the_python_module(
+    server: Server, gpus: None, model: Path, tmp_path: Path
+) -> None:
+    for _ in range(2):
+        with Link(Host("cuda", python=PYTHON)) as link:
+            runtime = RemoteRuntime(link, "tensorrt", {"a": model}, images(), 2, keep=tmp_path)
+            if not [*tmp_path.iterdir()]:
+                runtime.load(model, threads=1)
+                (engine,) = tmp_path.glob("*.engine")
+                engine.write_bytes(engine.read_bytes().replace(b"10.3.0", b"10.0.1.6", 1))
+                continue
+            with pytest.raises(EdgestillError, match="made by another TensorRT") as caught:
+                runtime.load(model, threads=1)
+    assert "expecting library version 10.3.0.26 got 10.0.1.6" in (caught.value.evidence or "")
+    assert "built anew" in (caught.value.fix or "")
+    assert_nothing_left(server.root / "cuda")
 
 
 @pytest.mark.parametrize(
@@ -217,13 +379,8 @@ def test_trtexec_fails_and_its_reason_is_told(
     assert_nothing_left(server.root / "orin")
 
 
-def test_clocks_are_locked_only_with_the_right_to_and_restored(server: Server) -> None:
+def test_clocks_are_locked_when_asked_for_and_restored(server: Server) -> None:
     log = server.root / "tools" / "clocks.log"
-    if os.getuid() != 0:
-        with Link(Host("orin")) as link, pytest.raises(EdgestillError, match="clocks") as caught:
-            link.ask("lock_clocks")
-        assert "sudo" in (caught.value.fix or "")
-        return
     with Link(Host("orin")) as link:
         assert not log.exists(), "nothing is changed without being asked"
         link.ask("lock_clocks")
@@ -233,6 +390,22 @@ def test_clocks_are_locked_only_with_the_right_to_and_restored(server: Server) -
     assert store.startswith("--store")
     assert lock == ""
     assert restore == store.replace("--store", "--restore")
+
+
+def test_a_user_without_the_right_to_lock_clocks_is_told_how_to(server: Server, stranger_to_root: Path) -> None:
+    with Link(Host("user")) as link:
+        assert Path(f"/proc/{link.facts['pid']}").stat().st_uid != 0
+        with pytest.raises(EdgestillError, match="the clocks cannot be locked") as caught:
+            link.ask("lock_clocks")
+        assert link.ask("facts")["facts"]["cores"], "the agent goes on"
+        left = pids(link)
+    assert "a password is required" in (caught.value.evidence or "")
+    assert (
+        caught.value.fix
+        == f"ssh -t {Host('user').shown} sudo jetson_clocks    then the same command without --lock-clocks"
+    )
+    assert not (stranger_to_root / "tools" / "clocks.log").exists()
+    assert_nothing_left(stranger_to_root / "tmp", *left)
 
 
 def test_what_a_device_lacks_is_told_with_the_command_that_installs_it(server: Server) -> None:
@@ -329,8 +502,10 @@ def test_why_there_is_no_connection_is_told(server: Server, name: str, message: 
 
 def test_a_full_disk_is_told_while_files_are_sent_and_at_the_start(server: Server) -> None:
     with Link(Host("full", python=PYTHON)) as link:
-        with pytest.raises(EdgestillError, match="disk is full"):
+        with pytest.raises(EdgestillError, match="disk is full") as caught:
             link.put("large", bytes(2_000_000))
+        assert not (server.root / "full").is_mount() or "No space left on device" in (caught.value.evidence or "")
+        assert "df -h" in (caught.value.fix or "")
         assert link.ask("facts")["facts"]["cores"], "the agent goes on"
     assert "disk is full" in failure("brimful", python=PYTHON).message
     assert_nothing_left(server.root / "full")
@@ -343,7 +518,7 @@ def test_killed_in_the_middle_it_is_told_and_nothing_is_left(server: Server, mod
     left = pids(link)
     runtime = RemoteRuntime(link, "onnxruntime", {"a": model}, images(), 1)
     runtime.load(model, threads=1)
-    worker = int(Path(str(link.folder), "children").read_text().split()[-2])
+    worker = worker_of(link)
     number = {"agent": left[0], "link": link._process.pid, "worker": worker}[victim]
     threading.Timer(0.3, os.kill, (number, signal.SIGKILL)).start()
     with pytest.raises(EdgestillError) as caught:
