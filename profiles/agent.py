@@ -41,7 +41,7 @@ def read() -> Dict[str, Any]:
     cpu_model; cores (logical); affinity (list of cores that this process may use); load (1, 5, 15 minutes);
     governor (list of those in use); clocks_mhz {core: MHz}; max_clock_mhz; temperatures_c {sensor: degrees Celsius};
     throttle_events (thermal throttle events of all cores since boot); memory_mib and memory_available_mib;
-    power_mode (NVIDIA Jetson, by name); machine, system, python.
+    power_mode (NVIDIA Jetson, by name); machine, system, python; of an NVIDIA GPU what `Gpu.facts` tells.
     """
     found: Dict[str, Any] = {
         "machine": platform.machine(),
@@ -59,6 +59,9 @@ def read() -> Dict[str, Any]:
         "power_mode": power_mode(),
     }
     found.update(memory())
+    card = gpu()
+    if card is not None:
+        found.update(card.facts())
     return {key: value for key, value in found.items() if value not in (None, [], {}, "")}
 
 
@@ -97,7 +100,7 @@ def governors() -> List[str]:
 
 
 def clocks() -> Dict[str, float]:
-    """Current clock of each core in MHz."""
+    """Current clock of each core in MHz; "gpu": that of an NVIDIA GPU."""
     found = {}
     for path in sorted(glob.glob(CPU + "/cpu[0-9]*/cpufreq/scaling_cur_freq")):
         khz = _number(path)
@@ -113,6 +116,10 @@ def clocks() -> Dict[str, float]:
         name = path.split("/")[4]
         if hertz and re.search(r"gpu|gv11b|ga10b|gp10b|gm20b", name):
             found["gpu"] = round(hertz / 1e6, 1)
+    card = gpu()
+    clock = card.clock_mhz() if card is not None else None
+    if clock:
+        found["gpu"] = float(clock)
     return found
 
 
@@ -226,6 +233,181 @@ def _process_seconds() -> Dict[int, Tuple[str, float]]:
             name = text[text.index("(") + 1 : text.rindex(")")]
             fields = text[text.rindex(")") + 2 :].split()
             found[int(path.split("/")[2])] = (name, (int(fields[11]) + int(fields[12])) / hertz)
+    return found
+
+
+# -- an NVIDIA GPU -----------------------------------------------------------------------------------------------------
+
+
+THROTTLES = (
+    (0x4, "power cap"),
+    (0x8, "hardware slowdown"),
+    (0x20, "software thermal slowdown"),
+    (0x40, "hardware thermal slowdown"),
+    (0x80, "power brake"),
+)
+"""Bits of nvml.h's nvmlClocksEventReasons that make a busy GPU slower than its clocks allow."""
+_INSUFFICIENT_SIZE = 7
+
+
+class _ProcessInfo(ctypes.Structure):
+    """nvmlProcessInfo_t, versions 2 and 3."""
+
+    _fields_ = [
+        ("pid", ctypes.c_uint),
+        ("memory", ctypes.c_ulonglong),
+        ("gpu_instance", ctypes.c_uint),
+        ("compute_instance", ctypes.c_uint),
+    ]
+
+
+class _Violation(ctypes.Structure):
+    """nvmlViolationTime_t: microseconds of the clock, nanoseconds below the wanted clocks."""
+
+    _fields_ = [("reference_us", ctypes.c_ulonglong), ("violated_ns", ctypes.c_ulonglong)]
+
+
+class Gpu:
+    """The NVIDIA GPU that CUDA takes first, through the driver's management library (NVML); what it keeps back is None.
+
+    library: as `ctypes.CDLL` opens it. visible: CUDA_VISIBLE_DEVICES. CUDA may number different GPUs of one machine
+    otherwise than NVML, which goes by the bus (CUDA_DEVICE_ORDER=PCI_BUS_ID makes CUDA do so, too).
+    """
+
+    def __init__(self, library: Any, visible: str = "") -> None:
+        self._library = library
+        self._device = ctypes.c_void_p()
+        if library.nvmlInit_v2() != 0:
+            raise OSError("NVML does not start: the driver is not loaded, or is another than the library's")
+        first = visible.partition(",")[0].strip()
+        if first.startswith("GPU-"):
+            status = library.nvmlDeviceGetHandleByUUID(first.encode(), ctypes.byref(self._device))
+        else:
+            number = int(first) if first.isdigit() else 0
+            status = library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(number), ctypes.byref(self._device))
+        if status != 0:
+            raise OSError("NVML finds no GPU")
+
+    def facts(self) -> Dict[str, Any]:
+        """gpu (its name), driver, gpu_power_limit_watts; gpu_state and gpu_processes, which change.
+
+        gpu_state: clock_mhz (of the multiprocessors), memory_clock_mhz, temperature_c, power_watts, throttle (why it is
+        slowed now), throttled_seconds {"power", "thermal"} (since the driver was loaded).
+        """
+        limit, power = self._unsigned("nvmlDeviceGetEnforcedPowerLimit"), self._unsigned("nvmlDeviceGetPowerUsage")
+        state = {
+            "clock_mhz": self.clock_mhz(),
+            "memory_clock_mhz": self._unsigned("nvmlDeviceGetClockInfo", ctypes.c_int(2)),
+            "temperature_c": self._unsigned("nvmlDeviceGetTemperature", ctypes.c_int(0)),
+            "power_watts": None if power is None else round(power / 1000, 1),
+            "throttle": self.throttle(),
+            "throttled_seconds": self._violations(),
+        }
+        found = {
+            "gpu": self._text("nvmlDeviceGetName", self._device),
+            "driver": self._text("nvmlSystemGetDriverVersion"),
+            "gpu_power_limit_watts": None if limit is None else round(limit / 1000, 1),
+            "gpu_state": {key: value for key, value in state.items() if value not in (None, {})},
+            "gpu_processes": self.others(),
+        }
+        return {key: value for key, value in found.items() if value not in (None, [], {}, "")}
+
+    def clock_mhz(self) -> Optional[int]:
+        """Of the multiprocessors, now."""
+        return self._unsigned("nvmlDeviceGetClockInfo", ctypes.c_int(1))
+
+    def throttle(self) -> List[str]:
+        """What makes it slower than its clocks allow, now; see `THROTTLES`."""
+        bits = ctypes.c_ulonglong()
+        # the first name is that of drivers of before 2023, which later ones keep
+        if self._ask("nvmlDeviceGetCurrentClocksThrottleReasons", self._device, ctypes.byref(bits)) != 0:
+            return []
+        return [name for bit, name in THROTTLES if bits.value & bit]
+
+    def processes(self) -> Optional[Dict[int, Optional[float]]]:
+        """MiB of GPU memory (None: not told) by id of every process that computes on it; None: no list is told."""
+        for version in ("_v3", "_v2"):
+            name = "nvmlDeviceGetComputeRunningProcesses" + version
+            count = ctypes.c_uint(0)
+            status = self._ask(name, self._device, ctypes.byref(count), None)
+            if status == 0:
+                return {}
+            if status == _INSUFFICIENT_SIZE:
+                count.value = 2 * count.value + 8  # others may start meanwhile
+                entries = (_ProcessInfo * count.value)()
+                if self._ask(name, self._device, ctypes.byref(count), entries) == 0:
+                    unknown = 2**64 - 1
+                    return {
+                        int(entry.pid): None if entry.memory == unknown else entry.memory / 2**20
+                        for entry in entries[: count.value]
+                    }
+        return None
+
+    def others(self) -> List[Dict[str, Any]]:
+        """The programs that compute on it beside this process and those that it started: pid, name, memory_mib."""
+        listed, own = self.processes() or {}, family()
+        others = [pid for pid in sorted(listed) if pid not in own]
+        if not any(pid in own for pid in listed):
+            # in a container the driver tells ids of the host, which are nobody's here: one of them may be this process
+            hidden = [pid for pid in others if not os.path.exists("/proc/%d" % pid)]
+            others = [pid for pid in others if pid not in hidden[:1]]
+        found = []
+        for pid in others:
+            name = (_text("/proc/%d/comm" % pid) or "").strip()
+            entry = {"pid": pid, "name": name, "memory_mib": listed[pid]}
+            found.append({key: value for key, value in entry.items() if value not in (None, "")})
+        return found
+
+    def _violations(self) -> Dict[str, float]:
+        found = {}
+        for policy, name in enumerate(("power", "thermal")):
+            times = _Violation()
+            if self._ask("nvmlDeviceGetViolationStatus", self._device, ctypes.c_int(policy), ctypes.byref(times)) == 0:
+                found[name] = round(times.violated_ns / 1e9, 3)
+        return found
+
+    def _unsigned(self, name: str, *arguments: Any) -> Optional[int]:
+        value = ctypes.c_uint()
+        return int(value.value) if self._ask(name, self._device, *arguments, ctypes.byref(value)) == 0 else None
+
+    def _text(self, name: str, *arguments: Any) -> str:
+        text = ctypes.create_string_buffer(96)
+        return (
+            text.value.decode("utf-8", "replace") if self._ask(name, *arguments, text, ctypes.c_uint(96)) == 0 else ""
+        )
+
+    def _ask(self, name: str, *arguments: Any) -> int:
+        """NVML's status; that of "no such function" where the driver is older than the function."""
+        function = getattr(self._library, name, None)
+        return 13 if function is None else int(function(*arguments))
+
+
+_GPUS: List[Optional[Gpu]] = []
+
+
+def gpu() -> Optional[Gpu]:
+    """The NVIDIA GPU of this machine; None without one, or without its driver's library."""
+    if not _GPUS:
+        found = None
+        try:
+            name = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
+            found = Gpu(ctypes.CDLL(name), os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+        except (OSError, AttributeError):  # no library, no GPU, or a stand-in without NVML's functions
+            pass
+        _GPUS.append(found)
+    return _GPUS[0]
+
+
+def family() -> List[int]:
+    """This process and all that descend from it, by their ids."""
+    parents = {}
+    for path in glob.glob("/proc/[0-9]*/stat"):
+        text = _text(path)
+        if text and ")" in text:
+            parents[int(path.split("/")[2])] = int(text[text.rindex(")") + 2 :].split()[1])
+    found = [os.getpid()]
+    for pid in found:  # grows while it is walked
+        found += [child for child, parent in parents.items() if parent == pid]
     return found
 
 
