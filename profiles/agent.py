@@ -358,6 +358,25 @@ class Gpu:
             found.append({key: value for key, value in entry.items() if value not in (None, "")})
         return found
 
+    def memory_of(self, own: Sequence[int], before: Sequence[int]) -> Tuple[Optional[float], str]:
+        """MiB of GPU memory that the processes `own` hold now, their CUDA contexts included; or None, and why.
+
+        before: the processes on the GPU when those did not use it yet; by them one whose id is hidden is told.
+        """
+        listed = self.processes()
+        if listed is None:
+            return None, "the driver lists no processes"
+        here = [pid for pid in listed if pid in own] or [pid for pid in listed if pid not in before]
+        if not here:
+            return None, "the driver does not list the process (a container needs --pid=host for it)"
+        values = [listed[pid] for pid in here]
+        known = [value for value in values if value is not None]
+        if len(known) < len(values):
+            return None, "the driver does not tell the memory of a process"
+        if here[0] not in own and len(here) > 1:
+            return None, "%d processes began to use the GPU meanwhile" % len(here)
+        return sum(known), ""
+
     def _violations(self) -> Dict[str, float]:
         found = {}
         for policy, name in enumerate(("power", "thermal")):
@@ -396,6 +415,61 @@ def gpu() -> Optional[Gpu]:
             pass
         _GPUS.append(found)
     return _GPUS[0]
+
+
+def unified() -> bool:
+    """Whether CPU and GPU share one memory: NVIDIA's Tegra, whose driver tells no GPU memory of a process."""
+    return "nvidia,tegra" in (_text("/proc/device-tree/compatible") or "")
+
+
+class MemoryWatch:
+    """The most memory that this process takes on the GPU, looked at every 20 ms until it is closed.
+
+    Where CPU and GPU share one memory, it is what MemAvailable fell by since the watch began.
+    """
+
+    def __init__(self) -> None:
+        self._unified = unified()
+        self._card = None if self._unified else gpu()
+        self._own = [os.getpid()]
+        self._before = list(self._card.processes() or {}) if self._card is not None else []
+        self._free = memory().get("memory_available_mib")
+        self._peak: Optional[float] = None
+        self._why = "no NVIDIA driver tells the GPU memory of a process here"
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._follow)
+        self._thread.daemon = True
+        self._thread.start()
+
+    def close(self) -> Dict[str, Any]:
+        """gpu_mib, absent where it is not known; gpu_how: what it is, or why not; unified."""
+        self._stopped.set()
+        self._thread.join(5)
+        self._look()
+        found: Dict[str, Any] = {"unified": self._unified}
+        if self._peak is None:
+            found["gpu_how"] = "n/a: " + self._why
+            return found
+        found["gpu_mib"] = round(self._peak, 1)
+        found["gpu_how"] = "NVML: GPU memory of a fresh process, with its CUDA context"
+        if self._unified:
+            found["gpu_how"] = "peak fall of MemAvailable, CPU and GPU share it, while a fresh process ran it"
+        return found
+
+    def _follow(self) -> None:
+        while not self._stopped.wait(0.02):
+            self._look()
+
+    def _look(self) -> None:
+        value: Optional[float] = None
+        if self._unified:
+            free = memory().get("memory_available_mib")
+            value = None if free is None or self._free is None else self._free - free
+        elif self._card is not None:
+            value, why = self._card.memory_of(self._own, self._before)
+            self._why = why or self._why
+        if value is not None:
+            self._peak = value if self._peak is None else max(self._peak, value)
 
 
 def family() -> List[int]:
@@ -1901,8 +1975,9 @@ def store_outputs(model: Any, request: Dict[str, Any], folder: str) -> Dict[str,
 
 
 def probe(opened: Callable[[Dict[str, Any]], Any], request: Dict[str, Any]) -> Dict[str, Any]:
-    """Load time, first inference and peak resident memory of this process, which did nothing else before."""
+    """Load time, first inference and peak memory, resident and on the GPU, of this process, which did nothing else."""
     before = _resident("VmRSS")
+    watch = MemoryWatch()
     start = now()
     model = opened(request)
     loaded = now()
@@ -1918,6 +1993,7 @@ def probe(opened: Callable[[Dict[str, Any]], Any], request: Dict[str, Any]) -> D
         "first_inference_ms": (first - loaded) / 1e6,
         "before_load_mib": before,
         "peak_mib": _resident("VmHWM"),
+        **watch.close(),
     }
 
 

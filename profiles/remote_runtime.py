@@ -380,9 +380,12 @@ class RemoteRuntime:
         except EdgestillError as error:
             return Started(None, None, Memory(peak_mib=None, before_load_mib=None, how=f"n/a: {error.message}"))
         peak, how = found["peak_mib"], "VmHWM of a fresh process on the device with Python and the runtime"
-        if self.stack != "onnxruntime":
-            # of a discrete GPU's memory nothing is in there, and of a shared one only this shows it
+        if self.stack != "onnxruntime" and found["unified"]:
+            # a process' resident size misses what its GPU took of the shared memory
             peak, how = found.get("fall_mib"), "peak fall of the device's MemAvailable while a fresh process ran it"
+        elif self.stack != "onnxruntime":
+            # of a discrete GPU's memory nothing is in the host's
+            peak, how = found.get("gpu_mib"), found["gpu_how"]
         return Started(
             found["load_ms"],
             found["first_inference_ms"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from profiles import agent
 from profiles.conditions import ClockWatch, environment_of, gpu_warnings
 from profiles.runtimes import on_gpu
+from profiles.runtimes.probe import _peak_on_gpu
 from tests.recorded.nvml import NOT_AVAILABLE, RecordedNvml
 
 USE = {"other_cores": 0.0, "stolen_cores": 0.0, "busiest": [], "seconds": 10.0}
@@ -148,3 +150,57 @@ def test_which_sessions_compute_on_the_gpu() -> None:
     assert not on_gpu("torch", {"device": "cpu"})
     assert not on_gpu("openvino", {"device": "CPU"})
     assert not on_gpu("onnxruntime", {})
+
+
+def test_the_memory_of_a_model_on_a_gpu_is_the_most_that_its_process_held_there(card: RecordedNvml) -> None:
+    card.compute = {1: 900 * 2**20}
+    watch = agent.MemoryWatch()
+    card.compute[os.getpid()] = 700 * 2**20
+    watch._look()
+    card.compute[os.getpid()] = 400 * 2**20
+    found = watch.close()
+    assert (found["gpu_mib"], found["unified"]) == (700.0, False)
+    assert found["gpu_how"].startswith("NVML: GPU memory of a fresh process")
+    told = _peak_on_gpu(found)
+    assert told["peak_mib"] == 700.0
+    assert re.search(r"beside it \d+ MiB of the host \(VmHWM\)", str(told["how"]))
+
+
+@pytest.mark.parametrize(
+    ("later", "memory", "reason"),
+    [
+        ({}, None, "does not list the process"),
+        ({70_000_001: 2**30}, 1024.0, ""),
+        ({70_000_001: 2**30, 70_000_002: 2**30}, None, "2 processes began to use the GPU meanwhile"),
+        ({os.getpid(): NOT_AVAILABLE}, None, "does not tell the memory of a process"),
+    ],
+)
+def test_memory_that_the_driver_does_not_tell_is_not_guessed(
+    card: RecordedNvml, later: dict[int, int], memory: float | None, reason: str
+) -> None:
+    card.compute = {1: 900 * 2**20}
+    watch = agent.MemoryWatch()
+    card.compute |= later
+    found = watch.close()
+    assert found.get("gpu_mib") == memory
+    assert reason in found["gpu_how"]
+    assert _peak_on_gpu(found)["peak_mib"] == memory, "never the host's memory in its place"
+
+
+def test_without_a_driver_the_memory_on_the_gpu_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent, "_GPUS", [None])
+    found = agent.MemoryWatch().close()
+    assert found == {"unified": False, "gpu_how": "n/a: no NVIDIA driver tells the GPU memory of a process here"}
+
+
+def test_where_cpu_and_gpu_share_one_memory_it_is_what_the_system_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = [5000.0]
+    monkeypatch.setattr(agent, "unified", lambda: True)
+    monkeypatch.setattr(agent, "memory", lambda: {"memory_available_mib": free[0]})
+    watch = agent.MemoryWatch()
+    free[0] = 4200.0
+    watch._look()
+    free[0] = 4600.0
+    found = watch.close()
+    assert (found["gpu_mib"], found["unified"]) == (800.0, True)
+    assert "MemAvailable" in _peak_on_gpu(found)["how"]  # type: ignore[operator]
