@@ -4,8 +4,8 @@ A session that silently fell back to the CPU would be measured under another's n
 provider runs how many nodes, that is recorded, and loading fails where the one that was asked for runs none.
 
 A CUDA graph is recorded once per session, for inputs of one shape at fixed addresses (so say the documents of the CUDA
-and the TensorRT-RTX provider). Other shapes therefore get a session of their own, and a model that cannot be recorded runs
-without.
+and the TensorRT-RTX provider). Other shapes therefore get a session of their own, and a model that cannot be recorded
+runs without.
 """
 
 from __future__ import annotations

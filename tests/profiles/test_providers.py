@@ -1,4 +1,4 @@
-"""ONNX Runtime's other providers, as far as a machine without their devices shows it: the sessions here are the CPU's."""
+"""ONNX Runtime's other providers, as far as a machine without their devices shows it: sessions here are the CPU's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from profiles.sweep import sweep
 from tests.profiles.test_runtime_onnxruntime import images, reference, save_model
 
 # what ONNX Runtime 1.31 says of a graph with nodes on the CPU (inference_session.cc)
-REFUSAL = "This session cannot use the graph capture feature as requested by the user as all the graph nodes have not been assigned to CUDAExecutionProvider"
+REFUSAL = (
+    "This session cannot use the graph capture feature as requested by the user as all the graph nodes have not been "
+    "assigned to CUDAExecutionProvider"
+)
 CPU = providers._Kind("CPUExecutionProvider", "", on_cuda=True)
 
 
