@@ -96,8 +96,9 @@ def provider_version(name: str) -> str:
         parts += [
             f"{package} {package_version(package)}" for package in packages_distributions().get(kind.plugin, [])[:1]
         ]
-    if kind.on_cuda and getattr(ort, "cuda_version", ""):
-        parts.append(f"CUDA {ort.cuda_version}")
+    built_for = getattr(ort, "cuda_version", None)
+    if kind.on_cuda and built_for:
+        parts.append(f"CUDA {built_for}")
     if kind.provider == "TensorrtExecutionProvider" and (found := _tensorrt_version()) is not None:
         parts.append(f"TensorRT {found}")
     return ", ".join(parts)
@@ -155,7 +156,7 @@ def _preload() -> None:
 
 
 def _cuda_major() -> str:
-    return str(getattr(ort, "cuda_version", "") or "13").partition(".")[0]
+    return str(getattr(ort, "cuda_version", None) or "13").partition(".")[0]
 
 
 def _tensorrt_version() -> str | None:
