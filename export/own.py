@@ -273,6 +273,8 @@ def _at_other_sizes(
             candidates.append(candidate)
             continue
         limits = parity.limits_of(candidate.precision, section, judged=False)
+        rung: parity.Rung | None
+        refused: str | None
         name = f"{candidate.name} at other sizes"
         try:
             rung = parity.climb(
@@ -282,6 +284,7 @@ def _at_other_sizes(
         except Exception as failure:  # the runtime's exceptions share no base class
             rung, refused = None, str(failure).splitlines()[0]
         else:
+            assert rung is not None
             refused = None if rung.passed else failure_text(rung)
         if refused is not None:
             failed.append((candidate.precision, refused))

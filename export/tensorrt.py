@@ -97,15 +97,20 @@ def adapter_for(device: Device, stack: Stack) -> Adapter | None:
 
     By the driver's name, not the compute capability alone: plans are tuned to one model of GPU.
     """
-    gpu = this_gpu()
-    if gpu is None or gpu["compute_capability"] != device.compute_capability:
-        return None
-    if not set(_words(gpu["device"])) <= set(_words(device.title)):
+    if not is_this_gpu(device):
         return None
     adapter = load_adapter(rtx=False)
     if adapter is None or adapter.major < OLDEST or _numbers(adapter.version) != _numbers(stack.runtime_version):
         return None
     return adapter
+
+
+def is_this_gpu(device: Device) -> bool:
+    """Whether the GPU of this machine is the device's, by its driver's name and its compute capability."""
+    gpu = this_gpu()
+    if gpu is None or gpu["compute_capability"] != device.compute_capability:
+        return False
+    return set(_words(gpu["device"])) <= set(_words(device.title))
 
 
 def _words(title: str) -> list[str]:

@@ -44,7 +44,7 @@ def read() -> Dict[str, Any]:
     cpu_model; cores (logical); affinity (list of cores that this process may use); load (1, 5, 15 minutes);
     governor (list of those in use); clocks_mhz {core: MHz}; max_clock_mhz; temperatures_c {sensor: degrees Celsius};
     throttle_events (thermal throttle events of all cores since boot); memory_mib and memory_available_mib;
-    power_mode (NVIDIA Jetson, by name); machine, system, python.
+    power_mode (NVIDIA Jetson, by name); machine, system, python; of an NVIDIA GPU what `Gpu.facts` tells.
     """
     found: Dict[str, Any] = {
         "machine": platform.machine(),
@@ -62,6 +62,9 @@ def read() -> Dict[str, Any]:
         "power_mode": power_mode(),
     }
     found.update(memory())
+    card = gpu()
+    if card is not None:
+        found.update(card.facts())
     return {key: value for key, value in found.items() if value not in (None, [], {}, "")}
 
 
@@ -100,7 +103,7 @@ def governors() -> List[str]:
 
 
 def clocks() -> Dict[str, float]:
-    """Current clock of each core in MHz."""
+    """Current clock of each core in MHz; "gpu": that of an NVIDIA GPU."""
     found = {}
     for path in sorted(glob.glob(CPU + "/cpu[0-9]*/cpufreq/scaling_cur_freq")):
         khz = _number(path)
@@ -116,6 +119,10 @@ def clocks() -> Dict[str, float]:
         name = path.split("/")[-2]
         if hertz and re.search(r"gpu|gv11b|ga10b|gp10b|gm20b", name):
             found["gpu"] = round(hertz / 1e6, 1)
+    card = gpu()
+    clock = card.clock_mhz() if card is not None else None
+    if clock:
+        found["gpu"] = float(clock)
     return found
 
 
@@ -229,6 +236,255 @@ def _process_seconds() -> Dict[int, Tuple[str, float]]:
             name = text[text.index("(") + 1 : text.rindex(")")]
             fields = text[text.rindex(")") + 2 :].split()
             found[int(path.split("/")[2])] = (name, (int(fields[11]) + int(fields[12])) / hertz)
+    return found
+
+
+# -- an NVIDIA GPU -----------------------------------------------------------------------------------------------------
+
+
+THROTTLES = (
+    (0x4, "power cap"),
+    (0x8, "hardware slowdown"),
+    (0x20, "software thermal slowdown"),
+    (0x40, "hardware thermal slowdown"),
+    (0x80, "power brake"),
+)
+"""Bits of nvml.h's nvmlClocksEventReasons that make a busy GPU slower than its clocks allow."""
+_INSUFFICIENT_SIZE = 7
+
+
+class _ProcessInfo(ctypes.Structure):
+    """nvmlProcessInfo_t, versions 2 and 3."""
+
+    _fields_ = [
+        ("pid", ctypes.c_uint),
+        ("memory", ctypes.c_ulonglong),
+        ("gpu_instance", ctypes.c_uint),
+        ("compute_instance", ctypes.c_uint),
+    ]
+
+
+class _Violation(ctypes.Structure):
+    """nvmlViolationTime_t: microseconds of the clock, nanoseconds below the wanted clocks."""
+
+    _fields_ = [("reference_us", ctypes.c_ulonglong), ("violated_ns", ctypes.c_ulonglong)]
+
+
+class Gpu:
+    """The NVIDIA GPU that CUDA takes first, through the driver's management library (NVML); what it keeps back is None.
+
+    library: as `ctypes.CDLL` opens it. visible: CUDA_VISIBLE_DEVICES. CUDA may number different GPUs of one machine
+    otherwise than NVML, which goes by the bus (CUDA_DEVICE_ORDER=PCI_BUS_ID makes CUDA do so, too).
+    """
+
+    def __init__(self, library: Any, visible: str = "") -> None:
+        self._library = library
+        self._device = ctypes.c_void_p()
+        if library.nvmlInit_v2() != 0:
+            raise OSError("NVML does not start: the driver is not loaded, or is another than the library's")
+        first = visible.partition(",")[0].strip()
+        if first.startswith("GPU-"):
+            status = library.nvmlDeviceGetHandleByUUID(first.encode(), ctypes.byref(self._device))
+        else:
+            number = int(first) if first.isdigit() else 0
+            status = library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(number), ctypes.byref(self._device))
+        if status != 0:
+            raise OSError("NVML finds no GPU")
+
+    def facts(self) -> Dict[str, Any]:
+        """gpu (its name), driver, gpu_power_limit_watts; gpu_state and gpu_processes, which change.
+
+        gpu_state: clock_mhz (of the multiprocessors), memory_clock_mhz, temperature_c, power_watts, throttle (why it is
+        slowed now), throttled_seconds {"power", "thermal"} (since the driver was loaded).
+        """
+        limit, power = self._unsigned("nvmlDeviceGetEnforcedPowerLimit"), self._unsigned("nvmlDeviceGetPowerUsage")
+        state = {
+            "clock_mhz": self.clock_mhz(),
+            "memory_clock_mhz": self._unsigned("nvmlDeviceGetClockInfo", ctypes.c_int(2)),
+            "temperature_c": self._unsigned("nvmlDeviceGetTemperature", ctypes.c_int(0)),
+            "power_watts": None if power is None else round(power / 1000, 1),
+            "throttle": self.throttle(),
+            "throttled_seconds": self._violations(),
+        }
+        found = {
+            "gpu": self._text("nvmlDeviceGetName", self._device),
+            "driver": self._text("nvmlSystemGetDriverVersion"),
+            "gpu_power_limit_watts": None if limit is None else round(limit / 1000, 1),
+            "gpu_state": {key: value for key, value in state.items() if value not in (None, {})},
+            "gpu_processes": self.others(),
+        }
+        return {key: value for key, value in found.items() if value not in (None, [], {}, "")}
+
+    def clock_mhz(self) -> Optional[int]:
+        """Of the multiprocessors, now."""
+        return self._unsigned("nvmlDeviceGetClockInfo", ctypes.c_int(1))
+
+    def throttle(self) -> List[str]:
+        """What makes it slower than its clocks allow, now; see `THROTTLES`."""
+        bits = ctypes.c_ulonglong()
+        # the first name is that of drivers of before 2023, which later ones keep
+        if self._ask("nvmlDeviceGetCurrentClocksThrottleReasons", self._device, ctypes.byref(bits)) != 0:
+            return []
+        return [name for bit, name in THROTTLES if bits.value & bit]
+
+    def processes(self) -> Optional[Dict[int, Optional[float]]]:
+        """MiB of GPU memory (None: not told) by id of every process that computes on it; None: no list is told."""
+        for version in ("_v3", "_v2"):
+            name = "nvmlDeviceGetComputeRunningProcesses" + version
+            count = ctypes.c_uint(0)
+            status = self._ask(name, self._device, ctypes.byref(count), None)
+            if status == 0:
+                return {}
+            if status == _INSUFFICIENT_SIZE:
+                count.value = 2 * count.value + 8  # others may start meanwhile
+                entries = (_ProcessInfo * count.value)()
+                if self._ask(name, self._device, ctypes.byref(count), entries) == 0:
+                    unknown = 2**64 - 1
+                    return {
+                        int(entry.pid): None if entry.memory == unknown else entry.memory / 2**20
+                        for entry in entries[: count.value]
+                    }
+        return None
+
+    def others(self) -> List[Dict[str, Any]]:
+        """The programs that compute on it beside this process and those that it started: pid, name, memory_mib."""
+        listed, own = self.processes() or {}, family()
+        others = [pid for pid in sorted(listed) if pid not in own]
+        if not any(pid in own for pid in listed):
+            # in a container the driver tells ids of the host, which are nobody's here: one of them may be this process
+            hidden = [pid for pid in others if not os.path.exists("/proc/%d" % pid)]
+            others = [pid for pid in others if pid not in hidden[:1]]
+        found = []
+        for pid in others:
+            name = (_text("/proc/%d/comm" % pid) or "").strip()
+            entry = {"pid": pid, "name": name, "memory_mib": listed[pid]}
+            found.append({key: value for key, value in entry.items() if value not in (None, "")})
+        return found
+
+    def memory_of(self, own: Sequence[int], before: Sequence[int]) -> Tuple[Optional[float], str]:
+        """MiB of GPU memory that the processes `own` hold now, their CUDA contexts included; or None, and why.
+
+        before: the processes on the GPU when those did not use it yet; by them one whose id is hidden is told.
+        """
+        listed = self.processes()
+        if listed is None:
+            return None, "the driver lists no processes"
+        here = [pid for pid in listed if pid in own] or [pid for pid in listed if pid not in before]
+        if not here:
+            return None, "the driver does not list the process (a container needs --pid=host for it)"
+        values = [listed[pid] for pid in here]
+        known = [value for value in values if value is not None]
+        if len(known) < len(values):
+            return None, "the driver does not tell the memory of a process"
+        if here[0] not in own and len(here) > 1:
+            return None, "%d processes began to use the GPU meanwhile" % len(here)
+        return sum(known), ""
+
+    def _violations(self) -> Dict[str, float]:
+        found = {}
+        for policy, name in enumerate(("power", "thermal")):
+            times = _Violation()
+            if self._ask("nvmlDeviceGetViolationStatus", self._device, ctypes.c_int(policy), ctypes.byref(times)) == 0:
+                found[name] = round(times.violated_ns / 1e9, 3)
+        return found
+
+    def _unsigned(self, name: str, *arguments: Any) -> Optional[int]:
+        value = ctypes.c_uint()
+        return int(value.value) if self._ask(name, self._device, *arguments, ctypes.byref(value)) == 0 else None
+
+    def _text(self, name: str, *arguments: Any) -> str:
+        text = ctypes.create_string_buffer(96)
+        return (
+            text.value.decode("utf-8", "replace") if self._ask(name, *arguments, text, ctypes.c_uint(96)) == 0 else ""
+        )
+
+    def _ask(self, name: str, *arguments: Any) -> int:
+        """NVML's status; that of "no such function" where the driver is older than the function."""
+        function = getattr(self._library, name, None)
+        return 13 if function is None else int(function(*arguments))
+
+
+_GPUS: List[Optional[Gpu]] = []
+
+
+def gpu() -> Optional[Gpu]:
+    """The NVIDIA GPU of this machine; None without one, or without its driver's library."""
+    if not _GPUS:
+        found = None
+        try:
+            name = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
+            found = Gpu(ctypes.CDLL(name), os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+        except (OSError, AttributeError):  # no library, no GPU, or a stand-in without NVML's functions
+            pass
+        _GPUS.append(found)
+    return _GPUS[0]
+
+
+def unified() -> bool:
+    """Whether CPU and GPU share one memory: NVIDIA's Tegra, whose driver tells no GPU memory of a process."""
+    return "nvidia,tegra" in (_text("/proc/device-tree/compatible") or "")
+
+
+class MemoryWatch:
+    """The most memory that this process takes on the GPU, looked at every 20 ms until it is closed.
+
+    Where CPU and GPU share one memory, it is what MemAvailable fell by since the watch began.
+    """
+
+    def __init__(self) -> None:
+        self._unified = unified()
+        self._card = None if self._unified else gpu()
+        self._own = [os.getpid()]
+        self._before = list(self._card.processes() or {}) if self._card is not None else []
+        self._free = memory().get("memory_available_mib")
+        self._peak: Optional[float] = None
+        self._why = "no NVIDIA driver tells the GPU memory of a process here"
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._follow)
+        self._thread.daemon = True
+        self._thread.start()
+
+    def close(self) -> Dict[str, Any]:
+        """gpu_mib, absent where it is not known; gpu_how: what it is, or why not; unified."""
+        self._stopped.set()
+        self._thread.join(5)
+        self._look()
+        found: Dict[str, Any] = {"unified": self._unified}
+        if self._peak is None:
+            found["gpu_how"] = "n/a: " + self._why
+            return found
+        found["gpu_mib"] = round(self._peak, 1)
+        found["gpu_how"] = "NVML: GPU memory of a fresh process, with its CUDA context"
+        if self._unified:
+            found["gpu_how"] = "peak fall of MemAvailable, CPU and GPU share it, while a fresh process ran it"
+        return found
+
+    def _follow(self) -> None:
+        while not self._stopped.wait(0.02):
+            self._look()
+
+    def _look(self) -> None:
+        value: Optional[float] = None
+        if self._unified:
+            free = memory().get("memory_available_mib")
+            value = None if free is None or self._free is None else self._free - free
+        elif self._card is not None:
+            value, why = self._card.memory_of(self._own, self._before)
+            self._why = why or self._why
+        if value is not None:
+            self._peak = value if self._peak is None else max(self._peak, value)
+
+
+def family() -> List[int]:
+    """This process and all that descend from it, by their ids."""
+    parents = {}
+    for path in glob.glob("/proc/[0-9]*/stat"):
+        text = _text(path)
+        if text and ")" in text:
+            parents[int(path.split("/")[2])] = int(text[text.rindex(")") + 2 :].split()[1])
+    found = [os.getpid()]
+    for pid in found:  # grows while it is walked
+        found += [child for child, parent in parents.items() if parent == pid]
     return found
 
 
@@ -1566,7 +1822,8 @@ class Agent:
         done = [0]
 
         def work(seconds: float) -> int:
-            asked = {"do": "busy", "id": request["id"], "gap_s": request["gap_s"], "start": done[0], "seconds": seconds}
+            asked = {"do": "busy", "start": done[0], "seconds": seconds}
+            asked.update((key, request[key]) for key in ("id", "gap_s", "limit"))
             count: int = self.ask_worker(asked)["queries"]
             done[0] += count
             return count
@@ -2108,8 +2365,7 @@ def work() -> int:
                 models[request["id"]] = model = opened(request)
                 answer = {"version": str(module.__version__), "options": model.options}
             elif what == "block":
-                answer = run_block(models[request["id"]], request)
-                answer["clocks"] = clocks_now.look()
+                answer = {**run_block(models[request["id"]], request), "clocks": clocks_now.look()}
             elif what == "busy":
                 answer = run_for(models[request["id"]], request)
             elif what == "outputs":
@@ -2118,11 +2374,11 @@ def work() -> int:
                 request["path"] = os.path.join(folder, request["model"])
                 answer = OrtModel(module, request).profile(request, folder)
             elif what == "probe":
-                began, before = now(), _resident("VmRSS")
+                watch, before, began = MemoryWatch(), _resident("VmRSS"), now()
                 models["probe"] = opened(request)
                 answer = {"load_ms": (now() - began) / 1e6, "before_load_mib": before}
             else:
-                answer = first_queries(models["probe"])
+                answer = first_queries(models["probe"], watch)
         except BaseException as error:
             answer = _explained(error).document()
         _write(out, json.dumps(answer).encode() + b"\n")
@@ -2194,8 +2450,9 @@ def store_outputs(model: Any, request: Dict[str, Any], folder: str) -> Dict[str,
     return {"outputs": kinds, "queries": request["inputs"]["queries"]}
 
 
-def first_queries(model: Any) -> Dict[str, Any]:
-    """First inference and peak resident memory of this process, which did nothing but load the model before."""
+def first_queries(model: Any, watch: MemoryWatch) -> Dict[str, Any]:
+    """First inference and peak memory, resident and on the GPU, of this process, which did nothing but load the model
+    before. watch: since before it was loaded; closed."""
     start = now()
     model.query(0)
     first = now()
@@ -2208,6 +2465,7 @@ def first_queries(model: Any) -> Dict[str, Any]:
         "first_inference_ms": (first - start) / 1e6,
         "peak_mib": _resident("VmHWM"),
         "shares_memory": getattr(model, "shares_memory", False),
+        **watch.close(),
     }
 
 

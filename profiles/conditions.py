@@ -20,6 +20,8 @@ Array = np.ndarray[Any, Any]
 _BUSY_CORES = 0.2
 _CLOCK_SECONDS = 2.0
 _PARTS = 8
+_THROTTLED = 0.01
+"""Share of the time below the wanted clocks that is said: a driver counts some microseconds in every launch."""
 _ONE_WAY = 0.8
 """Share of steps between the parts' medians in one direction, from which a movement is called a drift."""
 
@@ -51,28 +53,32 @@ def pinned(cores: tuple[int, ...]) -> Iterator[None]:
 
 
 class ClockWatch:
-    """The highest clock of any core while sampling, looked at every other second between queries."""
+    """The highest clock of any core, and the GPU's, while sampling, looked at every other second between queries."""
 
     def __init__(self, read: Callable[[], Mapping[str, float]] = agent.clocks) -> None:
         """read: gives the clocks in MHz by core; default this machine's."""
         self._read = read
         self._due = math.inf
         self._seen: list[float] = []
+        self._gpu: list[float] = []
 
     def start(self) -> None:
         """From now on the machine is busy, so that its clocks are those of the measurement."""
-        self._seen, self._due = [], 0.0
+        self._seen, self._gpu, self._due = [], [], 0.0
 
     def look(self) -> None:
         """Reads the clocks when it is time to."""
         now = time.monotonic()
         if now >= self._due:
             self._due = now + _CLOCK_SECONDS
-            self._seen += [max(clocks)] if (clocks := list(self._read().values())) else []
+            clocks = dict(self._read())
+            self._gpu += [clocks.pop("gpu")] if "gpu" in clocks else []
+            self._seen += [max(clocks.values())] if clocks else []
 
     def found(self) -> dict[str, dict[str, float]]:
         """Lowest and highest of what was read, in MHz; empty where the machine does not tell."""
-        return {"clock_mhz": {"lowest": min(self._seen), "highest": max(self._seen)}} if self._seen else {}
+        found = {"clock_mhz": self._seen, "gpu_clock_mhz": self._gpu}
+        return {key: {"lowest": min(seen), "highest": max(seen)} for key, seen in found.items() if seen}
 
 
 def environment_of(before: dict[str, Any], after: dict[str, Any], use: dict[str, Any]) -> dict[str, Any]:
@@ -85,6 +91,9 @@ def environment_of(before: dict[str, Any], after: dict[str, Any], use: dict[str,
         "memory_available_mib",
         "governor",
         "power_mode",
+        "gpu_power_limit_watts",
+        "gpu_state",
+        "gpu_processes",
     )
     return {
         **{key: value for key, value in before.items() if key not in moving},
@@ -136,6 +145,39 @@ def warnings_of(
     for fact in ("governor", "power_mode"):
         if before.get(fact) != after.get(fact):
             found.append(f"the {fact.replace('_', ' ')} changed from {before.get(fact)} to {after.get(fact)}")
+    return tuple(found)
+
+
+def gpu_warnings(environment: dict[str, Any]) -> tuple[str, ...]:
+    """What a reader must know of the GPU that was measured: other programs on it, throttling, clocks that changed."""
+    found = []
+    before, after = environment["before"], environment["after"]
+    others = {process["pid"]: process for when in (before, after) for process in when.get("gpu_processes", ())}
+    if others:
+        names = ", ".join(
+            f"{process.get('name', 'a process of another container')}"
+            + (f" with {process['memory_mib']:.0f} MiB" if "memory_mib" in process else "")
+            for process in others.values()
+        )
+        found.append(f"the GPU was shared: {names}")
+    states = (before.get("gpu_state", {}), after.get("gpu_state", {}))
+    spent = environment["cpu_use"].get("seconds", 0.0)
+    for name in ("power", "thermal"):
+        begun, ended = (state.get("throttled_seconds", {}).get(name, 0.0) for state in states)
+        if ended - begun > _THROTTLED * spent:
+            found.append(f"the GPU was throttled ({name}) for {ended - begun:.1f} s of {spent:.1f} s")
+    reasons = dict.fromkeys(reason for state in states for reason in state.get("throttle", ()))
+    if reasons:
+        found.append(f"the GPU was throttled: {', '.join(reasons)}")
+    seen = environment.get("gpu_clock_mhz")
+    if seen is not None and seen["highest"] > statistics.MATERIAL * seen["lowest"]:
+        found.append(
+            f"the GPU's clock changed while sampling, between {seen['lowest']:.0f} and {seen['highest']:.0f} MHz; "
+            "nvidia-smi --lock-gpu-clocks avoids that"
+        )
+    limits = [when.get("gpu_power_limit_watts") for when in (before, after)]
+    if limits[0] != limits[1]:
+        found.append(f"the GPU's power limit changed from {limits[0]} to {limits[1]} W")
     return tuple(found)
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from profiles.errors import EdgestillError, InputError, nearest
+from profiles.runtimes import available
 from profiles.section import Section
 from profiles.user_folder import user_devices
 
@@ -28,6 +29,8 @@ Evidence = Literal["D", "C", "K"]
 """D: documentation or datasheet. C: computed from cores x clock x operations. K: general knowledge, not yet checked."""
 
 THIS_MACHINE = "this-machine"
+ENGINE_RUNTIMES = ("tensorrt", "tensorrt-rtx")
+"""They run a built engine of their own stack; the others run the graph."""
 PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
 _DEVICES = Path(__file__).parent / "devices"
 _DETECTION_DATE = "2026-11"
@@ -205,6 +208,9 @@ class TargetSection(Section):
     """A name, "this-machine", or a TOML file relative to the recipe."""
     stack: str | None = None
     power_mode: str | None = None
+    runtime: str | None = None
+    """What the files are measured and scored with where this machine is the device: one of `edgestill doctor`, such
+    as "openvino" or "onnxruntime-cuda"; default: the stack's own. It changes nothing of what is exported."""
     precision: Literal["auto", "fp32", "tf32", "fp16", "bf16", "int8", "fp8", "fp4"] = "auto"
     arch: str | None = None
     """Student architecture of this target; default: the family's for the device's size class."""
@@ -355,6 +361,7 @@ def resolve_target(section: TargetSection, *, base: Path, where: str = "target[0
     device = load_device(section.device, where=f"{where}.device", base=base)
     stack = _choose_stack(device, section.stack, f"{where}.stack")
     power_mode = _choose_power_mode(device, stack, section.power_mode, f"{where}.power_mode")
+    _check_runtime(section, stack, f"{where}.runtime")
     if section.precision != "auto":
         reason = device.why_not(section.precision)
         if reason is not None:
@@ -365,6 +372,19 @@ def resolve_target(section: TargetSection, *, base: Path, where: str = "target[0
                 fix='precision = "auto", or one of: ' + ", ".join(device.precisions),
             )
     return Target(section, device, stack, power_mode, is_this_machine=section.device == THIS_MACHINE)
+
+
+def _check_runtime(section: TargetSection, stack: Stack, where: str) -> None:
+    name = section.runtime
+    if name is None:
+        return
+    graphs = [each for each in available() if not each.startswith("torch") and each not in ENGINE_RUNTIMES]
+    known = sorted({*graphs, stack.runtime})
+    if name not in available():
+        raise InputError(f'no runtime "{name}"', where=where, fix=nearest(name, known))
+    if name not in known:
+        what = "an engine of its own stack" if name in ENGINE_RUNTIMES else "programs that torch.export.save wrote"
+        raise InputError(f'"{name}" runs {what}, {stack.name} gets none', where=where, fix=", ".join(known))
 
 
 def _choose_stack(device: Device, name: str | None, where: str) -> Stack:

@@ -16,7 +16,7 @@ import numpy as np
 
 from profiles import agent, statistics
 from profiles.artifact import explain_os_errors, file_hash, write_text
-from profiles.conditions import ClockWatch, environment_of, pinned, warnings_of
+from profiles.conditions import ClockWatch, environment_of, gpu_warnings, pinned, warnings_of
 from profiles.device import TargetSection
 from profiles.energy import PowerSource, energy_per_query, find_power, no_energy, runs_on_gpu
 from profiles.errors import EdgestillError, InputError
@@ -32,7 +32,7 @@ from profiles.measurement import (
 )
 from profiles.opening import open_arrays
 from profiles.progress import Progress, Silent, Task
-from profiles.runtimes import Clock, Runtime, RuntimeOptions, Session, Timed, WallClock, get_runtime
+from profiles.runtimes import Clock, Runtime, RuntimeOptions, Session, Timed, WallClock, get_runtime, on_gpu
 from profiles.watchdog import Beat, Hung, watched
 
 Array = np.ndarray[Any, Any]
@@ -427,7 +427,8 @@ def measure(
             stable=stable,
             warnings=warnings_of(
                 warm[name].stable, section, environment, clocks[target.latency_scope], found.in_scope(plan.scope)
-            ),
+            )
+            + (gpu_warnings(environment) if on_gpu(runtime.name, sessions[name].options) else ()),
             warmup_runs=warm[name].runs,
             warmup_seconds=warm[name].seconds,
             seconds=found.spent_ns / 1e9,

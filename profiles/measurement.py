@@ -67,7 +67,8 @@ class Memory(Section):
     """Peak memory of a fresh process that does nothing but load the model and run it."""
 
     peak_mib: float | None
-    """Highest resident size of the whole process; None when it could not be read."""
+    """Of a model on a CPU, the highest resident size of the whole process; of one on a GPU, the GPU memory that the
+    process held, or what the whole system lost where CPU and GPU share one memory. None when it could not be read."""
     before_load_mib: float | None
     """Resident size with interpreter and runtime imported, before the model was loaded."""
     how: str

@@ -460,11 +460,12 @@ class RemoteRuntime:
         except DeviceError as error:
             return Started(None, None, Memory(peak_mib=None, before_load_mib=None, how=f"n/a: {error.message}"))
         peak, how = found["peak_mib"], "VmHWM of a fresh process on the device with Python and the runtime"
-        if self.stack != "onnxruntime":
-            # what the GPU takes is not in there
+        if self.stack != "onnxruntime" and (found["unified"] or found["shares_memory"]):
+            # a process' resident size misses what its GPU took of the shared memory
             peak, how = found.get("fall_mib"), "peak fall of the device's MemAvailable while a fresh process ran it"
-            if not found["shares_memory"]:
-                peak, how = None, "n/a: the GPU has memory of its own, of which MemAvailable tells nothing"
+        elif self.stack != "onnxruntime":
+            # of a discrete GPU's memory nothing is in the host's
+            peak, how = found.get("gpu_mib"), found["gpu_how"]
         return Started(
             found["load_ms"],
             found["first_inference_ms"],
@@ -486,14 +487,15 @@ class RemoteRuntime:
         gap_s = section.idle_gap_ms / 1e3
         longest = gap_s + seen.asked.maximum / 1e3
         try:
-            told = self.link.ask(
+            told = self.ask_of(
+                self.candidates[name],
                 "energy",
+                # lead-ins are at most as long as what they lead to, and a spell may end one query late
+                section.timeout_seconds + 4 * (section.energy_seconds + SPELLS * longest),
                 id=self._files[self.candidates[name]],
                 seconds=section.energy_seconds / SPELLS,
                 pairs=SPELLS,
                 gap_s=gap_s,
-                # lead-ins are at most as long as what they lead to, and a spell may end one query late
-                patience=section.timeout_seconds + 4 * (section.energy_seconds + SPELLS * longest),
             )
         except EdgestillError as error:
             return no_energy(error.message)

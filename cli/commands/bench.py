@@ -112,6 +112,7 @@ def bench(
             "--cuda-graph": (None if cuda_graph is None else str(cuda_graph).lower(), "measure.cuda_graph"),
             "--idle-gap-ms": (idle_gap_ms, "measure.idle_gap_ms"),
             "--timeout-seconds": (timeout_seconds, "measure.timeout_seconds"),
+            "--runtime": (runtime, "target.NAME.runtime"),
         }
         for option, (given, key) in instead.items():
             if given is not None:
@@ -120,7 +121,6 @@ def bench(
             ("--shape", shape),
             ("--sweep", sweep),
             ("--sweep-threads", sweep_threads),
-            ("--runtime", runtime),
         ):
             if not asked:
                 continue

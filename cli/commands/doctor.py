@@ -156,8 +156,9 @@ def _gpus() -> Iterator[Check]:
 
         has_provider = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
     if nvidia and not has_provider:
-        fix = "pip uninstall --yes onnxruntime && pip install onnxruntime-gpu"
-        yield Check("ONNX Runtime on the GPU", "no", "this onnxruntime has no CUDA provider", fix)
+        from profiles.runtimes.providers import SWAP
+
+        yield Check("ONNX Runtime on the GPU", "no", "this onnxruntime has no CUDA provider", SWAP)
 
 
 def _has_nvidia_gpu() -> bool:

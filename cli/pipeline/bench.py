@@ -363,6 +363,11 @@ def describe(measurement: Measurement, indent: str = "") -> str:
     )
     if measurement.energy is not None:
         lines.append(f"  {energy_words(measurement.energy)}")
+    nodes, graph = (measurement.options.get(key) for key in ("nodes", "cuda_graph"))
+    if isinstance(nodes, dict) and len(nodes) > 1:
+        lines.append("  nodes by provider: " + ", ".join(f"{name} {count}" for name, count in nodes.items()))
+    if isinstance(graph, str):
+        lines.append(f"  CUDA graph {graph}")
     lines += [f"  not decided: {reason}" for reason in measurement.mismatches]
     lines += [f"  note: {warning}" for warning in measurement.warnings]
     return "\n".join(indent + line for text in lines for line in text.splitlines())

@@ -32,8 +32,8 @@ from cli.pipeline.exploration import (
     together,
     whole_generator,
 )
+from cli.pipeline.local import local_runtime
 from cli.pipeline.pool_cost import precisions_of
-from cli.pipeline.pricing import is_attached
 from cli.pipeline.run import (
     PLAIN,
     SUPERVISED,
@@ -192,7 +192,7 @@ def estimate(run: Run) -> Estimate:
             name = f"export {target.name}{about}"
             longest = times * len(size) * (run.recipe.measure.warmup_seconds + run.recipe.measure.max_seconds)
             stages.append(_stage(name, times * _EXPORT_SECONDS, times * sum(size) + max(size), done))
-            if is_attached(target):
+            if local_runtime(target).runtime is not None:
                 done = done if chooses else earlier.finished(f"measurements/{target.name}", *_TARGET)
                 seconds = times * len(size) * _measured_seconds(run)
                 if chooses:

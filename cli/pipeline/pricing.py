@@ -467,8 +467,9 @@ class _Fresh(nn.Module):
 
 
 def is_attached(target: Target) -> bool:
-    """Whether the target's artefacts can be run here."""
-    return target.is_this_machine and target.stack.runtime == "onnxruntime"
+    """Whether the target is this machine's ONNX Runtime, in which the pool's graphs are priced."""
+    runtime = target.section.runtime or target.stack.runtime
+    return target.is_this_machine and target.stack.runtime == runtime == "onnxruntime"
 
 
 def _precisions(targets: Sequence[Target]) -> tuple[Precision, ...]:

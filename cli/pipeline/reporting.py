@@ -11,6 +11,7 @@ from datetime import datetime
 
 from cli.pipeline.advice import unit_of, weak_teacher
 from cli.pipeline.limits import judge, missed
+from cli.pipeline.local import local_runtime
 from cli.pipeline.run import Run, Shipped, Trained
 from cli.pipeline.shots import exploration_facts, shots
 from cli.report.schema import (
@@ -195,7 +196,7 @@ def _explain(run: Run, outcome: Shipped, limits: Sequence[LimitVerdict]) -> tupl
         why.extend(measurement.warnings)
         why.extend(measurement.mismatches)
     elif outcome.error is None:
-        why.append(_not_measured(outcome.target))
+        why.append(_not_measured(outcome))
     if outcome.device_note:
         why.append(outcome.device_note)
     if section.memory_mib is not None and measurement is not None and measurement.memory.peak_mib is None:
@@ -216,9 +217,12 @@ def _at_least(value: float) -> str:
     return f"{math.ceil(value / unit) * unit:.4g}"
 
 
-def _not_measured(target: Target) -> str:
-    title = target.device.title
-    return f"not run: this machine is no {title}; run --on {target.name}=HOST measures it there over ssh"
+def _not_measured(outcome: Shipped) -> str:
+    runtime, reason = local_runtime(outcome.target)
+    if runtime is None:
+        return f"not run: {reason}"
+    note = outcome.candidate.engine_note if outcome.candidate is not None else None
+    return f"not run: {note or f'the chosen file could not be measured in {runtime}'}"
 
 
 def _stack_words(target: Target) -> str:

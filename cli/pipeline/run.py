@@ -21,6 +21,7 @@ from cli.pipeline.advice import few_steps, unit_of
 from cli.pipeline.budget import Budgets
 from cli.pipeline.choose import Choice, Option, choose, floor_of
 from cli.pipeline.exploration import Explorer, check_explored, check_explored_by, explores, together
+from cli.pipeline.local import file_of, local_runtime, outputs_of
 from cli.pipeline.pool_cost import limits_of, pool_cost
 from cli.pipeline.remote import Remote
 from cli.pipeline.teachers import (
@@ -75,14 +76,15 @@ from distill.teachers.strategy_section import CONDITIONED
 from distill.training import TrainResult, evaluate_logits, train
 from export import Candidate, Plan, available, plan, refusal_of, write_bundle
 from profiles import artifact
-from profiles.device import Target, resolve_target
+from profiles.device import ENGINE_RUNTIMES, Target, resolve_target
 from profiles.errors import EdgestillError, InputError, Interrupted
-from profiles.measure import load_measurement, measure, save_measurement
+from profiles.measure import Measured, load_measurement, measure, runtime_options, save_measurement
 from profiles.measurement import Measurement
 from profiles.metrics import Difference, Metric, difference, evaluate
 from profiles.predict import Roofline, roofline
 from profiles.progress import Progress, Silent
 from profiles.quantspec import QuantSpec
+from profiles.runtimes import get_runtime
 from profiles.runtimes.onnxruntime import run_model
 
 if TYPE_CHECKING:
@@ -989,15 +991,21 @@ class Run:
         """
         if self.remote.has(target):
             return self.remote.measurements(target, found, arch=arch, rescued=rescued, fresh=fresh)
-        if not target.is_this_machine or target.stack.runtime != "onnxruntime":
+        local, batch = local_runtime(target).runtime, target.section.batch
+        if local is None:
             return {}
-        files = {candidate.name: candidate.file for candidate in found.usable if candidate.file is not None}
+        of_candidates = {candidate.name: file_of(candidate, local, batch) for candidate in found.usable}
+        files = {name: file for name, file in of_candidates.items() if file is not None}
+        if not files:
+            return {}
+        runtime = get_runtime(local, runtime_options(self.recipe.measure))
         key = artifact.content_key(
             target.section,
             self.recipe.measure,
             {name: artifact.file_hash(file) for name, file in files.items()},
             target.device,
             target.stack,
+            (runtime.name, runtime.version),
         )
         name = target.name if arch is None else f"{target.name}--{arch}" + "--rescued" * rescued
         folder = self.folder / "measurements" / name
@@ -1020,11 +1028,15 @@ class Run:
                 target.section,
                 self.recipe.measure,
                 input_source="real samples (validation split)",
+                runtime=runtime,
                 progress=self.progress,
                 failures=failures,
             )
             if files and not results:
                 raise next(iter(failures.values()))
+            if local in ENGINE_RUNTIMES:
+                # an engine's file does not tell what graph it was built from
+                results = {name: _as_built(result, found[name]) for name, result in results.items()}
             for name, error in failures.items():
                 self.say_once(f"{target.name}: {name} could not be measured: {error.message} ({error.evidence})")
             with artifact.create(folder, "measurements", key) as temporary:
@@ -1051,6 +1063,13 @@ class Run:
             InputError: no such target or host.
         """
         self.remote.assign(hosts, lock_clocks=lock_clocks)
+        for target in self.targets:
+            if self.remote.has(target) and target.section.runtime not in (None, target.stack.runtime):
+                raise InputError(
+                    "a runtime is chosen on this machine only; a device is measured with its stack's",
+                    where=f"target.{target.name}.runtime",
+                    fix=f"leave runtime out, or {target.name} out of --on",
+                )
 
     def bench(self) -> dict[str, dict[str, Measurement]]:
         """Measures every candidate of every target that is this machine anew; empty for other devices."""
@@ -1148,6 +1167,7 @@ class Run:
         rooflines: dict[str, Roofline],
     ) -> Shipped:
         """Scores the chosen candidate on the test split, and bundles it."""
+        section = target.section
         candidate, fp32 = found[choice.name], found["fp32"]
         assert candidate.file is not None
         assert fp32.file is not None
@@ -1159,6 +1179,9 @@ class Run:
             found = self.remote.with_engines(target, found)
             candidate = found[choice.name]
             logits, on_device, note = self.remote.outputs(target, found, candidate, test, logits)
+        elif measured and (local := local_runtime(target).runtime) not in (None, "onnxruntime"):
+            inputs = {self.dataset.input.name: np.asarray(test.inputs)}
+            logits = outputs_of(candidate, str(local), inputs, section.batch, self.recipe.measure)["logits"]
         reference = logits if candidate is fp32 else self.outputs(fp32.to_score or fp32.file, test)
         metric = self._metric(logits, test)
         drop = difference(self.dataset.task, logits, reference, test.labels, test.mask, seed=self.recipe.seed)
@@ -1322,6 +1345,13 @@ class Run:
                 licence=dataset.licence,
                 section=self.recipe.export,
             )
+
+
+def _as_built(result: Measured, candidate: Candidate) -> Measured:
+    """The measurement of an engine, with what is known of it from the graph and the builder."""
+    known = {"int8": "int8", "fp16": "fp16", "bf16": "bf16"}.get(candidate.precision, "fp32")
+    update = {"graph_precision": known, "compute_precision": candidate.compute_precision or candidate.precision}
+    return result._replace(measurement=result.measurement.model_copy(update=update))
 
 
 def refuse_unquiet(measurements: Iterable[Measurement]) -> None:

@@ -17,12 +17,16 @@ from cli.report.words import percentile_title, scope_words
 from profiles.errors import InputError
 from profiles.measure import load_measurement
 from profiles.measurement import Measurement
+from profiles.runtimes import on_gpu
 
 Array = np.ndarray[Any, Any]
 
-_OF_THE_MACHINE = ("cpu_model", "machine", "cores", "affinity", "max_clock_mhz", "gpu", "gpu_model", "gpu_driver")
+_OF_THE_MACHINE = ("cpu_model", "machine", "cores", "affinity", "max_clock_mhz")
 _OF_THE_MOMENT = ("governor", "power_mode")
 """Facts of `Measurement.environment` that two latencies must share; the second ones are recorded before and after."""
+_OF_THE_GPU = ("gpu", "driver")
+_OF_THE_GPU_NOW = ("gpu_power_limit_watts",)
+"""The same of a model that ran on one."""
 
 
 @dataclass(frozen=True)
@@ -286,9 +290,12 @@ def latency_identity(figures: Figures) -> dict[str, str]:
         }
         found |= {f"option {key}": value for key, value in latency.options.items()}
     before = figures.environment.get("before")
-    found |= {key.replace("_", " "): figures.environment.get(key) for key in _OF_THE_MACHINE}
+    gpu = latency is not None and on_gpu(latency.runtime, latency.options)
+    of_the_machine = _OF_THE_MACHINE + _OF_THE_GPU * gpu
+    found |= {key.replace("_", " "): figures.environment.get(key) for key in of_the_machine}
     if isinstance(before, Mapping):
-        found |= {key.replace("_", " "): before.get(key) or found.get(key.replace("_", " ")) for key in _OF_THE_MOMENT}
+        moments = _OF_THE_MOMENT + _OF_THE_GPU_NOW * gpu
+        found |= {key.replace("_", " "): before.get(key) or found.get(key.replace("_", " ")) for key in moments}
     return {key: _text(value) for key, value in found.items() if value not in (None, "", [], {})}
 
 

@@ -181,6 +181,16 @@ def has_nvidia_gpu() -> bool:
     return any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/nvhost-ctrl-gpu", "/dev/dxg"))
 
 
+def on_gpu(runtime: str, options: Mapping[str, Any]) -> bool:
+    """Whether a session computes on an NVIDIA GPU.
+
+    Args:
+        runtime: its name.
+        options: its `Session.options`; PyTorch says its device there.
+    """
+    return "cuda" in runtime or "tensorrt" in runtime or "cuda" in str(options.get("device", ""))
+
+
 _MEMORY_WORDS = (
     "out of memory",
     "outofmemory",

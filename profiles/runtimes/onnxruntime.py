@@ -90,7 +90,9 @@ class OnnxRuntimeSession:
     def query(self, inputs: Mapping[str, Array], clock: Clock) -> Timed:
         """See `Session.query`; `compute` is the session's run call with bound inputs."""
         if self._binding is None or any(
-            array.shape != self._buffers[name].shape or array.dtype != self._buffers[name].dtype
+            name not in self._buffers
+            or array.shape != self._buffers[name].shape
+            or array.dtype != self._buffers[name].dtype
             for name, array in inputs.items()
         ):
             self._bind(inputs)

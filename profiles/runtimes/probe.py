@@ -12,11 +12,13 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from profiles import agent
 from profiles.errors import EdgestillError
-from profiles.runtimes import RuntimeOptions, WallClock, get_runtime
+from profiles.runtimes import RuntimeOptions, WallClock, get_runtime, on_gpu
 from profiles.runtimes.stages import LOADING, QUERYING
 
 _QUERIES = 20
@@ -39,6 +41,8 @@ def main(runtime_name: str, options: str, model: str, inputs_file: str, threads:
     with np.load(inputs_file) as stored:
         inputs = dict(stored)
     clock = WallClock()
+    # before the runtime is imported: where CPU and GPU share the memory, its libraries count
+    watch = agent.MemoryWatch()
     try:
         runtime = get_runtime(runtime_name, RuntimeOptions(**json.loads(options)))
         before = _resident("VmRSS")
@@ -57,6 +61,7 @@ def main(runtime_name: str, options: str, model: str, inputs_file: str, threads:
             if time.monotonic() > end:
                 break
         faulthandler.cancel_dump_traceback_later()
+        there = watch.close()
     except EdgestillError as error:
         print(json.dumps({"error": f"{error.message} ({error.evidence})"}))  # noqa: T201
         return 1
@@ -64,7 +69,7 @@ def main(runtime_name: str, options: str, model: str, inputs_file: str, threads:
         "load_ms": (loaded - start) / 1e6,
         "first_inference_ms": (first - asked) / 1e6,
         "before_load_mib": before,
-        **_peak(),
+        **(_peak_on_gpu(there) if on_gpu(runtime_name, session.options) else _peak()),
     }
     print(json.dumps(found))  # noqa: T201
     return 0
@@ -74,6 +79,15 @@ def _watch(stage: str, seconds: float) -> None:
     """Says what comes next, and when; faulthandler ends the process if it takes longer, whatever holds the GIL."""
     print(stage, time.monotonic(), flush=True)  # noqa: T201
     faulthandler.dump_traceback_later(seconds, exit=True)
+
+
+def _peak_on_gpu(found: dict[str, Any]) -> dict[str, float | str | None]:
+    """What `MemoryWatch` saw: the limit of a model on a GPU is about the GPU's memory; the host's is told beside it."""
+    beside = _peak()
+    how = str(found["gpu_how"])
+    if not found["unified"] and isinstance(beside["peak_mib"], float):
+        how += f"; beside it {beside['peak_mib']:.0f} MiB of the host ({str(beside['how']).split(' ', 1)[0]})"
+    return {"peak_mib": found.get("gpu_mib"), "how": how}
 
 
 def _peak() -> dict[str, float | str | None]:

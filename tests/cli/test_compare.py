@@ -149,7 +149,7 @@ def other(measurement: Measurement, what: str) -> dict[str, Any]:
     """A measurement that differs in one thing."""
     if what == "threads":
         return {"options": measurement.options | {"intra_op_threads": 7}}
-    if what == "cpu":
+    if what in ("cpu", "gpu driver"):
         return {}
     return {
         "runtime": {"runtime_version": "0.1"},
@@ -158,6 +158,16 @@ def other(measurement: Measurement, what: str) -> dict[str, Any]:
         "inputs": {"input_source": "golden sample"},
         "percentile": {},
     }[what]
+
+
+def facts(run: Path, environment: dict[str, Any], runtime: str = "onnxruntime") -> None:
+    """Rewrites a report as if its latency had been measured on another machine or in another runtime."""
+    report = load_report(run / "report.json")
+    row = report.targets[0]
+    assert row.latency is not None
+    latency = row.latency.model_copy(update={"runtime": runtime})
+    row = row.model_copy(update={"environment": environment, "latency": latency})
+    (run / "report.json").write_text(to_json(report.model_copy(update={"targets": (row,)})), encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -169,6 +179,7 @@ def other(measurement: Measurement, what: str) -> dict[str, Any]:
         ("batch", "clock and batch: end to end, batch 1 and end to end, batch 4"),
         ("inputs", "inputs: random and golden sample"),
         ("cpu", "cpu model: "),
+        ("gpu driver", "driver: 560.35.03 and 570.86.15"),
     ],
 )
 def test_latencies_under_other_circumstances_are_refused_with_the_reason(
@@ -177,9 +188,10 @@ def test_latencies_under_other_circumstances_are_refused_with_the_reason(
     before = write("before", latencies(0), answers(0))
     after = write("after", latencies(1), answers(0), **other(measured, what))
     if what == "cpu":
-        report = load_report(after / "report.json")
-        row = report.targets[0].model_copy(update={"environment": measured.environment | {"cpu_model": "Z80"}})
-        (after / "report.json").write_text(to_json(report.model_copy(update={"targets": (row,)})), encoding="utf-8")
+        facts(after, measured.environment | {"cpu_model": "Z80"})
+    if what == "gpu driver":
+        for side, driver in ((before, "560.35.03"), (after, "570.86.15")):
+            facts(side, measured.environment | {"driver": driver}, "onnxruntime-cuda")
     status, found = document(before, after, "--gate", "latency=+500%,metric=-5pt")
     latency = change(found, "latency")
     assert (status, latency.outcome, latency.verdict) == (4, "refused", "inconclusive")

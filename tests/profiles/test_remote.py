@@ -331,7 +331,7 @@ def test_by_tensorrts_python_module_memory_and_energy_are_those_of_what_the_gpu_
         assert found.energy.idle_watts == pytest.approx(6.0, rel=0.2)
     else:
         assert found.memory.peak_mib is None
-        assert found.memory.how.startswith("n/a: the GPU has memory of its own")
+        assert found.memory.how.startswith("n/a: no NVIDIA driver tells the GPU memory of a process")
         assert found.energy.millijoules is None or found.energy.how.startswith("NVML")
         assert "NVML" in found.energy.how, "never the processor's"
         target = TARGET.model_copy(update={"memory_mib": 1e6, "latency_ms": None})
