@@ -1884,8 +1884,7 @@ def work() -> int:
                 models[request["id"]] = model = opened(request)
                 answer = {"version": str(module.__version__), "options": model.options}
             elif what == "block":
-                answer = run_block(models[request["id"]], request)
-                answer["clocks"] = clocks_now.look()
+                answer = {**run_block(models[request["id"]], request), "clocks": clocks_now.look()}
             elif what == "busy":
                 answer = run_for(models[request["id"]], request)
             elif what == "outputs":
