@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from export import parity
 from export.bundle import write_bundle
-from export.candidate import Engine, Plan
+from export.candidate import Engine, Plan, Rung
 from export.foreign import OneOutput
 from export.planning import TIMING, failure_text, plan
 from export.publish import publishing, refuse_in_the_way
@@ -273,7 +273,7 @@ def _at_other_sizes(
             candidates.append(candidate)
             continue
         limits = parity.limits_of(candidate.precision, section, judged=False)
-        rung: parity.Rung | None
+        rung: Rung | None
         refused: str | None
         name = f"{candidate.name} at other sizes"
         try:

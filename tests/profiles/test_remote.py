@@ -200,7 +200,7 @@ def test_a_model_is_measured_there_as_it_is_here_and_nothing_is_left(
 
 
 def test_energy_is_read_by_the_devices_sensors_and_decides(server: Server, model: Path) -> None:
-    section = QUICK.model_copy(update={"energy_seconds": 0.5})
+    section = QUICK.model_copy(update={"energy_seconds": 0.3})
     with Link(Host("rapl", python=PYTHON)) as link:
         runtime = RemoteRuntime(link, "onnxruntime", {"a": model}, images(), 1)
         with counting(server.root / "sensors", worker_of(link), idle=5.0, busy=20.0):
@@ -226,7 +226,9 @@ def test_clocks_that_fall_and_throttling_are_seen_and_leave_the_limit_undecided(
     server: Server, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(conditions, "_CLOCK_SECONDS", 0.1)
-    section = QUICK.model_copy(update={"idle_gap_ms": 15.0, "energy_seconds": 0.0, "max_samples": 100})
+    section = QUICK.model_copy(
+        update={"idle_gap_ms": 15.0, "energy_seconds": 0.0, "max_samples": 100, "warmup_seconds": 0.3}
+    )
     with slowing_down(server.root / "melting"), Link(Host("hot", python=PYTHON)) as link:
         runtime = RemoteRuntime(link, "onnxruntime", {"a": model}, images(), 1)
         found = measure_on(runtime, images(), TARGET, section, input_source="real samples", fresh_process=False)
