@@ -2,9 +2,11 @@
 
     python -m tests.benchmarks.export_speed [--rounds 7] [--threads 2] [--quick]
 
-Trains the student for one epoch on random images, so that there is a run; then, in every round and each in a process of
-its own: `plan()` of the export layer and `edgestill export RUN`, with nothing there and with everything there. The
-clock of `plan()` starts behind the imports; that of the command before the interpreter does.
+Trains the student for one epoch on random images, so that there is a run. Its labels are random, too, so its decisions
+are near-ties that INT8 need not keep: with a metric floor and an agreement of 0 plain INT8 is usable, and neither the
+search nor a training follows. Then, in every round and each in a process of its own: `plan()` of the export layer and
+`edgestill export RUN`, with nothing there and with everything there. The clock of `plan()` starts behind the imports;
+that of the command before the interpreter does.
 
 Writes results/export_speed.json and .md beside this file; exit status 1 when the median misses a bound. Wants a quiet
 machine with two cores. --quick: one round, written to a temporary folder and printed: shows that it runs.
@@ -49,9 +51,13 @@ family = "conv"
 arch = "{arch}"
 [train]
 epochs = 1
+[export]
+int8_agreement = 0.0
+qat = "never"
 [[target]]
 name = "here"
 device = "this-machine"
+metric_floor = 0.0
 """
 WORKER = """
 import json, sys, time
@@ -62,6 +68,7 @@ from distill.data.dataset import InputSpec
 from distill.students import build_student
 from distill.students.section import StudentSection
 from export.planning import plan
+from export.section import ExportSection
 from profiles.device import load_device
 
 arch, folder, threads = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
@@ -83,24 +90,35 @@ started = time.perf_counter()
 found = plan(
     Logits(student).eval(), held_out=images[:512], calibration=images[512:], stack=device.stacks[0], device=device,
     folder=folder, model_key="speed", precisions=("fp32", "int8"),
+    section=ExportSection(int8_agreement=0, qat="never"),
 )
 seconds = time.perf_counter() - started
-assert {entry.name for entry in found.usable} >= {"fp32"}
+assert [entry.name for entry in found.usable] == ["fp32", "int8"], found.candidates
 print(json.dumps({"seconds": seconds, "reused": list(found.reused),
                   "parameters": sum(parameter.numel() for parameter in student.parameters())}))
 """
+START = "import torch, in a process of its own"
 CLOCKS = {
     "plan, nothing there": BOUND_FIRST,
     "plan, unchanged": BOUND_AGAIN,
     "edgestill export RUN, nothing there": BOUND_FIRST,
     "edgestill export RUN, unchanged": BOUND_AGAIN,
+    START: None,
 }
-"""Seconds that each may take at most."""
+"""Seconds that each may take at most; None: for comparison."""
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Of the processes that are timed."""
-    return os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "GOMP_SPINCOUNT": "1000"}
+    """Of the processes that are timed. Modules are compiled once, as they are where edgestill is installed."""
+    given = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    return given | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "GOMP_SPINCOUNT": "1000"}
+
+
+def started(threads: int) -> float:
+    """Seconds in which a new process imports PyTorch and ends: what the command cannot do without."""
+    begun = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import torch"], check=True, env=environment(threads))
+    return time.perf_counter() - begun
 
 
 def planned(folder: Path, threads: int) -> dict[str, Any]:
@@ -113,10 +131,13 @@ def planned(folder: Path, threads: int) -> dict[str, Any]:
 
 def exported(run: Path, threads: int) -> float:
     """Seconds of `edgestill export RUN` in a new process, from its start to its end."""
-    command = [sys.executable, "-m", "cli.app", "export", str(run)]
+    command = [sys.executable, "-m", "cli.app", "export", str(run), "--json"]
     started = time.perf_counter()
-    subprocess.run(command, capture_output=True, text=True, check=True, env=environment(threads), cwd=run.parent)
-    return time.perf_counter() - started
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment(threads), cwd=run.parent)
+    seconds = time.perf_counter() - started
+    candidates = json.loads(done.stdout)["here"]["candidates"]
+    assert [entry["name"] for entry in candidates if entry["refused"] is None] == ["fp32", "int8"], candidates
+    return seconds
 
 
 def make_run(folder: Path, threads: int) -> Path:
@@ -153,7 +174,7 @@ def measure(rounds: int, threads: int, folder: Path) -> dict[str, Any]:
         found = dict(
             zip(
                 CLOCKS,
-                (first["seconds"], again["seconds"], exported(run, threads), exported(run, threads)),
+                (first["seconds"], again["seconds"], exported(run, threads), exported(run, threads), started(threads)),
                 strict=True,
             )
         )
@@ -179,8 +200,9 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     for name, values in report["seconds"].items():
         figures = [f"{value:.2f} s" for value in (median(values), min(values), max(values))]
-        held = "holds" if median(values) <= CLOCKS[name] else "missed"
-        lines.append(f"| {' | '.join([name, *figures, f'{CLOCKS[name]:g} s', held])} |")
+        bound = CLOCKS[name]
+        held = "" if bound is None else "holds" if median(values) <= bound else "missed"
+        lines.append(f"| {' | '.join([name, *figures, '' if bound is None else f'{bound:g} s', held])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -207,7 +229,8 @@ def main() -> int:
         write_text(RESULTS / "export_speed.json", json.dumps(report, indent=2) + "\n")
         write_text(RESULTS / "export_speed.md", markdown(report))
     print(markdown(report))
-    return 0 if all(median(values) <= CLOCKS[name] for name, values in report["seconds"].items()) else 1
+    bounds = {name: bound for name, bound in CLOCKS.items() if bound is not None}
+    return 0 if all(median(report["seconds"][name]) <= bound for name, bound in bounds.items()) else 1
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from export.precision import Quantizer, quantization_for, to_bf16, to_fp16
 from export.preflight.examine import examine
 from profiles.artifact import verify
 from profiles.errors import InputError
-from profiles.opening import open_bundle, stored_apart
+from profiles.opening import open_bundle, open_graph, stored_apart
 from profiles.progress import Silent
 from profiles.runtimes.onnxruntime import run_model
 from tests.export.conftest import IMAGES, device_and_stack, plan_for
@@ -138,3 +138,37 @@ def test_a_model_stays_whole_when_it_is_written(cpu: Plan, tmp_path: Path) -> No
         write(quantizer.prepared, tmp_path / "again.onnx")
     assert stored_apart(quantizer.prepared) == []
     assert data_file(tmp_path / "again.onnx").stat().st_size < 2 * data_file(graph).stat().st_size
+
+
+@pytest.mark.slow
+def test_a_graph_of_more_than_2_gib_is_checked_opened_and_run(tmp_path: Path) -> None:
+    """A real file, sparse: only its last row is stored on the disk."""
+    rows, width = 2**21, 288
+    table = onnx.TensorProto(name="table", data_type=onnx.TensorProto.FLOAT, dims=[rows, width])
+    table.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", "table.data"), ("offset", "0"), ("length", str(4 * rows * width))):
+        table.external_data.add(key=key, value=value)
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Gather", ["table", "row"], ["logits"])],
+        "large",
+        [onnx.helper.make_tensor_value_info("row", onnx.TensorProto.INT64, ["n"])],
+        [onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["n", width])],
+        [table],
+    )
+    path = tmp_path / "large.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10), path)
+    last = np.linspace(1, 7e4, width, dtype=np.float32)
+    with (tmp_path / "table.data").open("wb") as file:
+        file.truncate(4 * rows * width)
+        file.seek(4 * (rows - 1) * width)
+        file.write(last.tobytes())
+    device, stack = device_and_stack("jetson-agx-orin")
+    (stored,) = stored_apart(open_graph(path))
+    assert stored.end > 2**31
+    seen = examine(path, device, stack)
+    assert seen.memory.weights > 2**31
+    assert [entry.rule for entry in seen.findings if entry.rule.startswith(("weights", "fp16-over"))] == [
+        "fp16-overflow"
+    ]
+    found = run_model(path, {"row": np.array([0, rows - 1])})["logits"]
+    np.testing.assert_array_equal(found, [np.zeros(width), last])
