@@ -378,7 +378,8 @@ class RemoteRuntime:
     def _engine(self, model: Path, graph: str, number: int) -> str:
         name, cache = f"model{number}.engine", f"model{number}.cache"
         build = self._builds.get(model, Build())
-        identity = content_key(self.rung, machine_identity(self.link.facts), build, self._shapes)
+        workspace = self.link.host.workspace_mib
+        identity = content_key(self.rung, machine_identity(self.link.facts), build, self._shapes, workspace)
         stored = self._keep / f"{model_key(model)}-{identity[:16]}.json" if self._keep is not None else None
         if stored is not None and stored.is_file() and stored.with_suffix(".engine").is_file():
             self.link.put(name, stored.with_suffix(".engine"))
@@ -395,7 +396,7 @@ class RemoteRuntime:
             flags=list(build.flags),
             compute_capability=build.compute_capability,
             shapes=self._shapes,
-            workspace_mib=self.link.host.workspace_mib,
+            workspace_mib=workspace,
         )
         if self._keep is not None and stored is not None:
             with explain_os_errors(stored):
