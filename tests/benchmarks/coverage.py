@@ -306,6 +306,7 @@ _WORDS = {True: "holds", False: "FAILS", None: "not claimed"}
 
 def table(rows: list[Row], verdicts: list[Judged], created: str) -> str:
     """The page."""
+    steady = {kind.name for kind in KINDS if kind.steady}
     lines = [
         "# Coverage of the measured bounds",
         "",
@@ -321,7 +322,8 @@ def table(rows: list[Row], verdicts: list[Judged], created: str) -> str:
 
     lines += [
         f"| {row.kind} | p{row.percentile:g} | {row.samples:,.0f} | {row.unstable:.1%} | {share(row.upper)} | "
-        f"{share(row.lower)} | {share(row.error)} | {_WORDS[row.holds]} |"
+        f"{share(row.lower)} | {share(row.error)} | "
+        f"{'no number' if row.kind in steady and row.upper is None else _WORDS[row.holds]} |"
         for row in rows
     ]
     lines += ["", *(f"- {kind.name}: {kind.what}" for kind in KINDS)]
@@ -329,8 +331,8 @@ def table(rows: list[Row], verdicts: list[Judged], created: str) -> str:
         "",
         "Of the measurements that gave a number, a row of a steady kind says how often each bound held the true "
         "percentile, and holds when that is at least as often as claimed; a drifting or bursty one holds when at least "
-        f"as many end as unstable (tested at {SUSPECT}). Unstable ones among the first three kinds are false alarms, of "
-        "the warm-up's windows and of the test of the samples together. Nothing is claimed of rare bursts: a run may "
+        f"as many end as unstable (tested at {SUSPECT}). Unstable ones among the first three kinds are false alarms, "
+        "of the warm-up's windows and of the test of the samples together. Nothing is claimed of rare bursts: a run may "
         "hold none of them, or one, and then its samples cannot tell how they vary.",
         "",
         "With a limit that is the true percentile, a hair more and a hair less in turn, and at most "
