@@ -332,8 +332,8 @@ def table(rows: list[Row], verdicts: list[Judged], created: str) -> str:
         "Of the measurements that gave a number, a row of a steady kind says how often each bound held the true "
         "percentile, and holds when that is at least as often as claimed; a drifting or bursty one holds when at least "
         f"as many end as unstable (tested at {SUSPECT}). Unstable ones among the first three kinds are false alarms, "
-        "of the warm-up's windows and of the test of the samples together. Nothing is claimed of rare bursts: a run may "
-        "hold none of them, or one, and then its samples cannot tell how they vary.",
+        "of the warm-up's windows and of the test of the samples together. Nothing is claimed of rare bursts: a run "
+        "may hold none of them, or one, and then its samples cannot tell how they vary.",
         "",
         "With a limit that is the true percentile, a hair more and a hair less in turn, and at most "
         f"{_MOST_SAMPLES:,} samples in doubling looks: how often PASS or FAIL was wrong, which claims to be at most "
