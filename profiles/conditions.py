@@ -116,11 +116,13 @@ def warnings_of(
         found.append(f"unstable: latency did not settle within {section.warmup_seconds:g} s of warm-up")
     if not asked.stable:
         found.append(f"unstable: {movement(samples_ns, asked.percentile)}")
-    needed = statistics.samples_needed(asked.percentile)
+    needed = statistics.samples_needed(asked.percentile, asked.bound_confidence)
     if asked.samples < needed:
+        full = asked.samples >= section.max_samples
         found.append(
-            f"too few samples: p{asked.percentile:g} needs {needed:,}, {asked.samples:,} were taken in "
-            f"{section.max_seconds:g} s; raise measure.max_seconds or ask for a lower percentile"
+            f"too few samples: p{asked.percentile:g} needs {needed:,}, {asked.samples:,} were taken"
+            + (", the most that are allowed" if full else f" in {section.max_seconds:g} s")
+            + f"; raise measure.{'max_samples' if full else 'max_seconds'} or ask for a lower percentile"
         )
     use = environment["cpu_use"]
     if use.get("other_cores", 0) >= _BUSY_CORES:

@@ -116,21 +116,34 @@ class Plan:
     scope: Scope
     max_seconds: float
 
+    @property
+    def planned(self) -> int:
+        """At how many looks sampling may end with a verdict, or with a number where there is no limit."""
+        return len(self.looks) if self.limit_ms is not None else 1
+
 
 def plan_looks(target: TargetSection, section: MeasureSection) -> Plan:
     """Doubling looks until the verdict is decided; without a limit one look, at twice the needed samples or later.
 
-    With several looks, the error probability 1 - confidence is split evenly over them.
+    With several looks, the error probability 1 - confidence is split evenly over them; the first one is at as many
+    samples as a bound of the confidence that is left to each needs.
     """
-    least = FIRST_LOOK
+
+    def sizes(confidence: float, least: int) -> tuple[int, ...]:
+        found = statistics.look_sizes(target.percentile, confidence, section.max_samples)
+        return tuple(size for size in found if size >= least) or found[-1:]
+
     if target.latency_ms is None:
-        least = max(least, 2 * statistics.samples_needed(target.percentile, section.confidence))
-    sizes = statistics.look_sizes(target.percentile, section.confidence, section.max_samples)
-    looks = tuple(size for size in sizes if size >= least) or sizes[-1:]
-    judged = len(looks) if target.latency_ms is not None else 1
+        needed = statistics.samples_needed(target.percentile, section.confidence)
+        looks, each = sizes(section.confidence, max(FIRST_LOOK, 2 * needed)), section.confidence
+    else:
+        # more samples at the first look never make for more looks, so what is left to each is at least this
+        most = len(sizes(section.confidence, FIRST_LOOK))
+        looks = sizes(statistics.look_confidence(section.confidence, most), FIRST_LOOK)
+        each = statistics.look_confidence(section.confidence, len(looks))
     return Plan(
         looks=looks,
-        look_confidence=statistics.look_confidence(section.confidence, judged),
+        look_confidence=each,
         limit_ms=target.latency_ms,
         percentile=target.percentile,
         scope=target.latency_scope,
@@ -154,7 +167,8 @@ def warm_up(query: Query, clock: Clock, *, percentile: float, scope: Scope, max_
         window: list[Timed] = []
         start = clock.now()
         while not window or clock.now() - start < WINDOW_NS:
-            window.append(query(runs)._replace(outputs={}))
+            timed = query(runs)
+            window.append(Timed(timed.compute_ns, timed.end_to_end_ns, {}))
             runs += 1
         windows = [*windows, window][-WINDOWS:]
         taken += [timed.compute_ns if scope == "compute" else timed.end_to_end_ns for timed in window]
@@ -213,13 +227,14 @@ def sample(
                     queries[name](issued[name])
                     issued[name] += 1
                 previous = name
+                query, compute, whole = queries[name], result.compute_ns, result.end_to_end_ns
                 start = clock.now()
-                for _ in range(block):
-                    timed = queries[name](issued[name])
-                    result.issued.append(issued[name])
-                    issued[name] += 1
-                    result.compute_ns.append(timed.compute_ns)
-                    result.end_to_end_ns.append(timed.end_to_end_ns)
+                for index in range(issued[name], issued[name] + block):
+                    timed = query(index)
+                    compute.append(timed.compute_ns)
+                    whole.append(timed.end_to_end_ns)
+                result.issued.extend(range(issued[name], issued[name] + block))
+                issued[name] += block
                 result.spent_ns += clock.now() - start
                 _judge(result, plan, looks[name])
                 task.advance(block, note=f"{name}: {len(result.compute_ns)} samples")
@@ -423,6 +438,7 @@ def measure(
             limit_ms=target.latency_ms,
             verdict=_verdict(found, plan, stable=stable),
             looks=found.looks,
+            planned_looks=plan.planned,
             stopped_by=found.stopped_by or "samples",
             stable=stable,
             warnings=warnings_of(
@@ -861,11 +877,10 @@ def _differences(sampled: Mapping[str, Sampled], scope: Scope) -> dict[str, tupl
 
 
 def _verdict(found: Sampled, plan: Plan, *, stable: bool) -> Outcome | None:
-    """Of a latency that moved, only what holds for every sample decides; to pass, they must suffice for a bound."""
+    """Of a latency that moved, only what holds for every single sample decides; to pass, the look must have said so."""
     if stable or found.verdict is None or plan.limit_ms is None:
         return found.verdict
     samples = found.in_scope(plan.scope)
     if min(samples) > plan.limit_ms * 1e6:
         return "fail"
-    enough = len(samples) >= statistics.samples_needed(plan.percentile, plan.look_confidence)
-    return "pass" if enough and max(samples) <= plan.limit_ms * 1e6 else "inconclusive"
+    return "pass" if found.verdict == "pass" and max(samples) <= plan.limit_ms * 1e6 else "inconclusive"

@@ -124,6 +124,8 @@ class Measurement(Section):
     verdict inconclusive."""
     looks: int
     """How often the samples were judged."""
+    planned_looks: int = 1
+    """At how many looks sampling could have ended; the error probability of the bounds is split over so many."""
     stopped_by: Literal["decided", "samples", "time"]
     stable: bool
     """Whether the warm-up settled and the latency in `scope` stayed where it was."""

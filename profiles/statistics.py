@@ -33,12 +33,15 @@ _CELLS = 4_000_000
 """Resampled values that are held at once: 32 MB."""
 _FINEST_BLOCKS = 128
 _FEWEST_BLOCKS = 8
-_SHUFFLES = 4000
+_PARTS = 8
+_SHUFFLES = 8000
+_SHORT = 4096
 _DENSE = 2
 """Marks per finest block from which the counts' dispersion follows a chi-square well enough."""
 _SURELY_RANDOM = 3.0
 """Standard deviations below which shuffling need not be tried: seven block lengths reach them in 1 % of the series."""
 _SURELY_CLUSTERED = 10.0
+_SURELY = 1e-6
 """And above which: five of seven slow samples in one of 128 blocks is less likely than 1 in 10,000,000."""
 
 
@@ -90,6 +93,7 @@ def percentile(samples: ArrayLike, p: float) -> float:
     return float(ordered[math.ceil(round(p / 100 * ordered.size, 9)) - 1])
 
 
+@lru_cache(maxsize=256)
 def samples_needed(percentile: float, confidence: float = 0.99) -> int:
     """Fewest samples from which a percentile may be reported: those at which `upper_bound` is the largest of them.
 
@@ -232,13 +236,7 @@ def percentile_bounds(
     """
     ordered = _sorted(samples)
     n, tail, error = int(ordered.size), _tail(percentile), _error(confidence)
-    count = effective_count(samples, percentile)
-    s, t = _lower_rank(count, tail, error), _upper_rank(count, tail, error)
-    # P[Bin <= t] <= error for t, so t + 1 is what `t - 1` of the formula above allows
-    t = t + 1 if t is not None else 1 if (1 - tail) ** count <= error else None
-    low = None if s is None else float(ordered[-min(n, math.ceil(s * n / count))])
-    high = None if t is None else float(ordered[-max(1, t * n // count)])
-    return low, high
+    return _ranked(ordered, *_clustered_ranks(n, n / effective_count(samples, percentile), tail, error))
 
 
 def paired_shares(only_a: int, only_b: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -287,15 +285,17 @@ def lag1_autocorrelation(samples: ArrayLike) -> float | None:
 def stability(series: ArrayLike, p: float, confidence: float = 0.99) -> Stability:
     """Whether the p-th percentile of a series in the order of measurement is one number, and its bounds.
 
-    1. Are slow samples scattered at random? Those over the percentile, and over 10 % less and more, are counted in 128,
-       64, ... 2 blocks of equal length. The largest standardised dispersion of these counts over all block lengths is
-       compared with what random order gives (by chi-square; by shuffling where marks are few). No distribution of
-       latencies is assumed. Scattered, at `CAUTION`: the usual bounds hold.
-    2. If not, m dependent samples tell as much as m / F independent ones, with F the dispersion of the counts relative
-       to its expectation (the variance inflation of block means, as in batch means of simulations), at the threshold in
-       question. Bounds are taken anew with these counts.
-    3. Where the order is far from random, at `DEPENDENCE_ERROR`, and the new bounds are wider than the usual ones by
-       more than 10 %, the figure is not stable. Else it is, with the new bounds.
+    1. Are slow samples scattered at random? Those over several thresholds are counted in 128, 64, ... 2 blocks of equal
+       length. The largest standardised dispersion of these counts over all block lengths is compared with what random
+       order gives (by chi-square; by shuffling where marks are few), and so is the number of runs that they form (Wald
+       and Wolfowitz, 1940). No distribution of latencies is assumed. Scattered, at `CAUTION`: the usual bounds hold.
+    2. If not, n samples tell as much as n / F independent ones, with F the dispersion of the counts relative to its
+       expectation (the variance inflation of block means, as in batch means of simulations), larger by what so few
+       blocks leave open. The bounds are those of n / F samples. Where that is too few for a bound, it lies beyond the
+       usual one by twice the factor between the eighths of the series with the highest and the lowest percentile.
+    3. Where the order is far from random, at `DEPENDENCE_ERROR`, the figure is not stable when the new bounds are wider
+       than the usual ones by more than 10 %, or when the medians of the eighths differ by more than that. Else it is,
+       with the new bounds.
 
     So a drift of 2 % and a hundred short bursts give a number, a drift of 30 % and two long bursts do not.
 
@@ -311,39 +311,52 @@ def stability(series: ArrayLike, p: float, confidence: float = 0.99) -> Stabilit
     ordered = np.sort(values)
     n, tail, error = values.size, _tail(p), _error(confidence)
     t, s = _upper_rank(n, tail, error), _lower_rank(n, tail, error)
-    upper = None if t is None else float(ordered[-t])
-    lower = None if s is None else float(ordered[-s])
-    figure = float(ordered[math.ceil(round(p / 100 * n, 9)) - 1])
+    lower, upper = _ranked(ordered, s, t)
+    figure = _nearest_rank(ordered, p)
+    # the percentile's own samples are few; those a little further inside tell more, and cluster no less
+    shares = [share for share in (tail, 2 * tail, 4 * tail) if share <= 0.5]
+    near = [_slow(values, _nearest_rank(ordered, 100 * (1 - share))) for share in shares]
     # a little below the figure a spell of slow samples shows as a whole, a little above it free of the others
-    slow = [_slow(values, threshold) for threshold in (figure / MATERIAL, figure, figure * MATERIAL)]
-    chance = min(1.0, len(slow) * min(_scatter(marked) for marked in slow))
+    around = [_slow(values, threshold) for threshold in (figure / MATERIAL, figure * MATERIAL)]
+    chance = min(1.0, len(near + around) * min(_scatter(marked) for marked in near + around))
     if chance > CAUTION:
         return Stability(True, lower, upper, chance, 1.0)
-    wide_upper, wide_lower = upper, lower
-    if t is not None:
-        wide_upper = _wider(values, ordered, t, "upper", tail, error)
-    if s is not None:
-        wide_lower = _wider(values, ordered, s, "lower", tail, error)
+    sure = chance <= DEPENDENCE_ERROR
+    inflation = max(_inflation(marked, error) for marked in near)
+    wide_s, wide_t = _clustered_ranks(n, inflation, tail, error)
+    wide_lower, wide_upper = _ranked(
+        ordered,
+        None if s is None or wide_s is None else max(s, wide_s),
+        None if t is None or wide_t is None else min(t, wide_t),
+    )
+    beyond = _movement(values, p) ** 2 if sure else 1.0
+    if wide_upper is None and upper is not None:
+        wide_upper = float(ordered[-1]) * beyond
+    if wide_lower is None and lower is not None:
+        wide_lower = float(ordered[0]) / beyond
     widened = 1.0
     for inner, outer in ((upper, wide_upper), (lower, wide_lower)):
         if inner is not None and outer is not None and min(inner, outer) > 0:
             widened *= max(inner, outer) / min(inner, outer)
-    stable = chance > DEPENDENCE_ERROR or widened <= MATERIAL
-    return Stability(stable, wide_lower, wide_upper, chance, max(_inflation(marked) for marked in slow))
+    moved = max(widened, _movement(values, 50))
+    return Stability(not sure or moved <= MATERIAL, wide_lower, wide_upper, chance, inflation)
 
 
 def judge(series: ArrayLike, limit: float, p: float, confidence: float = 0.99) -> Outcome:
     """`verdict` for samples in the order of measurement, which may depend on each other: by the bounds of `stability`.
 
-    Where the percentile is not stable, only what holds for every single sample decides, and only when there are enough.
+    Where the percentile is not stable, it passes only when every single sample is within the limit, were it slower by
+    as much again as the slowest eighth of them is than the quickest one; and fails only when every sample is over it.
 
     >>> judge([1.0] * 700 + [2.0] * 300, limit=1.5, p=50)
     'inconclusive'
     """
     values = _array(series)
     found = stability(values, p, confidence)
-    upper = found.upper if found.stable or found.upper is None else float(values.max())
-    lower = found.lower if found.stable or found.lower is None else float(values.min())
+    lower, upper = found.lower, found.upper
+    if not found.stable:
+        upper = None if upper is None else float(values.max()) * _movement(values, p)
+        lower = None if lower is None else float(values.min())
     if upper is not None and upper <= limit:
         return "pass"
     return "fail" if lower is not None and lower > limit else "inconclusive"
@@ -508,8 +521,9 @@ def _dispersions(counts: NDArray[np.int64], length: int, k: int) -> tuple[list[i
         size = n // b
         expected = b * size * (k / n) * (1 - k / n) * (n - size) / (n - 1)
         blocks.append(b)
-        ratios.append(((counts - k / b) ** 2).sum(axis=-1) / expected)
-        counts = counts.reshape(*counts.shape[:-1], b // 2, 2).sum(axis=-1)
+        # sum of (count - k / b) squared: of whole numbers, so nothing is lost
+        ratios.append((np.einsum("...i,...i->...", counts, counts) - k * k / b) / expected)
+        counts = counts[..., 0::2] + counts[..., 1::2]
     return blocks, ratios
 
 
@@ -525,17 +539,89 @@ def _counted(marked: NDArray[np.bool_]) -> tuple[NDArray[np.int64], int, int] | 
     return (counts, length, k) if 1 < k < b * length - 1 else None
 
 
-def _inflation(marked: NDArray[np.bool_]) -> float:
-    """How many marks tell as much as one in random order would: variance inflation of block means, at least 1."""
+def _inflation(marked: NDArray[np.bool_], error: float) -> float:
+    """How many marks tell as much as one in random order would: variance inflation of block means, at least 1.
+
+    Few blocks estimate a variance badly; as for Student's t, that asks for more, at the bounds' error probability. The
+    largest of several estimates has some of that in it already, so that nothing below 16 blocks asks for more yet.
+    """
     found = _counted(marked)
     if found is None:
         return 1.0
     blocks, ratios = _dispersions(*found)
-    return max(1.0, *(float(ratio) for b, ratio in zip(blocks, ratios, strict=True) if b >= _FEWEST_BLOCKS))
+    return max(
+        1.0,
+        *(
+            float(ratio) * _few(max(b, 2 * _FEWEST_BLOCKS), error)
+            for b, ratio in zip(blocks, ratios, strict=True)
+            if b >= _FEWEST_BLOCKS
+        ),
+    )
+
+
+@lru_cache(maxsize=256)
+def _few(blocks: int, error: float) -> float:
+    from scipy.stats import t
+
+    return float(t.isf(error, blocks - 1) / NormalDist().inv_cdf(1 - error)) ** 2
+
+
+def _movement(values: Floats, p: float) -> float:
+    """The factor between the highest and the lowest p-th percentile of the series' eighths."""
+    parts = np.sort(values[values.size % _PARTS :].reshape(_PARTS, -1), axis=1)
+    if not parts.size:
+        return math.inf
+    figures = parts[:, math.ceil(round(p / 100 * parts.shape[1], 9)) - 1]
+    return float(figures.max() / figures.min()) if figures.min() > 0 else math.inf
+
+
+def _clustered_ranks(n: int, inflation: float, tail: float, error: float) -> tuple[int | None, int | None]:
+    """Which largest samples bound the percentile from below and above where n of them tell as much as n / inflation.
+
+    The s-th with the smallest s such that P[Bin >= s] <= error, and the t-th with the largest t such that
+    P[Bin <= t - 1] <= error, for n / inflation samples, times the inflation. A cluster that is missing is missing as a
+    whole, so the largest stays the largest.
+    """
+    count = int(round(n / inflation, 9))
+    s, t = _lower_rank(count, tail, error), _upper_rank(count, tail, error)
+    # P[Bin <= t] <= error for t, so t + 1 is what `t - 1` of the formula above allows
+    t = t + 1 if t is not None else 1 if (1 - tail) ** count <= error else None
+    return (
+        None if s is None else min(n, math.ceil(s * inflation)),
+        None if t is None else 1 + int((t - 1) * inflation),
+    )
+
+
+def _ranked(ordered: Floats, s: int | None, t: int | None) -> tuple[float | None, float | None]:
+    """The s-th and the t-th largest."""
+    return None if s is None else float(ordered[-s]), None if t is None else float(ordered[-t])
+
+
+def _nearest_rank(ordered: Floats, p: float) -> float:
+    return float(ordered[max(1, math.ceil(round(p / 100 * ordered.size, 9))) - 1])
 
 
 def _scatter(marked: NDArray[np.bool_]) -> float:
-    """How probable it is that marks in random order are as clustered as these."""
+    """How probable it is that marks in random order are as clustered as these, in blocks or as neighbours."""
+    return min(1.0, 2 * min(_in_blocks(marked), _in_runs(marked)))
+
+
+def _in_runs(marked: NDArray[np.bool_]) -> float:
+    """How probable it is that marks in random order are in so few runs: exact, and sharp for neighbours that depend.
+
+    Of the n - k + 1 places before, between and behind the unmarked, k marks take a hypergeometric number.
+    """
+    from scipy.stats import hypergeom
+
+    n, k = marked.size, int(marked.sum())
+    runs = int(marked[:1].sum()) + int((marked[1:] & ~marked[:-1]).sum())
+    if k == 0 or runs >= k * (n - k + 1) / n:
+        return 1.0
+    return float(hypergeom.cdf(runs, n, n - k + 1, k))
+
+
+def _in_blocks(marked: NDArray[np.bool_]) -> float:
+    """How probable it is that marks in random order are so unevenly spread over blocks of some length."""
     found = _counted(marked)
     if found is None:
         return 1.0
@@ -547,16 +633,21 @@ def _scatter(marked: NDArray[np.bool_]) -> float:
     if seen < _SURELY_RANDOM:
         return 1.0
     if seen > _SURELY_CLUSTERED:
-        return 1 / (_SHUFFLES + 1)
+        return _SURELY
     # few marks, many block lengths: no formula, so they are thrown into the blocks at random; the rarer kind of mark
-    rare = min(k, counts.size * length - k)
-    places = np.random.default_rng(0).integers(0, counts.size, (_SHUFFLES, rare))
-    rows = np.arange(_SHUFFLES)[:, None] * counts.size
-    thrown = np.bincount((places + rows).ravel(), minlength=_SHUFFLES * counts.size).reshape(_SHUFFLES, -1)
-    _, random = _dispersions(thrown, length, rare)
-    # thrown marks may share a place, which real ones cannot: their counts vary more by this factor
-    random = [ratio * (1 - rare / (counts.size * length)) for ratio in random]
-    return (1 + int((_largest(blocks, random) >= seen).sum())) / (_SHUFFLES + 1)
+    random = _thrown(counts.size, length, min(k, counts.size * length - k))
+    # equal counts in another order differ by a rounding error
+    return (1 + random.size - int(np.searchsorted(random, seen - 1e-9))) / (_SHUFFLES + 1)
+
+
+@lru_cache(maxsize=512)
+def _thrown(count: int, length: int, rare: int) -> Floats:
+    """The largest dispersions of so many marks in random order, ascending: kept, since looks are at the same sizes."""
+    # numpy's way for few balls of each colour shuffles them all, so it is the slower one for long series
+    method: Literal["count", "marginals"] = "count" if count * length <= _SHORT else "marginals"
+    random = np.random.default_rng(0)
+    thrown = random.multivariate_hypergeometric([length] * count, rare, _SHUFFLES, method)
+    return np.sort(_largest(*_dispersions(thrown, length, rare)))
 
 
 def _largest(blocks: list[int], ratios: list[NDArray[np.float64]]) -> NDArray[np.float64]:
@@ -566,26 +657,6 @@ def _largest(blocks: list[int], ratios: list[NDArray[np.float64]]) -> NDArray[np
         spread = 2 / (9 * (b - 1))
         scores.append((np.cbrt(ratio) - (1 - spread)) / math.sqrt(spread))
     return np.asarray(np.max(scores, axis=0))
-
-
-def _wider(
-    values: Floats, ordered: Floats, rank: int, side: Literal["upper", "lower"], tail: float, error: float
-) -> float:
-    """The bound nearest to the usual one (the rank-th largest) that holds when samples count less; else the extreme."""
-    from scipy.stats import binom
-
-    n = values.size
-    while 1 <= rank <= n:
-        bound = float(ordered[-rank])
-        marked = values > bound if side == "upper" else values >= bound
-        factor = _inflation(marked)
-        k = int(marked.sum())
-        if side == "upper" and binom.cdf(max(1, math.ceil((k + 1) / factor)), int(n / factor), tail) <= error:
-            return bound
-        if side == "lower" and binom.sf(int(k / factor) - 1, math.ceil(n / factor), tail) <= error:
-            return bound
-        rank = rank // 2 if side == "upper" else rank * 2
-    return float(ordered[-1] if side == "upper" else ordered[0])
 
 
 @lru_cache(maxsize=1024)

@@ -10,7 +10,6 @@ from distill.students.choose import Miss
 from profiles.device import TargetSection
 from profiles.measurement import Measurement
 from profiles.metrics import Difference, Metric
-from profiles.statistics import samples_needed
 
 NOT_HERE = "the device is not this machine, and nothing ran on it"
 NOT_MADE = "no student was made for it"
@@ -116,13 +115,9 @@ def _latency(limit: float, measurement: Measurement | None) -> LimitVerdict:
     if measurement.mismatches:
         verdict, reason = "inconclusive", "; ".join(measurement.mismatches)
     elif not measurement.stable:
-        # The bounds suppose that samples come from one distribution. Where the latency moved that is not so, and only
-        # what holds for every single sample decides, when there are enough of them for a bound.
-        enough = asked.samples >= samples_needed(asked.percentile, asked.bound_confidence)
-        inside = enough and asked.maximum <= limit
-        outside = enough and asked.minimum > limit
-        verdict = "pass" if inside else "fail" if outside else "inconclusive"
-        reason = f"unstable; every run was {'within' if inside else 'over'} the limit"
+        # The bounds suppose that samples come from one distribution. Where the latency moved that is not so, and the
+        # measurement decided by what holds for every single sample.
+        reason = f"unstable; every run was {'within' if verdict == 'pass' else 'over'} the limit"
         if verdict == "inconclusive":
             reason = "; ".join(measurement.warnings)
     elif verdict == "inconclusive":

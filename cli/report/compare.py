@@ -400,8 +400,8 @@ def latency_interval(a: Figures, b: Figures, confidence: float) -> Interval:
     Each end needs two bounds to hold at once, one of each run, so each bound may be wrong with a quarter of the error
     probability. Where the samples are stored, the bounds are made from them, with the dependence of neighbouring
     queries; else they are those of the reports, with the confidence that those have. The error is further split over
-    the looks at which sampling could have ended. What differs between two runs of one model on one machine, but not
-    within either, is in no interval.
+    the looks at which sampling could have ended, or, of stored bounds, adds up over them. What differs between two runs
+    of one model on one machine, but not within either, is in no interval.
     """
     assert a.latency is not None
     assert b.latency is not None
@@ -416,7 +416,8 @@ def latency_interval(a: Figures, b: Figures, confidence: float) -> Interval:
     else:
         bounds_a, bounds_b = _stored_bounds(a.latency), _stored_bounds(b.latency)
         # as sure as the reports are, whatever was asked
-        confidence = max(0.0, 1 - 2 * ((1 - a.latency.confidence) + (1 - b.latency.confidence)))
+        wrong = sum((1 - each.confidence) * each.planned_looks for each in (a.latency, b.latency))
+        confidence = max(0.0, 1 - 2 * wrong)
         how = "the bounds of both"
     (low_a, high_a), (low_b, high_b) = bounds_a, bounds_b
     if low_a is None or high_a is None or low_b is None or high_b is None or low_a <= 0:

@@ -127,6 +127,9 @@ class LatencyValue(Part):
     upper_bound: float | None = None
     lower_bound: float | None = None
     confidence: float = 0.99
+    """Of each bound at one look."""
+    planned_looks: int = 1
+    """At how many looks sampling could have ended; over all, a bound may be wrong with 1 - confidence for each."""
     scope: Scope = "end_to_end"
     batch: int = 1
     samples: int = 0
@@ -154,6 +157,7 @@ class LatencyValue(Part):
             upper_bound=asked.upper_bound,
             lower_bound=asked.lower_bound,
             confidence=asked.bound_confidence,
+            planned_looks=measurement.planned_looks,
             scope=asked.scope,
             batch=measurement.batch,
             samples=asked.samples,

@@ -54,7 +54,7 @@ class Figures:
     samples: Callable[[], Array | None] = lambda: None
     """Latencies in ms in the order of measurement, (N,), on the clock of `latency`; None where they are not stored."""
     looks: int = 1
-    """How often sampling could have ended."""
+    """At how many looks sampling could have ended."""
     warnings: tuple[str, ...] = ()
     error: str = ""
 
@@ -203,7 +203,7 @@ class _Samples:
             stored = load_measurement(file).measurement
             # measured anew since then, the samples belong to another figure
             if LatencyValue.of(stored).model_copy(update={"options": latency.options}) == latency:
-                self.looks, self.warnings, self._file = stored.looks, stored.warnings, file
+                self.looks, self.warnings, self._file = stored.planned_looks, stored.warnings, file
                 break
 
     def values(self) -> Array | None:
@@ -244,7 +244,7 @@ def _measured(measurement: Measurement, target: str, stored: Path | None) -> Fig
         energy=EnergyValue.of(measurement.energy) if measurement.energy is not None else None,
         environment=measurement.environment,
         samples=lambda: None if stored is None else _in_scope(stored),
-        looks=measurement.looks,
+        looks=measurement.planned_looks,
         warnings=measurement.warnings,
     )
 

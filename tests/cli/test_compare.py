@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -406,6 +407,21 @@ def test_equal_runs_are_told_apart_at_most_as_often_as_claimed(draw: Any, percen
         wrong += found.low is not None and found.high is not None and not found.low <= 0 <= found.high
     # what is observed must not show a rate above the claimed one
     assert statistics.wilson(wrong, repetitions, 0.999)[0] <= 1 - CONFIDENCE
+
+
+def test_the_error_of_every_planned_look_counts_also_where_only_one_was_taken() -> None:
+    samples = gamma(np.random.default_rng(5), 5296)
+    one = figures(samples, 99.0)
+    six = dataclasses.replace(one, looks=6)
+    narrow, wide = latency_interval(one, one, CONFIDENCE), latency_interval(six, six, CONFIDENCE)
+    assert wide.low is not None
+    assert narrow.low is not None
+    assert wide.low < narrow.low
+    bounds = LatencyValue(
+        percentile=99.0, point=1.0, lower_bound=0.9, upper_bound=1.1, confidence=1 - 0.01 / 6, planned_looks=6
+    )
+    stored = Figures("x", "fp32", latency=bounds)
+    assert latency_interval(stored, stored, CONFIDENCE).confidence == pytest.approx(0.96)
 
 
 def test_a_difference_that_is_there_is_found() -> None:

@@ -20,6 +20,7 @@ from profiles.device import TargetSection
 from profiles.errors import EdgestillError, InputError
 from profiles.measure_section import MeasureSection
 from profiles.runtimes import Clock, TensorSpec, Timed
+from profiles.statistics import samples_needed
 from profiles.sweep import sweep, sweep_threads
 
 MS = 1_000_000
@@ -140,7 +141,9 @@ def test_both_clocks_are_recorded_and_the_limit_is_judged_on_the_asked_one(tmp_p
 
 def test_a_clear_failure_is_decided_at_the_first_look(tmp_path: Path) -> None:
     found = run(tmp_path, {"a": constant(3)}, limit=2)[0]["a"].measurement
-    assert (found.verdict, found.looks, found.compute.samples) == ("fail", 1, 662)
+    # the first of six looks, each of which may be wrong with a sixth of 1 %
+    assert (found.verdict, found.looks, found.planned_looks) == ("fail", 1, 6)
+    assert found.compute.samples == samples_needed(99, 1 - 0.01 / 6)
 
 
 def test_a_bimodal_percentile_is_a_value_that_was_seen(tmp_path: Path) -> None:
@@ -216,7 +219,7 @@ def test_the_error_probability_holds_over_all_looks_together() -> None:
     plan = m.plan_looks(target, MeasureSection(max_samples=1024, confidence=0.9))
     assert len(plan.looks) >= 5
     wrong = 0
-    trials = 300
+    trials = 100
     for _ in range(trials):
         # the true p90 is a hair above the limit, so "pass" is wrong, and as hard to avoid as can be
         draws = random.exponential(1.0001 / -np.log(0.1), 1024) * MS
@@ -227,6 +230,25 @@ def test_the_error_probability_holds_over_all_looks_together() -> None:
             m._judge(result, plan, plan.looks)
         wrong += result.verdict == "pass"
     assert wrong / trials <= 0.1
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from([50, 90, 95, 99, 99.9]), st.floats(0.6, 0.999), st.integers(64, 40_000))
+def test_the_first_look_has_the_samples_that_its_own_confidence_needs(
+    percentile: float, confidence: float, most: int
+) -> None:
+    target = TargetSection(name="t", latency_ms=1.0, percentile=percentile)
+    plan = m.plan_looks(target, MeasureSection(max_samples=most, confidence=confidence))
+    needed = samples_needed(percentile, plan.look_confidence)
+    assert plan.looks[0] >= needed or plan.looks == (most,)
+    assert plan.looks[-1] == most
+    assert (1 - plan.look_confidence) * plan.planned == pytest.approx(1 - confidence)
+
+
+def test_samples_that_stay_far_below_the_limit_pass_at_the_first_look(tmp_path: Path) -> None:
+    found = run(tmp_path, {"a": constant(1)}, limit=5, max_samples=3000)[0]["a"].measurement
+    assert (found.verdict, found.looks) == ("pass", 1)
+    assert found.compute.upper_bound == pytest.approx(1)
 
 
 def test_without_a_limit_there_is_no_verdict_and_twice_the_samples(tmp_path: Path) -> None:
@@ -463,6 +485,16 @@ def test_too_few_samples_for_the_percentile_are_said_with_the_number(tmp_path: P
     found = run(tmp_path, {"a": constant(10)}, percentile=99.9, max_seconds=1)[0]["a"].measurement
     assert found.compute.value is None
     assert any("p99.9 needs 6,636" in line and "max_seconds" in line for line in found.warnings)
+    found = run(tmp_path, {"a": constant(1)}, percentile=99.9, max_samples=5000)[0]["a"].measurement
+    assert any("5,000 were taken, the most" in line and "max_samples" in line for line in found.warnings)
+
+
+def test_samples_too_few_for_the_confidence_of_a_look_are_said_with_its_number(tmp_path: Path) -> None:
+    # enough for the p99 itself, not for a bound that leaves a share of the error to each of six looks
+    found = run(tmp_path, {"a": constant(1)}, limit=5, max_seconds=0.8)[0]["a"].measurement
+    assert 662 < found.compute.samples < 863
+    assert found.verdict == "inconclusive"
+    assert any("p99 needs 863" in line and "raise measure.max_seconds" in line for line in found.warnings)
 
 
 def hanging(released: threading.Event) -> Latency:
