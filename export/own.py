@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from export import parity
 from export.bundle import write_bundle
-from export.candidate import Plan
+from export.candidate import Plan, Rung
 from export.foreign import OneOutput
 from export.planning import failure_text, plan
 from export.section import ExportSection
@@ -240,16 +240,16 @@ def _at_other_sizes(
             candidates.append(candidate)
             continue
         limits = parity.limits_of(candidate.precision, section, judged=False)
-        name = f"{candidate.name} at other sizes"
+        rung: Rung | None = None
+        refused: str | None
         try:
             rung = parity.climb(
-                name, parity.open_session(graph), expected, inputs, rows, (2,), limits,
+                f"{candidate.name} at other sizes", parity.open_session(graph), expected, inputs, rows, (2,), limits,
                 exclusive=model.exclusive, decides=made.decides,
             )  # fmt: skip
-        except Exception as failure:  # the runtime's exceptions share no base class
-            rung, refused = None, str(failure).splitlines()[0]
-        else:
             refused = None if rung.passed else failure_text(rung)
+        except Exception as failure:  # the runtime's exceptions share no base class
+            refused = str(failure).splitlines()[0]
         if refused is not None:
             failed.append((candidate.precision, refused))
         parities = candidate.parity if rung is None else (*candidate.parity, rung)
