@@ -273,19 +273,16 @@ def _at_other_sizes(
             candidates.append(candidate)
             continue
         limits = parity.limits_of(candidate.precision, section, judged=False)
-        rung: Rung | None
+        rung: Rung | None = None
         refused: str | None
-        name = f"{candidate.name} at other sizes"
         try:
             rung = parity.climb(
-                name, parity.open_session(graph), expected, inputs, rows, (2,), limits,
+                f"{candidate.name} at other sizes", parity.open_session(graph), expected, inputs, rows, (2,), limits,
                 exclusive=model.exclusive, decides=made.decides,
             )  # fmt: skip
-        except Exception as failure:  # the runtime's exceptions share no base class
-            rung, refused = None, str(failure).splitlines()[0]
-        else:
-            assert rung is not None
             refused = None if rung.passed else failure_text(rung)
+        except Exception as failure:  # the runtime's exceptions share no base class
+            refused = str(failure).splitlines()[0]
         if refused is not None:
             failed.append((candidate.precision, refused))
         parities = candidate.parity if rung is None else (*candidate.parity, rung)

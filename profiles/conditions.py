@@ -24,6 +24,8 @@ _THROTTLED = 0.01
 """Share of the time below the wanted clocks that is said: a driver counts some microseconds in every launch."""
 _ONE_WAY = 0.8
 """Share of steps between the parts' medians in one direction, from which a movement is called a drift."""
+_APART = 0.8
+"""Spells by slow queries, from which they are called single ones."""
 
 
 @contextmanager
@@ -184,7 +186,7 @@ def gpu_warnings(environment: dict[str, Any]) -> tuple[str, ...]:
 
 
 def movement(samples_ns: Array | Sequence[int], percentile: float) -> str:
-    """In words, how samples (N,) of an unstable latency moved: a drift, or slow spells."""
+    """In words, how samples (N,) of an unstable latency moved: a drift, slow spells, or more slow queries at times."""
     milliseconds = np.asarray(samples_ns, dtype=np.float64) / 1e6
     medians = np.asarray([np.median(part) for part in np.array_split(milliseconds, _PARTS)])
     steps = np.diff(medians)
@@ -197,7 +199,11 @@ def movement(samples_ns: Array | Sequence[int], percentile: float) -> str:
     edge = (statistics.percentile(milliseconds, 50) + statistics.percentile(milliseconds, max(percentile, 75))) / 2
     slow = milliseconds > edge
     spells = int(slow[0]) + int((slow[1:] & ~slow[:-1]).sum())
-    return (
-        f"slow queries came in spells: {int(slow.sum()):,} over {edge:.3g} ms in {spells:,} spells, "
-        f"the median of a part of the run between {medians.min():.3g} and {medians.max():.3g} ms"
-    )
+    middles = f"the median of a part of the run between {medians.min():.3g} and {medians.max():.3g} ms"
+    if spells > _APART * slow.sum():
+        shares = [part.mean() for part in np.array_split(slow, _PARTS)]
+        return (
+            f"slow queries came more often at times: between {min(shares):.1%} and {max(shares):.1%} of a part of the "
+            f"run over {edge:.3g} ms, {middles}"
+        )
+    return f"slow queries came in spells: {int(slow.sum()):,} over {edge:.3g} ms in {spells:,} spells, {middles}"

@@ -35,6 +35,8 @@ def sweep(
 ) -> Throughput:
     """Throughput over batch sizes, about one second each; ends when two doublings in a row gain less than 5 %.
 
+    What a batch size gains is told by the median query: a pause of the machine within that second is none of the model's.
+
     Args:
         model: model file with a dynamic batch; with a fixed one, give that batch alone.
         inputs: by input name, (N, ...).
@@ -71,13 +73,15 @@ def sweep(
                 )
             )
             task.advance(note=f"batch {batch}: {points[-1].samples_per_second:.0f} samples/s")
-            best_before = max((point.samples_per_second for point in points[:-2]), default=0.0)
-            if len(points) > 2 and max(point.samples_per_second for point in points[-2:]) < 1.05 * best_before:
+            best_before = max(map(_typical, points[:-2]), default=0.0)
+            if len(points) > 2 and max(map(_typical, points[-2:])) < 1.05 * best_before:
                 note = "the last two batch sizes gained less than 5 %"
                 break
     session.close()
-    best = max(point.samples_per_second for point in points)
-    saturation = min(point.batch for point in points if point.samples_per_second >= _SATURATED * best)
+    best = max(map(_typical, points))
+    saturation = min(point.batch for point in points if _typical(point) >= _SATURATED * best)
+    if not all(point.stable for point in points):
+        note += "; not all of them settled"
     return Throughput(points=tuple(points), saturation_batch=saturation, note=note)
 
 
@@ -135,6 +139,11 @@ def sweep_threads(
     return ThreadSweep(
         points=tuple(points), saturation_threads=saturation, note="all cores that may be used were tried"
     )
+
+
+def _typical(point: ThroughputPoint) -> float:
+    """Samples per millisecond of the median query."""
+    return point.batch / point.p50_ms
 
 
 def _for_a_second(query: Query) -> list[int]:

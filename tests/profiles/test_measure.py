@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from profiles import agent
 from profiles import measure as m
-from profiles.conditions import ClockWatch, environment_of, warnings_of
+from profiles.conditions import ClockWatch, environment_of, movement, warnings_of
 from profiles.device import TargetSection
 from profiles.errors import EdgestillError, InputError
 from profiles.measure_section import MeasureSection
@@ -580,6 +580,16 @@ def test_cores_are_pinned_recorded_and_given_back(tmp_path: Path) -> None:
     assert set(map(frozenset, seen)) == {frozenset({core})}
     assert found.options["affinity"] == [core]
     assert os.sched_getaffinity(0) == before
+
+
+def test_single_slow_queries_are_not_called_spells() -> None:
+    samples = np.full(1600, MS)
+    samples[np.r_[0:400:100, 800:1600:8]] = 5 * MS
+    assert "came more often at times: between 1.0% and 12.5%" in movement(samples, 99)
+    samples[:] = MS
+    samples[100:160] = samples[900:960] = 5 * MS
+    assert "in spells: 120 over" in movement(samples, 99)
+    assert "in 2 spells" in movement(samples, 99)
 
 
 def test_a_thread_sweep_finds_where_more_threads_bring_nothing(tmp_path: Path) -> None:
