@@ -35,7 +35,7 @@ def sweep(
 ) -> Throughput:
     """Throughput over batch sizes, about one second each; ends when two doublings in a row gain less than 5 %.
 
-    What a batch size gains is told by the median query: a pause of the machine within that second is none of the model's.
+    What a batch size gains is told by the median query: a pause of the machine is none of the model's.
 
     Args:
         model: model file with a dynamic batch; with a fixed one, give that batch alone.

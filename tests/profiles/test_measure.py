@@ -584,7 +584,7 @@ def test_cores_are_pinned_recorded_and_given_back(tmp_path: Path) -> None:
 
 def test_single_slow_queries_are_not_called_spells() -> None:
     samples = np.full(1600, MS)
-    samples[np.r_[0:400:100, 800:1600:8]] = 5 * MS
+    samples[np.r_[0:800:100, 800:1600:8]] = 5 * MS
     assert "came more often at times: between 1.0% and 12.5%" in movement(samples, 99)
     samples[:] = MS
     samples[100:160] = samples[900:960] = 5 * MS
