@@ -233,11 +233,13 @@ def _readme(
         "tokens": ["python infer.py texts.txt       the same for texts, one per line; needs tokenizers"],
     }
     what = "the classes of" if info["decides"] else "what it gives for"
+    several = len(info["inputs"]) > 1
+    own = f"python infer.py samples.np{'z' if several else 'y'}     prints {what} your own samples"
     lines = [
         f"{name}: {candidate.name} for {device.title}, {stack.name} ({stack.runtime} {stack.runtime_version})",
         "",
         "python infer.py --selftest      checks this folder on the device: PASS or FAIL",
-        f"python infer.py samples.npy     prints {what} your own samples",
+        own + ("; an array for each input, by its name" if several else ""),
         *raw.get(info["preprocessing"].get("kind", ""), []),
         "",
         "It needs NumPy and "

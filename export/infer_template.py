@@ -49,7 +49,7 @@ class OnnxModel:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what it cannot run, its exceptions say
         if not info["fuse_quantized"]:
             # quantised for TensorRT: ONNX Runtime's own integer kernels are for other forms and give wrong figures
             options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -264,6 +264,9 @@ def read_samples(path, info):
         if kind == "tokens" and array.size and not 0 <= array.min() <= array.max() < preprocessing["vocabulary"]:
             sys.exit("%s has token ids outside 0 to %d" % (path, preprocessing["vocabulary"] - 1))
         inputs[spec["name"]] = np.ascontiguousarray(array.astype(spec["dtype"]))
+    rows = {name: len(array) for name, array in inputs.items()}
+    if len(set(rows.values())) > 1:
+        sys.exit("%s has different numbers of samples: %s" % (path, rows))
     return inputs
 
 
@@ -383,7 +386,10 @@ def main():
     info = manifest["info"]
     engine, built = find_engine(options, info)
     if engine is None and options.runtime == "tensorrt":
-        parser.error("no engine here; build one: sh build_engine.sh")
+        script = os.path.exists(os.path.join(HERE, "build_engine.sh"))
+        parser.error(
+            "no engine here; " + ("build one: sh build_engine.sh" if script else "this bundle is for ONNX Runtime")
+        )
     if engine:
         if shipped(engine, info):
             refuse_changed(manifest, [os.path.basename(engine)])
@@ -398,7 +404,11 @@ def main():
     if options.selftest:
         refuse_changed(manifest, ["golden.npz"])
         return selftest(model, info)
-    output = model.run(read_samples(options.input, info))
+    samples = read_samples(options.input, info)
+    try:
+        output = model.run(samples)
+    except Exception as error:  # the runtimes' exceptions share no base class
+        sys.exit("the model cannot compute %s: %s" % (options.input, (str(error).splitlines() or [repr(error)])[0]))
     if info["decides"]:
         print_classes(output, info, options.top)
     else:

@@ -396,8 +396,12 @@ def _start_ssh(host: Host) -> subprocess.Popen[bytes]:
             start_new_session=True,
         )
     except OSError as error:
+        own = os.environ.get(SSH)
         raise EdgestillError(
-            "there is no ssh on this machine", where=command[0], evidence=str(error), fix="install OpenSSH's client"
+            f"{SSH} names a program that is not here" if own else "there is no ssh on this machine",
+            where=f"{SSH}={own}" if own else command[0],
+            evidence=str(error),
+            fix=f'{SSH}="ssh -F file", or unset it' if own else "install OpenSSH's client",
         ) from error
 
 
@@ -478,6 +482,11 @@ def explain_ssh(
             r"Permission denied|Too many authentication failures|no mutual signature",
             "the device does not let this user in",
             f"ssh-copy-id {name}",
+        ),
+        (
+            r"Can't open user config file|Bad configuration option|terminating, \d+ bad configuration",
+            "ssh does not accept its configuration",
+            f"ssh {name}    until it works" + (f"; {SSH} is {os.environ[SSH]}" if os.environ.get(SSH) else ""),
         ),
         (r"Could not resolve hostname", "there is no such host", f"ssh {name}    with the name that works"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import zipfile
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -63,6 +64,9 @@ class TorchSession:
         if not model.is_file():
             raise InputError("no such model file", where=str(model), fix="name a .pt2 file that exists")
         try:
+            # PyTorch itself would first log pages about a file that is no archive
+            if not zipfile.is_zipfile(model):
+                raise ValueError("no archive")
             program = torch.export.load(str(model))
         except Exception as error:
             raise InputError(

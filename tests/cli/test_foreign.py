@@ -192,6 +192,25 @@ def test_a_bundle_with_a_dynamic_size_reads_samples_of_another_length(bert: Resu
     assert len(infer(place / "bert" / "fp32", place / "short.npz")) == 2
 
 
+def test_samples_that_a_model_of_several_inputs_cannot_take_are_said_in_a_sentence(bert: Result, place: Path) -> None:
+    assert bert.status == 0
+    bundle = place / "bert" / "fp32"
+    assert "infer.py samples.npz" in (bundle / "README.txt").read_text()
+    ids, mask = np.ones((2, 7), np.int64), np.ones((2, 7), np.int64)
+    for name, arrays, said in (
+        ("rows", (ids, mask[:1]), "different numbers of samples"),
+        ("range", (ids * 10**6, mask), "the model cannot compute"),
+    ):
+        path = place / f"{name}.npz"
+        np.savez(path, input_ids=arrays[0], attention_mask=arrays[1])
+        done = subprocess.run(
+            [sys.executable, "infer.py", str(path)], cwd=bundle, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 1
+        assert said in done.stderr
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
 def test_what_export_made_is_checked_and_measured(bert: Result, place: Path) -> None:
     assert bert.status == 0
     assert edgestill("check", "bert/int8").status == 0

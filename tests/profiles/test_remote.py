@@ -778,6 +778,16 @@ def test_every_end_of_ssh_is_explained(status: int | None, errors: str, started:
     assert error.fix
 
 
+def test_an_ssh_of_the_users_that_does_not_work_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SSH, "ssh -F /nonexistent")
+    with pytest.raises(EdgestillError, match="ssh does not accept its configuration") as caught, Link(Host("h")):
+        pass
+    assert "ssh -F /nonexistent" in str(caught.value.fix)
+    monkeypatch.setenv(SSH, "no-such-ssh")
+    with pytest.raises(EdgestillError, match="EDGESTILL_SSH names a program that is not here"), Link(Host("h")):
+        pass
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
