@@ -40,7 +40,9 @@ def report(
     markdown: Annotated[
         Path | None, typer.Option("--markdown", metavar=_FILE, help="Write a table for a text or a pull request.")
     ] = None,
-    show_all: Annotated[bool, typer.Option("--all", help="Also every candidate, limit and stage.")] = False,
+    show_all: Annotated[
+        bool, typer.Option("--all", "--explain", help="Also every candidate, limit and stage.")
+    ] = False,
     exit_status: Annotated[
         bool, typer.Option("--exit-status", help="Exit as the run did: 3 a limit failed, 4 inconclusive.")
     ] = False,

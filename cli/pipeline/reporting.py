@@ -28,8 +28,10 @@ from cli.report.schema import (
     MetricValue,
     PlanStep,
     Report,
+    Stage,
     TargetRow,
     TrainingRun,
+    load_report,
 )
 from cli.report.schema import Roofline as ReportedRoofline
 from cli.report.verdict import exit_status, overall_verdict
@@ -37,6 +39,7 @@ from cli.report.words import selection_lines
 from export import Candidate
 from profiles import artifact
 from profiles.device import Target
+from profiles.errors import InputError
 from profiles.measurement import Measurement
 from profiles.metrics import primary_metric
 
@@ -72,7 +75,7 @@ def build_report(run: Run, shipped: Sequence[Shipped], *, require_measured: bool
         targets=rows,
         references=references,
         bought=run.bought(),
-        stages=tuple(run.stages),
+        stages=_stages(run),
         training=tuple(_training(role, trained) for (role, _), trained in run.trained.items()),
         shots=shots(run, shipped, NOT_THE_DEVICE),
         exploration=exploration_facts(run),
@@ -89,6 +92,22 @@ def build_report(run: Run, shipped: Sequence[Shipped], *, require_measured: bool
         ),
         notes=(*run.notes, *weak),
     )
+
+
+def _stages(run: Run) -> tuple[Stage, ...]:
+    """The stages of this run; what a cached one took when it was made is taken from the report that is there."""
+    try:
+        earlier = {stage.name: stage for stage in load_report(run.folder / "report.json").stages}
+    except (InputError, OSError):
+        return tuple(run.stages)
+    found = []
+    for stage in run.stages:
+        before = earlier.get(stage.name)
+        if stage.cached and before is not None:
+            made = before.made_seconds if before.cached else before.seconds
+            stage = stage.model_copy(update={"made_seconds": made})  # noqa: PLW2901
+        found.append(stage)
+    return tuple(found)
 
 
 def _row(run: Run, outcome: Shipped) -> TargetRow:

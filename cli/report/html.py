@@ -46,6 +46,7 @@ from cli.report.words import (
     scopes,
     shot_notes,
     shot_title,
+    stage_words,
     step_figures,
     strategy_notes,
     subject_line,
@@ -473,7 +474,7 @@ def _cost(report: Report) -> str:
     longest = max((stage.seconds for stage in report.stages), default=0.0) or 1.0
     rows = [
         f"<tr>{_cell(escape(stage.name))}{_cell(duration(stage.seconds), '', 'number')}"
-        f"{_cell('cached' if stage.cached else '')}"
+        f"{_cell(stage_words(stage))}"
         f'<td><span class="bar" style="width:{stage.seconds / longest * 100:.1f}%"></span></td></tr>'
         for stage in report.stages
     ]

@@ -506,6 +506,8 @@ class Stage(Part):
     """Without those of the stages inside it."""
     cached: bool = False
     """True when an earlier run's result was used; `seconds` then is the time of looking."""
+    made_seconds: float | None = None
+    """What a cached one took when it was made, where an earlier report of the run folder tells."""
 
 
 class CurvePoint(Part):

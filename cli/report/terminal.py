@@ -55,6 +55,7 @@ from cli.report.words import (
     scopes,
     shot_notes,
     shot_title,
+    stage_words,
     state_words,
     step_figures,
     strategy_notes,
@@ -574,9 +575,7 @@ def _all(report: Report, style: Style) -> list[Text]:
         heads = ["network", "arch", "objective", "epochs", "best", f"{report.unit}s/s", "time"]
         out += section("Training", _grid(heads, runs, {0, 1, 2}, style))
     if report.stages:
-        stages = [
-            ([stage.name, duration(stage.seconds), "cached" if stage.cached else ""], "") for stage in report.stages
-        ]
+        stages = [([stage.name, duration(stage.seconds), stage_words(stage)], "") for stage in report.stages]
         out += section("Stages", _grid(["stage", "time", ""], stages, {0, 2}, style))
     splits = ", ".join(f"{count:,} {name}" for name, count in report.data.splits.items())
     facts = [report.data.title or report.data.source, report.data.input, splits, report.data.licence]

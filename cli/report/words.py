@@ -22,6 +22,7 @@ from cli.report.schema import (
     Selection,
     ShotGroup,
     ShotName,
+    Stage,
     TargetRow,
 )
 from cli.report.verdict import RowVerdict
@@ -221,6 +222,12 @@ def step_figures(step: PlanStep) -> list[str]:
         "-" if step.seconds is None else duration(step.seconds),
         {True: "keeps the metric", False: "does not", None: ""}[step.keeps],
     ]
+
+
+def stage_words(stage: Stage) -> str:
+    """ "cached, made in 4 min"; empty for a stage that was done."""
+    made = "" if stage.made_seconds is None else f", made in {duration(stage.made_seconds)}"
+    return f"cached{made}" if stage.cached else ""
 
 
 _COSTS: dict[CostSource, str] = {

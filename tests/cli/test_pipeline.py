@@ -159,6 +159,10 @@ def test_a_second_run_does_no_stage_again(finished: Path, clothes: Path) -> None
     report = Run(loaded, finished).report()
     again = {stage.name for stage in report.stages if not stage.cached}
     assert not {name for name in again if name.startswith(("data", "teacher", "student", "plain", "export", "measure"))}
+    made = {stage.name: stage.made_seconds for stage in report.stages}
+    assert made["teacher conv-w12-d1-k3"], "what it took is not forgotten"
+    third = Run(load_recipe(str(write_recipe(clothes))), finished).report()
+    assert {stage.name: stage.made_seconds for stage in third.stages} == made
     after = {path: path.stat().st_mtime_ns for path in finished.rglob("manifest.json") if "bundles" not in path.parts}
     assert all(before[path] == time for path, time in after.items())
 
