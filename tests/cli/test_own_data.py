@@ -211,7 +211,7 @@ def test_places_and_inputs_that_do_not_fit_are_told(tmp_path: Path) -> None:
     linear = ("--model", "torch.nn:Linear", "--kwargs", '{"in_features": 8, "out_features": 3}')
     example = edgestill("-q", "export", *linear, "--example", "1x9", "--out", str(tmp_path / "linear"))
     assert example.status == 2
-    assert "--example input:2x9" in example.err
+    assert "where: --example 1x9" in example.err
     assert not (tmp_path / "linear").exists()
     onto_folder = edgestill(
         "init", "--yes", "--data", "fashion-mnist-small", "--out", str(tmp_path / "photos"), "--force"

@@ -143,12 +143,17 @@ def test_a_run_measures_its_targets_on_their_hosts_and_goes_on_where_it_stopped(
     recipe.with_name("slow.toml").write_text(RECIPE.replace("[measure]", "[measure]\nidle_gap_ms = 100.0"))
     slow = [sys.executable, "-m", "cli.app", *command]
     slow[slow.index(str(recipe))] = str(recipe.with_name("slow.toml"))
-    process = subprocess.Popen(slow, stderr=subprocess.PIPE, cwd=Path(__file__).parents[2])
+    process = subprocess.Popen(
+        slow,
+        stderr=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+        # a shell's background jobs ignore Ctrl-C, and so would what they start
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+    )
     while not list((server.root / "near").glob("edgestill-*/inputs.bin")):
         assert process.poll() is None, "it ended before"
         time.sleep(0.02)
-    # a shell's background jobs ignore Ctrl-C, and so would what they start
-    process.send_signal(signal.SIGTERM if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else signal.SIGINT)
+    process.send_signal(signal.SIGINT)
     errors = process.communicate(timeout=60)[1].decode()
     assert process.returncode == 130, errors
     assert "interrupted" in errors
