@@ -352,7 +352,7 @@ def describe(measurement: Measurement, indent: str = "") -> str:
     else:
         lines.append(
             f"  p{asked.percentile:g} UNSTABLE, no figure: {asked.samples:,} runs between {asked.minimum:.3f} and "
-            f"{asked.maximum:.3f} ms"
+            f"{asked.maximum:.3f} ms" + (f", half of them within {asked.p50:.3f}" if asked.p50 is not None else "")
         )
     if measurement.limit_ms is not None:
         lines.append(f"  limit {measurement.limit_ms:g} ms: {(measurement.verdict or 'inconclusive').upper()}")
