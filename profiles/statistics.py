@@ -24,6 +24,9 @@ Outcome = Literal["pass", "fail", "inconclusive"]
 
 MATERIAL = 1.10
 """A figure that moves by less than this factor is stable: what the warm-up's windows may differ by, too."""
+_FAR = 3.0
+"""A limit that is so many times the slowest of enough samples is kept, however much these moved: pauses of a busy
+machine make eighths differ by far more, and say nothing of queries that take three times the longest pause."""
 DEPENDENCE_ERROR = 0.001
 """Probability that independent samples are taken for unstable ones, for each percentile that is tested."""
 CAUTION = 0.05
@@ -346,7 +349,8 @@ def judge(series: ArrayLike, limit: float, p: float, confidence: float = 0.99) -
     """`verdict` for samples in the order of measurement, which may depend on each other: by the bounds of `stability`.
 
     Where the percentile is not stable, it passes only when every single sample is within the limit, were it slower by
-    as much again as the slowest eighth of them is than the quickest one; and fails only when every sample is over it.
+    as much again as the slowest eighth of them is than the quickest one, or three times as slow; and fails only when
+    every sample is over it.
 
     >>> judge([1.0] * 700 + [2.0] * 300, limit=1.5, p=50)
     'inconclusive'
@@ -355,7 +359,7 @@ def judge(series: ArrayLike, limit: float, p: float, confidence: float = 0.99) -
     found = stability(values, p, confidence)
     lower, upper = found.lower, found.upper
     if not found.stable:
-        upper = None if upper is None else float(values.max()) * _movement(values, p)
+        upper = None if upper is None else float(values.max()) * min(_movement(values, p), _FAR)
         lower = None if lower is None else float(values.min())
     if upper is not None and upper <= limit:
         return "pass"

@@ -420,3 +420,12 @@ def test_bounds_with_dependence_are_never_narrower(samples: list[float], p: floa
 @settings(max_examples=40, deadline=None)
 def test_what_is_judged_in_order_is_no_bolder_than_without(samples: list[float], p: float, limit: float) -> None:
     assert ours.judge(samples, limit, p) in (ours.verdict(samples, limit, p), "inconclusive")
+
+
+def test_a_limit_far_beyond_the_slowest_pause_is_kept_however_much_the_pauses_moved() -> None:
+    series = np.full(2000, 0.05)
+    series[500:600] = 8.0
+    assert not ours.stability(series, 99).stable
+    assert ours.judge(series, 500.0, 99) == "pass"
+    assert ours.judge(series, 25.0, 99) == "pass"
+    assert ours.judge(series, 20.0, 99) == "inconclusive"
