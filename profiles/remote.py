@@ -184,6 +184,7 @@ class Link:
             return
         try:
             assert self._process.stdin is not None
+            # a link that is gone already takes no good-bye; what is left there is found by `sweep`
             with contextlib.suppress(OSError, ValueError):
                 self._process.stdin.write(json.dumps({"do": "bye", "n": self._number}).encode() + b"\n")
             with contextlib.suppress(OSError):
@@ -213,7 +214,7 @@ class Link:
                     self._take(json.loads(self._line(deadline, "bye")))
             self._process.wait(timeout=_FAREWELL_SECONDS)
         except (EdgestillError, OSError, ValueError, subprocess.TimeoutExpired):
-            pass
+            pass  # it died without last words, which the answer below tells
         return self._left
 
     def _take(self, answer: Any) -> None:
@@ -343,7 +344,7 @@ class Link:
     def _broken(self, noise: Sequence[str] = ()) -> EdgestillError:
         if self._closing.is_set():
             return self._stopped()
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with contextlib.suppress(subprocess.TimeoutExpired):  # an ssh that lives on has no status, and that is told
             self._process.wait(timeout=5)
         self._collector.join(2.0)
         text = self._errors.decode("utf-8", "replace")
@@ -361,7 +362,7 @@ class Link:
         self._collector.join(2.0)
         for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
             if stream is not None:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError):  # bytes that could not be sent go with the process
                     stream.close()
 
 
